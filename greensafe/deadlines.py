@@ -1,0 +1,479 @@
+"""How is everything that a block of code waits for limited together?
+
+    with deadline(5):
+        sock.recv()
+
+Rules:
+
+* Time is absolute and monotonic. Nested scopes: the earliest counts; a shield holds back what is outside of it.
+* When it comes, a `DeadlineSignal` (a BaseException, so that `except Exception` cannot swallow it) is thrown into the greenlet,
+  once, for the outermost scope that is due. That scope alone turns it into DeadlineExceeded at its end.
+* A block that finishes late or has swallowed its signal is not an error; but operations of ours without a limit of their own
+  get one non-blocking try afterwards and then the signal again (`check`), so the cleanup cannot hang.
+* Never early, never into a greenlet that has left the scope, never into the consumer of a suspended generator.
+* Scopes are not inherited by spawned greenlets: `deadline(at=parent.at)` does that in writing.
+
+The innermost scope of a greenlet is an attribute of that greenlet, and each scope knows the next outer one.
+This module does not know sockets: they call `check` before they wait and `put_back` if they finished nevertheless.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
+from time import monotonic
+from types import FrameType, TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+import gevent
+from gevent import getcurrent
+from gevent.hub import Hub
+
+from .errors import Cancelled, DeadlineExceeded
+
+__all__ = ["DeadlineSignal", "check", "deadline", "move_on", "shield", "to_seconds"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_get_hub: Callable[[], Hub] = gevent.get_hub
+
+#: The attribute of a greenlet that holds its innermost scope. Absent outside of any scope.
+_SCOPE = "_greensafe_scope"
+
+#: Seconds between two looks at a suspended generator whose scope is over.
+SUSPENDED = 0.05
+
+_GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def to_seconds(value: Any) -> float | None:
+    """Check a limit: None and infinity are none, 0 and negative have passed, timedelta and Decimal are fine.
+
+    Raises:
+        TypeError: It is not a number of seconds; bool, str and bytes are not.
+        ValueError: It is NaN.
+    """
+    if value is None:
+        return None
+    if type(value) is not float:
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
+        elif isinstance(value, (bool, str, bytes)) or not isinstance(value, (int, float, Decimal)):
+            raise TypeError(f"a limit is a number of seconds, a timedelta or None, not {value!r}")
+        value = _to_float(value)
+    if value != value:
+        raise ValueError("a limit cannot be NaN")
+    if value == math.inf:
+        return None
+    return float(value) if value > 0 else 0.0
+
+
+def _to_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else 0.0
+
+
+class DeadlineSignal(gevent.Timeout):  # type: ignore[misc]  # gevent is untyped
+    """What is thrown into a greenlet whose scope has ended; do not catch it, or raise it again.
+
+    Attributes:
+        scope: The scope that has ended.
+    """
+
+    def __init__(self, scope: deadline) -> None:
+        # Not Timeout.__init__, which would make a timer.
+        BaseException.__init__(self)
+        self.seconds = scope.seconds
+        self.exception = None
+        self.timer = None
+        self.scope = scope
+
+    @property
+    def pending(self) -> bool:
+        return False
+
+    def start(self) -> None:
+        raise RuntimeError("a DeadlineSignal is thrown by its scope; it cannot be started")
+
+    def cancel(self) -> None:
+        """Do nothing: there is no timer."""
+
+    def close(self) -> None:
+        """Do nothing: there is no timer."""
+
+    def put_back(self) -> None:
+        """Say that an operation completed although this interrupted it: it is thrown again at the next wait in the scope."""
+        self.scope._put_back()
+
+    def __str__(self) -> str:
+        return f"the scope {self.scope!r} has ended"
+
+    __repr__ = __str__
+
+
+class deadline:
+    """A scope in which everything that waits has `seconds` in all. Also a decorator, with a new scope for each call.
+
+    Args:
+        seconds: From entry. None: no limit, but it can still be cancelled or extended. 0 or less: only what is ready now.
+        at: Instead of `seconds`, the absolute time of `time.monotonic()`.
+
+    Attributes:
+        at: When it ends, absolute; None for no limit. Set on entry if `seconds` was given.
+        seconds: As given, checked.
+        expired: Whether the block was ended by this scope; known when it was left.
+        delivered: Whether the signal was thrown into the block.
+
+    Raises:
+        DeadlineExceeded: On leaving the block because of its limit (a TimeoutError).
+        Cancelled: On leaving it because of `cancel`.
+        RuntimeError: Entered twice, in the hub, or left in another greenlet than it was entered in.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_cause",
+        "_frame",
+        "_greenlet",
+        "_is_cancelled",
+        "_outer",
+        "_state",
+        "_timer",
+        "at",
+        "delivered",
+        "expired",
+        "seconds",
+    )
+
+    _quiet = False
+    _shields = False
+
+    def __init__(self, seconds: Any = None, *, at: float | None = None) -> None:
+        if at is not None:
+            if seconds is not None:
+                raise TypeError("give seconds or at=, not both")
+            if isinstance(at, bool) or not isinstance(at, (int, float)):
+                raise TypeError(f"at= is a time of time.monotonic(), not {at!r}")
+            if at != at:
+                raise ValueError("at= cannot be NaN")
+            at = None if at == math.inf else at
+        self.seconds = to_seconds(seconds)
+        self.at = at
+        self.expired = False
+        self.delivered = False
+        self._cause: object = None
+        self._is_cancelled = False
+        self._timer: Any = None
+        self._greenlet: Any = None
+        self._outer: deadline | None = None
+        self._frame: FrameType | None = None
+        self._state = _NEW
+
+    # The block.
+
+    def __enter__(self) -> Self:
+        if self._state is not _NEW:
+            raise RuntimeError("a deadline limits one block: make a new one for each `with`")
+        current = getcurrent()
+        hub = _get_hub()
+        if current is hub:
+            raise RuntimeError("the hub cannot be limited: a deadline works in a greenlet, not in a callback of the loop")
+        frame = sys._getframe(1)
+        if frame.f_code.co_flags & _GENERATOR_FLAGS and not _is_contextmanager(frame):
+            self._frame = frame
+        if self.seconds is not None:
+            self.at = monotonic() + self.seconds
+        self._push(current)
+        if self.at is not None:
+            self._arm(hub)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        timer = self._timer
+        if timer is not None:
+            self._timer = None
+            timer.stop()
+            timer.close()
+        outer = self._outer
+        self._pop()
+        if self._shields and outer is not None:
+            outer._release()
+        if error is None or not isinstance(error, DeadlineSignal) or error.scope is not self:
+            return False
+        self.expired = True
+        if self._quiet:
+            return True
+        # Its frames hold the scope and the scope's user: without the traceback no cycle keeps them alive.
+        error.__traceback__ = None
+        raise self._outcome() from None
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function: each call runs in a new scope."""
+        if (
+            inspect.isgeneratorfunction(function)
+            or inspect.iscoroutinefunction(function)
+            or inspect.isasyncgenfunction(function)
+        ):
+            raise TypeError(f"{function!r} runs when it is iterated or awaited, not when it is called: use `with` inside of it")
+        kind, seconds, at = type(self), self.seconds, self.at
+
+        @functools.wraps(function)
+        def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+            with kind(seconds, at=at):
+                return function(*args, **kwargs)
+            return None  # type: ignore[return-value]  # a move_on that ended
+
+        return limited
+
+    # Looking and steering.
+
+    @staticmethod
+    def current() -> deadline | None:
+        """The innermost scope of the running greenlet, or None."""
+        return getattr(getcurrent(), _SCOPE, None)
+
+    @property
+    def effective_at(self) -> float | None:
+        """The absolute time that counts inside this scope: its own or that of an outer one, up to the nearest shield."""
+        at = self.at
+        scope: deadline | None = self
+        while scope is not None:
+            if scope.at is not None and (at is None or scope.at < at):
+                at = scope.at
+            scope = None if scope._shields else scope._outer
+        return at
+
+    def remaining(self) -> float:
+        """Seconds that are left, outer scopes included: 0.0 when it is over, infinity without a limit."""
+        at = self.effective_at
+        return math.inf if at is None else max(0.0, at - monotonic())
+
+    def extend(self, seconds: Any) -> None:
+        """Give the block this many seconds from now, also when its time had run out; None lifts the limit."""
+        limit = to_seconds(seconds)
+        self.seconds = limit
+        self._disarm()
+        self.delivered = False
+        self._is_cancelled = False
+        if self._state is _ENTERED:
+            self.at = None if limit is None else monotonic() + limit
+            if self.at is not None:
+                self._arm(_get_hub())
+        elif self._state is _ATTACHED:
+            raise RuntimeError("a server's limit for a request cannot be extended from its handler")
+
+    def cancel(self, cause: object = None) -> None:
+        """End the block now. It raises `cause` if that is an exception, otherwise Cancelled(cause)."""
+        self._cause = cause
+        self._is_cancelled = True
+        if self._state in (_ENTERED, _ATTACHED):
+            self._disarm()
+            self.delivered = False
+            self._arm(_get_hub(), 0.0)
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if self._state is _NEW:
+            return f"<{name} {self.seconds if self.at is None else self.at!r} not entered>"
+        state = "expired" if self.expired else "delivered" if self.delivered else "left" if self._state is _LEFT else "running"
+        return f"<{name} {state}, {self.remaining():.3f} s left>" if state == "running" else f"<{name} {state}>"
+
+    # For servers, which keep one timer for all their requests.
+
+    def _attach(self, greenlet: Any) -> None:
+        """Enter without a timer, as the outermost scope of a greenlet."""
+        self._state = _ATTACHED
+        self._greenlet = greenlet
+        setattr(greenlet, _SCOPE, self)
+
+    def _detach(self) -> None:
+        if self._state is _ATTACHED:
+            self._disarm()
+            self._pop()
+
+    def _expire(self) -> None:
+        """Throw the signal; called in the hub when the owner's timer says so."""
+        if self._state is _ATTACHED:
+            self._deliver()
+
+    # Inside.
+
+    def _outcome(self) -> BaseException:
+        if not self._is_cancelled:
+            return DeadlineExceeded(self.seconds)
+        return self._cause if isinstance(self._cause, BaseException) else Cancelled(self._cause)
+
+    def _push(self, greenlet: Any) -> None:
+        self._state = _ENTERED
+        self._greenlet = greenlet
+        self._outer = getattr(greenlet, _SCOPE, None)
+        setattr(greenlet, _SCOPE, self)
+
+    def _pop(self) -> None:
+        """Leave; out of order (a generator closed late) the scope is unlinked wherever it stands."""
+        greenlet, self._greenlet, self._frame, self._state = self._greenlet, None, None, _LEFT
+        if greenlet is not getcurrent():
+            _unlink(greenlet, self)
+            raise RuntimeError("a deadline was left in another greenlet than it was entered in: it limits nobody any more")
+        _unlink(greenlet, self)
+
+    def _is_due(self) -> bool:
+        return self._is_cancelled or (self.at is not None and monotonic() >= self.at)
+
+    def _arm(self, hub: Hub, seconds: float | None = None) -> None:
+        if seconds is None:
+            assert self.at is not None
+            seconds = max(0.0, self.at - monotonic())
+        # Always a new timer: a stopped libev timer goes on with what it had left (gevent#1890). The same low priority as
+        # gevent.Timeout's, so that what is ready wins over the limit.
+        self._timer = timer = hub.loop.timer(seconds, priority=-1)
+        timer.start(self._on_timer, update=True)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
+
+    def _release(self) -> None:
+        """A shield was left: what it held back, here and further out, is due now."""
+        scope: deadline | None = self
+        while scope is not None:
+            if not scope.delivered and scope._timer is None and scope._is_due():
+                scope._arm(_get_hub(), 0.0)
+            scope = None if scope._shields else scope._outer
+
+    def _put_back(self) -> None:
+        if self._greenlet is not None:
+            self._disarm()
+            self.delivered = False
+            self._arm(_get_hub(), 0.0)
+
+    def _on_timer(self) -> None:
+        self._disarm()
+        if self._greenlet is None:
+            return
+        if self._state is _ENTERED and not self._is_due():
+            self._arm(_get_hub(), self._early())  # libuv cuts off parts of a millisecond
+            return
+        self._deliver()
+
+    def _early(self) -> float:
+        assert self.at is not None
+        return max(0.001, self.at - monotonic())
+
+    def _deliver(self) -> None:
+        """Throw the signal of the outermost due scope into the greenlet, unless the block is not what runs there."""
+        greenlet = self._greenlet
+        if self.delivered or greenlet is None or greenlet.dead:
+            return
+        if self._is_shielded():
+            return  # the shield hands it on when it is left
+        if self._frame is not None and not _is_on_stack(greenlet.gr_frame, self._frame):
+            # A suspended generator: whoever consumes it is not meant, and nothing tells when it goes on.
+            self._arm(_get_hub(), SUSPENDED)
+            return
+        target = _outermost_due(self)
+        target._disarm()
+        target.delivered = True
+        try:
+            greenlet.throw(DeadlineSignal(target))
+        except BaseException:  # noqa: BLE001 - out of a raw greenlet; it must not end the hub's callback
+            _get_hub().handle_error(greenlet, *sys.exc_info())
+
+    def _is_shielded(self) -> bool:
+        """Whether the greenlet is inside a shield that stands inside this scope."""
+        scope: deadline | None = getattr(self._greenlet, _SCOPE, None)
+        while scope is not None and scope is not self:
+            if scope._shields:
+                return True
+            scope = scope._outer
+        return False
+
+
+class move_on(deadline):
+    """A deadline that ends its block quietly; `.expired` tells."""
+
+    __slots__ = ()
+    _quiet = True
+
+
+class shield(deadline):
+    """A scope that holds back the limits outside of it, for cleanup; with `seconds` it has a limit of its own."""
+
+    __slots__ = ()
+    _shields = True
+
+
+_NEW, _ENTERED, _ATTACHED, _LEFT = "new", "entered", "attached", "left"
+
+
+def check(limited: bool) -> None:
+    """Raise the signal if a scope of the running greenlet is over; for operations that are about to wait.
+
+    Args:
+        limited: The operation has a limit of its own: then only a scope whose signal was not thrown yet ends it.
+    """
+    scope: deadline | None = getattr(getcurrent(), _SCOPE, None)
+    if scope is None:
+        return
+    due: deadline | None = None
+    while scope is not None:
+        is_over = (not limited) if scope.delivered else scope._is_due()
+        if is_over and (scope._frame is None or _is_on_stack(sys._getframe(1), scope._frame)):
+            due = scope
+        scope = None if scope._shields else scope._outer
+    if due is not None:
+        due._disarm()
+        due.delivered = True
+        raise DeadlineSignal(due)
+
+
+def _outermost_due(scope: deadline) -> deadline:
+    """Of the scopes around, the outermost that is due: it makes the inner ones pointless."""
+    found = scope
+    while not scope._shields and scope._outer is not None:
+        scope = scope._outer
+        if scope._state is _ENTERED and scope._is_due() and not scope.delivered:
+            found = scope
+    return found
+
+
+def _unlink(greenlet: Any, scope: deadline) -> None:
+    inner: deadline | None = getattr(greenlet, _SCOPE, None)
+    if inner is scope:
+        if scope._outer is None:
+            delattr(greenlet, _SCOPE)
+        else:
+            setattr(greenlet, _SCOPE, scope._outer)
+    else:
+        while inner is not None and inner._outer is not scope:
+            inner = inner._outer
+        if inner is not None:
+            inner._outer = scope._outer
+    scope._outer = None
+
+
+def _is_contextmanager(frame: FrameType) -> bool:
+    """Whether a generator's frame is run by contextlib: then its consumer is the block that is meant."""
+    back = frame.f_back
+    while back is not None and back.f_code.co_flags & _GENERATOR_FLAGS:
+        back = back.f_back
+    return back is not None and back.f_globals.get("__name__") == "contextlib"
+
+
+def _is_on_stack(top: FrameType | None, frame: FrameType) -> bool:
+    """Whether a generator's frame is running below `top`, rather than suspended between two values."""
+    while top is not None:
+        if top is frame:
+            return True
+        top = top.f_back
+    return False

@@ -1,0 +1,258 @@
+"""Which errors does greensafe raise, and which older exception does each stand in for?
+
+    GreensafeError(Exception)
+      TimedOut(TimeoutError, gevent.Timeout)
+        OperationTimeout(zmq.Again)            a timeout= of one operation
+        DeadlineExceeded                       a `with deadline` scope
+      PeerError(zmq.ZMQError, ConnectionError)
+        Unreachable, Disconnected, PeerSilent, Refused
+      RemoteError                              the peer answered with an error
+      Cancelled
+      ProtocolError
+        LocalProtocolError, RemoteProtocolError
+      JournalError
+
+Every one is also what code written for gevent, pyzmq or the standard library catches already; that is the only reason why
+this module imports the two. errno is never EPIPE, ECONNRESET or ENOTCONN: WSGI servers take those for their own client's
+disconnect. All can be pickled, copied and printed, and none starts a timer.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from typing import Any
+
+import zmq.error
+from gevent.timeout import Timeout
+
+__all__ = [
+    "CODES",
+    "Cancelled",
+    "DeadlineExceeded",
+    "Disconnected",
+    "GreensafeError",
+    "JournalError",
+    "LocalProtocolError",
+    "OperationTimeout",
+    "PeerError",
+    "PeerSilent",
+    "ProtocolError",
+    "Refused",
+    "RemoteError",
+    "RemoteProtocolError",
+    "TimedOut",
+    "Unreachable",
+]
+
+#: The codes of a RemoteError: gRPC's canonical names (https://grpc.io/docs/guides/status-codes/), less OK.
+CODES = frozenset(
+    {
+        "ABORTED",
+        "ALREADY_EXISTS",
+        "CANCELLED",
+        "DATA_LOSS",
+        "DEADLINE_EXCEEDED",
+        "FAILED_PRECONDITION",
+        "INTERNAL",
+        "INVALID_ARGUMENT",
+        "NOT_FOUND",
+        "OUT_OF_RANGE",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "UNAUTHENTICATED",
+        "UNAVAILABLE",
+        "UNIMPLEMENTED",
+        "UNKNOWN",
+    }
+)
+
+
+class GreensafeError(Exception):
+    """The root of greensafe's errors."""
+
+
+class TimedOut(GreensafeError, TimeoutError, Timeout):  # type: ignore[misc]  # gevent is untyped
+    """Raised when a limit ran out; see its two subclasses.
+
+    Attributes:
+        seconds: The limit, or None if it was not known.
+        op: The operation that was limited, such as "recv".
+        endpoint: What the socket was bound or connected to last.
+    """
+
+    def __init__(self, seconds: float | None = None, op: str | None = None, endpoint: str | None = None) -> None:
+        # Not Timeout.__init__, which would make a timer; its own attributes are set for who catches it as a Timeout.
+        GreensafeError.__init__(self, seconds, op, endpoint)
+        self.seconds = seconds
+        self.exception = None
+        self.timer = None
+        self.op = op
+        self.endpoint = endpoint
+
+    @property
+    def pending(self) -> bool:
+        """False: this is the report of a limit, not a running timer."""
+        return False
+
+    def start(self) -> None:
+        """Refuse: see `pending`."""
+        raise RuntimeError("this is the report of a limit that ran out; for a new limit use greensafe.deadline(seconds)")
+
+    def cancel(self) -> None:
+        """Do nothing: there is no timer."""
+
+    def close(self) -> None:
+        """Do nothing: there is no timer."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.seconds, self.op, self.endpoint)
+
+    def __str__(self) -> str:
+        subject = self.op or "the operation"
+        where = f" on {self.endpoint}" if self.endpoint else ""
+        limit = "" if self.seconds is None else f" within {self.seconds:g} s"
+        return f"{subject}{where} did not finish{limit}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seconds={self.seconds!r}, op={self.op!r}, endpoint={self.endpoint!r})"
+
+
+class OperationTimeout(TimedOut, zmq.error.Again):  # type: ignore[misc]  # both bases have a strerror
+    """Raised when the limit of one operation ran out: timeout=, default_timeout, RCVTIMEO or SNDTIMEO."""
+
+    def __init__(self, seconds: float | None = None, op: str | None = None, endpoint: str | None = None) -> None:
+        super().__init__(seconds, op, endpoint)
+        self.errno = errno.EAGAIN
+        self.strerror = str(self)
+
+
+class DeadlineExceeded(TimedOut):
+    """Raised by a `with deadline` block whose time ran out before the block was finished."""
+
+    def __str__(self) -> str:
+        return "the deadline has passed" if self.seconds is None else f"the block did not finish within {self.seconds:g} s"
+
+
+class PeerError(GreensafeError, zmq.error.ZMQError, ConnectionError):  # type: ignore[misc]  # as above
+    """Raised when something happened to the peer; see the subclasses.
+
+    Attributes:
+        endpoint: The peer's endpoint, if known.
+        maybe_executed: False only if the request provably was not delivered.
+    """
+
+    _errno = errno.EHOSTUNREACH
+
+    def __init__(self, message: str, *, endpoint: str | None = None, maybe_executed: bool = True) -> None:
+        GreensafeError.__init__(self, message)
+        self.message = message
+        self.endpoint = endpoint
+        self.maybe_executed = maybe_executed
+        self.errno = self._errno
+        self.strerror = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_peer_error, (type(self), self.message, self.endpoint, self.maybe_executed)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.message!r}, endpoint={self.endpoint!r}, maybe_executed={self.maybe_executed!r})"
+
+
+def _rebuild_peer_error(kind: type[PeerError], message: str, endpoint: str | None, maybe_executed: bool) -> PeerError:
+    return kind(message, endpoint=endpoint, maybe_executed=maybe_executed)
+
+
+class Unreachable(PeerError):
+    """Raised when nobody is there: nothing was delivered."""
+
+    def __init__(self, message: str, *, endpoint: str | None = None, maybe_executed: bool = False) -> None:
+        super().__init__(message, endpoint=endpoint, maybe_executed=maybe_executed)
+
+
+class Disconnected(PeerError):
+    """Raised when the connection that carried the request is gone."""
+
+
+class PeerSilent(PeerError):
+    """Raised when a peer's heartbeats have stopped."""
+
+    _errno = errno.ETIMEDOUT
+
+
+class Refused(PeerError):
+    """Raised when the peer refuses this client (authentication, socket type, not ZeroMQ): trying again cannot help."""
+
+    _errno = errno.ECONNREFUSED
+
+
+class RemoteError(GreensafeError):
+    """Raised when the peer answered with an error; raised in a handler it is the answer.
+
+    Attributes:
+        code: One of `CODES`.
+        message: What went wrong, for people.
+        type: What kind of error it was there, usually an exception's name; "" if not told.
+        traceback: The peer's traceback as text, if it tells it.
+    """
+
+    def __init__(self, code: str, message: str, type: str = "", traceback: str | None = None) -> None:
+        if code not in CODES:
+            raise ValueError(f"{code!r} is none of the error codes: {', '.join(sorted(CODES))}")
+        super().__init__(code, message, type, traceback)
+        self.code = code
+        self.message = message
+        self.type = type
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" + (f" ({self.type})" if self.type else "")
+
+    def to_reply(self) -> bytes:
+        """The frame that carries this error: JSON `{"error": {"code", "type", "message"}}`."""
+        return json.dumps({"error": {"code": self.code, "type": self.type, "message": self.message}}).encode()
+
+    @classmethod
+    def from_reply(cls, body: bytes) -> RemoteError | None:
+        """The error in a reply, or None if the reply is data; never raises, whatever the bytes are."""
+        if not body.startswith(b'{"error"'):
+            return None
+        try:
+            error = json.loads(body)["error"]
+            return cls(error["code"], str(error["message"]), str(error.get("type", "")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+
+class Cancelled(GreensafeError):
+    """Raised when somebody ended what was waited for: `deadline.cancel(cause)`, or `Client.close()`.
+
+    Attributes:
+        cause: What they gave as the reason.
+    """
+
+    def __init__(self, cause: object = None) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return "cancelled" if self.cause is None else f"cancelled: {self.cause}"
+
+
+class ProtocolError(GreensafeError):
+    """Raised when somebody does not keep to the protocol; see the subclasses."""
+
+
+class LocalProtocolError(ProtocolError):
+    """Raised when this program does what the state of an exchange does not allow, such as answering twice."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """Raised when the peer sent what the protocol does not allow."""
+
+
+class JournalError(GreensafeError):
+    """Raised when a journal cannot be read or written."""

@@ -1,0 +1,179 @@
+"""Where does a REQ or REP socket stand in its send/recv lockstep, and how does it get out of a broken one?
+
+libzmq keeps that state to itself: a REQ that gave up waiting answers every send with EFSM for ever, and there is no call that
+puts it back. REQ_RELAXED alone hands out the abandoned request's reply, REQ_CORRELATE changes the bytes on the wire.
+What works in place is REQ_RELAXED together with disconnect and connect of every endpoint, and each step below is needed:
+
+1. read on while RCVMORE (or libzmq aborts the process: fq.cpp, `!_more`);
+2. finish a half-sent message with an empty frame (or the next request is sent but never arrives);
+3. LINGER 0 (or the server runs the abandoned request as well);
+4. REQ_RELAXED on, until the next send (then off again, so that misuse still meets EFSM);
+5. disconnect and connect each endpoint as often as it was connected: the old pipe, and the old reply with it, is gone.
+
+A REQ that has bound cannot be reset (its pipes are not ours to drop): it stays in EFSM.
+
+This module knows sockets, not greenlets' waits; it never sleeps.
+"""
+
+from __future__ import annotations
+
+import errno
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+from gevent import getcurrent
+from zmq.backend import Socket as Backend
+
+from ..deadlines import deadline
+from ..errors import RemoteError
+
+__all__ = ["Lockstep"]
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_LINGER = int(zmq.LINGER)
+_RCVMORE = int(zmq.RCVMORE)
+_REQ_RELAXED = int(zmq.REQ_RELAXED)
+_LAST_ENDPOINT = int(zmq.LAST_ENDPOINT)
+
+_get: Callable[[Any, int], Any] = Backend.get
+_set: Callable[[Any, int, Any], None] = Backend.set
+_recv: Callable[..., Any] = Backend.recv
+_send: Callable[..., Any] = Backend.send
+
+Sock = zmq.Socket[Any]
+
+
+class Lockstep:
+    """The state of one REQ or REP socket.
+
+    Attributes:
+        is_open: A REQ's request is sent and its reply not read, or a REP's request is read and not replied to.
+        is_half_sent: A frame went out with SNDMORE and the last one did not yet.
+        is_interrupted: A wait of ours ended without its message: whoever sends next starts afresh.
+    """
+
+    __slots__ = ("_bound", "_connects", "_relaxed", "_scope", "_sender", "is_half_sent", "is_interrupted", "is_open", "is_req")
+
+    def __init__(self, is_req: bool) -> None:
+        self.is_req = is_req
+        self.is_open = False
+        self.is_half_sent = False
+        self.is_interrupted = False
+        self._bound = 0
+        self._connects: list[tuple[str, str]] = []
+        self._relaxed = False
+        self._sender: weakref.ref[Any] | None = None
+        self._scope: deadline | None = None
+
+    # What happened to the socket.
+
+    def on_connect(self, sock: Sock, address: str) -> None:
+        self._connects.append((address, _get(sock, _LAST_ENDPOINT).rstrip(b"\0").decode()))
+
+    def on_disconnect(self, address: str) -> None:
+        for known in self._connects:
+            if address in known:
+                self._connects.remove(known)
+                return
+
+    def on_bind(self) -> None:
+        self._bound += 1
+
+    def on_unbind(self) -> None:
+        self._bound -= 1
+
+    def on_sent(self, sock: Sock, more: bool) -> None:
+        """A frame was taken by libzmq; `more`: it had SNDMORE."""
+        if self._relaxed:
+            _set(sock, _REQ_RELAXED, 0)
+            self._relaxed = False
+        self.is_half_sent = more
+        self.is_interrupted = False
+        if self.is_req:
+            self.is_open = not more
+            self._sender = weakref.ref(getcurrent())
+            self._scope = deadline.current()
+        elif not more:
+            self.is_open = False
+
+    def on_received(self, sock: Sock) -> None:
+        """A frame was read."""
+        if not _get(sock, _RCVMORE):
+            self.is_open = not self.is_req
+            self.is_interrupted = False
+
+    # What to do about it.
+
+    def before_send(self, sock: Sock) -> None:
+        """Reset a REQ whose exchange was given up: its wait was interrupted, its greenlet has died or its scope ran out.
+
+        Otherwise sending twice is a mistake of the program and libzmq says so (EFSM).
+        """
+        if self.is_req and (self.is_open or self.is_half_sent) and self._is_given_up() and not self._bound:
+            self.reset_req(sock)
+
+    def _is_given_up(self) -> bool:
+        if self.is_interrupted:
+            return True
+        sender = None if self._sender is None else self._sender()
+        if sender is None or sender.dead:
+            return True
+        return self._scope is not None and self._scope.delivered
+
+    def reset(self, sock: Sock) -> None:
+        """Put the socket back into the state in which it starts; nothing happens if it is there."""
+        if not (self.is_open or self.is_half_sent or _get(sock, _RCVMORE)):
+            return
+        if not self.is_req:
+            self.reset_rep(sock)
+        elif self._bound:
+            raise zmq.ZMQError(
+                zmq.EFSM, "a REQ socket that has bound cannot be reset in place: close it and make another, or connect instead"
+            )
+        else:
+            self.reset_req(sock)
+
+    def reset_req(self, sock: Sock) -> None:
+        """Steps 1 to 5 of the module's head. The socket can send afterwards, and no old reply can reach it."""
+        _read_rest(sock)
+        if self.is_half_sent:
+            _send(sock, b"", _NOBLOCK)
+        linger = _get(sock, _LINGER)
+        _set(sock, _LINGER, 0)
+        try:
+            _set(sock, _REQ_RELAXED, 1)
+            self._relaxed = True
+            for address, _ in self._connects:
+                _drop(sock, address)
+            self._connects, addresses = [], [address for address, _ in self._connects]
+            for address in addresses:
+                Backend.connect(sock, address)
+                self.on_connect(sock, address)
+        finally:
+            _set(sock, _LINGER, linger)
+        self.is_open = self.is_half_sent = self.is_interrupted = False
+
+    def reset_rep(self, sock: Sock) -> None:
+        """Answer the pending request with an error: that alone frees a REP without losing the requests queued behind it."""
+        _read_rest(sock)
+        if self.is_half_sent:
+            _send(sock, b"", _NOBLOCK)
+        else:
+            _send(sock, RemoteError("ABORTED", "the server gave this request up").to_reply(), _NOBLOCK)
+        self.is_open = self.is_half_sent = self.is_interrupted = False
+
+
+def _read_rest(sock: Sock) -> None:
+    while _get(sock, _RCVMORE):
+        _recv(sock, _NOBLOCK)
+
+
+def _drop(sock: Sock, address: str) -> None:
+    try:
+        Backend.disconnect(sock, address)
+    except zmq.ZMQError as error:
+        # A connection that libzmq has given up by itself (wrong socket type, failed authentication) is gone already.
+        if error.errno != errno.ENOENT:
+            raise

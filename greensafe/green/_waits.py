@@ -1,0 +1,169 @@
+"""Who waits on one ZeroMQ socket, and who is woken when?
+
+Rules:
+
+* ZMQ_FD is edge-like: it is readable while unprocessed *commands* wait, not while messages do, and reading EVENTS (or nearly
+  any other call) consumes the edge. So whoever calls libzmq while somebody waits has to call `recheck` afterwards.
+* Waiters are woken in the order in which they came, each only if EVENTS, read again for it, says so.
+* A waiter is switched to straight from the hub's callback. It runs until it blocks again; then the next one has its turn.
+* Nothing that a greenlet raises may leave a callback: libev would stop the watcher for good.
+* The watcher runs only while somebody waits. So an idle socket neither keeps the loop alive nor is kept alive by it.
+
+It does not know what the waiters want to do, nor any limit but the one it is handed as an absolute time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import gevent
+import zmq
+from gevent.hub import Hub
+from zmq.backend import Socket as Backend
+
+__all__ = ["Waiter", "Waits"]
+
+EVENTS = int(zmq.EVENTS)
+FD = int(zmq.FD)
+POLLIN = int(zmq.POLLIN)
+POLLOUT = int(zmq.POLLOUT)
+
+#: What a socket whose events cannot be read any more is said to be ready for: the waiter then meets the error itself.
+_ALL = POLLIN | POLLOUT
+
+#: Seconds between two tries of a waiter that EVENTS says is ready although it is not: a ROUTER with ROUTER_MANDATORY
+#: is writable as soon as *one* peer is, and no event tells when the peer that is meant has room.
+STUBBORN = 0.05
+
+_get: Callable[[Any, int], Any] = Backend.get
+
+
+class Waiter:
+    """One sleeping greenlet: how to wake it, for which events, and whether it still sleeps."""
+
+    __slots__ = ("asleep", "mask", "stubborn", "switch")
+
+    def __init__(self, switch: Callable[[], object], mask: int, stubborn: bool = False) -> None:
+        self.switch = switch
+        self.mask = mask
+        self.stubborn = stubborn
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Switch to the greenlet if it still sleeps; called in the hub, where an exception must not get out."""
+        if self.asleep:
+            self.asleep = False
+            try:
+                self.switch()
+            except BaseException:  # noqa: BLE001 - the hub supervises: reported, never swallowed
+                gevent.get_hub().handle_error(self.switch, *sys.exc_info())
+
+
+def events_of(sock: zmq.Socket[Any]) -> int:
+    """Read EVENTS; everything is ready on a closed socket or a terminated context."""
+    try:
+        return int(_get(sock, EVENTS))
+    except zmq.ZMQError:
+        return _ALL
+
+
+class Waits:
+    """The greenlets that wait on one socket, in order of arrival.
+
+    The socket is handed to every method instead of being kept: no reference cycle, so a dropped socket is closed at once.
+    """
+
+    __slots__ = ("hub", "queue", "ready_calls", "scheduled", "watcher")
+
+    def __init__(self) -> None:
+        self.queue: list[Waiter] = []
+        self.hub: Hub | None = None
+        self.watcher: Any = None
+        self.scheduled = False
+        #: How often in a row an operation found its message at once; the socket yields now and then by this.
+        self.ready_calls = 0
+
+    def wait(self, sock: zmq.Socket[Any], mask: int, at: float | None, stubborn: bool = False) -> None:
+        """Sleep until `mask` may be ready or the monotonic time `at` has come; wakes spuriously, never too late.
+
+        EVENTS has to be read by the caller before, unless others wait already.
+        """
+        hub = gevent.get_hub()
+        if stubborn:
+            retry = monotonic() + STUBBORN
+            at = retry if at is None else min(at, retry)
+        waiter = Waiter(gevent.getcurrent().switch, mask, stubborn)
+        timer = None
+        self.add(sock, waiter)
+        try:
+            if at is not None:
+                timer = hub.loop.timer(max(0.0, at - monotonic()))
+                timer.start(waiter.wake, update=True)
+            hub.switch()
+        finally:
+            waiter.asleep = False
+            self.remove(waiter)
+            if timer is not None:
+                timer.stop()
+                timer.close()
+
+    def add(self, sock: zmq.Socket[Any], waiter: Waiter) -> None:
+        """Queue a waiter. Raises RuntimeError if greenlets of another thread's hub wait on this socket."""
+        hub = gevent.get_hub()
+        if hub is not self.hub:
+            self._move(sock, hub)
+        if not self.queue:
+            self.watcher.start(self._on_readable, sock)
+        self.queue.append(waiter)
+        if len(self.queue) > 1:
+            self.recheck(sock)
+
+    def remove(self, waiter: Waiter) -> None:
+        """Take a waiter out, wherever it stands; the last one stops the watcher."""
+        if waiter in self.queue:
+            self.queue.remove(waiter)
+        if not self.queue and self.watcher is not None:
+            self.watcher.stop()
+
+    def recheck(self, sock: zmq.Socket[Any]) -> None:
+        """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""
+        if self.queue and not self.scheduled and self._is_anyone_ready(events_of(sock)):
+            assert self.hub is not None
+            self.scheduled = True
+            self.hub.loop.run_callback(self._on_scheduled, sock)
+
+    def abort(self) -> None:
+        """Wake everybody, because the socket is closed; each meets the error in its own next try."""
+        if self.watcher is not None:
+            self.watcher.stop()
+            self.watcher.close()
+            self.watcher = None
+        waiters, self.queue = self.queue, []
+        if self.hub is not None:
+            for waiter in waiters:
+                self.hub.loop.run_callback(waiter.wake)
+        self.hub = None
+
+    def _move(self, sock: zmq.Socket[Any], hub: Hub) -> None:
+        if self.queue:
+            raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
+        if self.watcher is not None:
+            self.watcher.close()
+        self.hub, self.scheduled = hub, False
+        self.watcher = hub.loop.io(_get(sock, FD), 1)
+
+    def _is_anyone_ready(self, events: int) -> bool:
+        return any(waiter.asleep and waiter.mask & events and not waiter.stubborn for waiter in self.queue)
+
+    def _on_scheduled(self, sock: zmq.Socket[Any]) -> None:
+        self.scheduled = False
+        self._on_readable(sock)
+
+    def _on_readable(self, sock: zmq.Socket[Any]) -> None:
+        for waiter in list(self.queue):
+            if waiter.asleep and waiter.mask & events_of(sock):
+                waiter.wake()
+        self.recheck(sock)

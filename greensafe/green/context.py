@@ -1,0 +1,104 @@
+"""What is a Context whose end never blocks the hub?
+
+`zmq_ctx_term` waits until every socket is closed and every lingering message is gone. Called in the hub's thread it stops the
+whole program, so here it runs in the hub's threadpool (waiters meanwhile get ContextTerminated) and the calling greenlet waits.
+At interpreter exit what is pending gets half a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from typing import Any
+
+import gevent
+import zmq
+from gevent.monkey import get_original
+
+from ..deadlines import to_seconds
+from .socket import Socket
+
+__all__ = ["Context"]
+
+#: Milliseconds that messages still queued may take to leave when the interpreter exits and nobody closed anything.
+EXIT_LINGER = 500
+
+_open_contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+
+
+class Context(zmq.Context[Socket]):
+    """A zmq.Context whose sockets are green.
+
+    Attributes:
+        default_timeout: Seconds that sockets made from now on wait by default in send and recv, or None.
+    """
+
+    _socket_class = Socket
+    _instance: Any = None
+    _default_timeout: float | None = None
+    _is_exiting = False
+
+    def __init__(self, io_threads: int | zmq.Context[Any] = 1, shadow: zmq.Context[Any] | int = 0) -> None:
+        super().__init__(io_threads, shadow)  # type: ignore[call-overload]
+        _open_contexts.add(self)
+
+    @property
+    def default_timeout(self) -> float | None:
+        return self._default_timeout
+
+    @default_timeout.setter
+    def default_timeout(self, value: Any) -> None:
+        self._default_timeout = to_seconds(value)
+
+    def term(self) -> None:
+        """Terminate the context, cooperatively.
+
+        Returns when every socket is closed and its lingering messages have left or are given up (LINGER). If the wait is
+        interrupted by a deadline, a Timeout or a kill, termination goes on in its own thread.
+        """
+        if self.closed:
+            return
+        hub = gevent.get_hub()
+        if gevent.getcurrent() is hub or self._is_exiting:
+            super().term()
+        else:
+            hub.threadpool.spawn(super().term).get()
+
+    def __del__(self) -> None:
+        # In whichever greenlet the collector runs, hub included: nothing may wait here. All sockets are gone already, as each
+        # holds its context. A native thread sees the lingering messages off.
+        if not self._shadow and not self.closed and not self._is_exiting:
+            zmq.sugar.context.warn(f"Unclosed context {self}", ResourceWarning, stacklevel=2, source=self)  # type: ignore[attr-defined]
+            get_original("_thread", "start_new_thread")(super().term, ())
+
+
+def _abandon_at_exit() -> None:
+    """Let the process end within a second, whatever is pending and whoever still waits."""
+    Context._is_exiting = True
+    closing = False
+    for context in list(_open_contexts):
+        if context._shadow or context.closed:
+            continue
+        for sock in list(context._sockets):
+            if not sock.closed:
+                closing = True
+                linger = sock.getsockopt(zmq.LINGER)
+                sock.close(EXIT_LINGER if linger < 0 else min(linger, EXIT_LINGER))
+        if closing:
+            _join_term(context)
+
+
+def _join_term(context: Context) -> None:
+    allocate_lock = get_original("_thread", "allocate_lock")
+    done = allocate_lock()
+    done.acquire()
+
+    def term() -> None:
+        zmq.Context.term(context)
+        done.release()
+
+    get_original("_thread", "start_new_thread")(term, ())
+    done.acquire(True, EXIT_LINGER / 1000)
+
+
+atexit.register(_abandon_at_exit)

@@ -1,0 +1,98 @@
+"""How does one greenlet wait for several sockets and file descriptors at once?
+
+A Poller queues one waiter on every green socket and starts one io watcher for every plain socket or descriptor, so any number
+of them can be watched (no select(2), no limit of 1024) and nothing ticks while nothing happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import gevent
+import zmq
+from zmq.backend import zmq_poll
+
+from ..deadlines import check
+from ._waits import POLLIN, POLLOUT, Waiter
+from .socket import Socket
+
+__all__ = ["Poller"]
+
+
+class Poller(zmq.Poller):
+    """A zmq.Poller whose poll lets other greenlets run."""
+
+    def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
+        """Wait for events; returns (socket or descriptor, mask) pairs, an empty list if the limit ran out.
+
+        Args:
+            timeout: MILLISECONDS, as in pyzmq; None or negative: no limit of its own (a deadline scope still holds).
+
+        Raises:
+            zmq.ZMQError: ENOTSOCK if a registered socket is closed, before or while this waits.
+        """
+        at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
+        if timeout == 0:
+            gevent.sleep(0)
+        while True:
+            events = self._ready()
+            if events or (at is not None and monotonic() >= at):
+                return events
+            check(at is not None)
+            self._wait(at)
+
+    def _ready(self) -> list[tuple[Any, int]]:
+        for sock, _ in self.sockets:
+            if isinstance(sock, zmq.Socket) and sock.closed:
+                # zmq_poll would look at descriptor 0 instead.
+                raise zmq.ZMQError(zmq.ENOTSOCK, f"{sock!r} is closed: unregister it first")
+        events = zmq_poll(self.sockets, 0)
+        for sock, _ in self.sockets:
+            if isinstance(sock, Socket):
+                sock._recheck()
+        return events
+
+    def _wait(self, at: float | None) -> None:
+        hub = gevent.get_hub()
+        waiter = Waiter(gevent.getcurrent().switch, POLLIN | POLLOUT)
+        with contextlib.ExitStack() as stack:
+            for sock, flags in self.sockets:
+                stack.enter_context(_queued(hub, sock, int(flags), waiter))
+            if at is not None:
+                timer = hub.loop.timer(max(0.0, at - monotonic()))
+                stack.callback(timer.close)
+                stack.callback(timer.stop)
+                timer.start(waiter.wake, update=True)
+            try:
+                hub.switch()
+            finally:
+                waiter.asleep = False
+
+
+@contextlib.contextmanager
+def _queued(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Iterator[None]:
+    """Have `waiter` woken by one socket or descriptor."""
+    if isinstance(sock, Socket):
+        own = Waiter(waiter.wake, flags)
+        sock._waits.add(sock, own)
+        try:
+            yield
+        finally:
+            own.asleep = False
+            sock._waits.remove(own)
+        return
+    if isinstance(sock, zmq.Socket):
+        fd, mask = sock.FD, 1
+    else:
+        fd = sock if isinstance(sock, int) else sock.fileno()
+        mask = (1 if flags & (POLLIN | int(zmq.POLLERR)) else 0) | (2 if flags & POLLOUT else 0)
+    watcher = hub.loop.io(fd, mask)
+    watcher.start(waiter.wake)
+    try:
+        yield
+    finally:
+        watcher.stop()
+        watcher.close()

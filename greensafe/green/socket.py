@@ -1,0 +1,557 @@
+"""What is a ZeroMQ socket whose every wait is cooperative and ends?
+
+Rules:
+
+* Completion wins: a message that is there is delivered, at timeout 0 and after expiry too. One non-blocking try precedes
+  every error that says that time ran out.
+* A message is sent and received whole: nothing switches between its frames.
+* An exception thrown into a wait (a deadline, a gevent.Timeout, a kill) leaves every message where it was, and a REQ able to
+  send again.
+* First come, first served: who waits already is served before a newcomer.
+
+Who waits is kept in `_waits`, the state of REQ and REP in `_lockstep`. Nothing here knows servers, clients or headers.
+"""
+
+from __future__ import annotations
+
+import enum
+import pickle
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import gevent
+import zmq
+from zmq.backend import Socket as Backend
+from zmq.utils import jsonapi
+
+from ..deadlines import DeadlineSignal, check, to_seconds
+from ..errors import OperationTimeout
+from ._lockstep import Lockstep
+from ._waits import POLLIN, POLLOUT, Waits, events_of
+
+if TYPE_CHECKING:
+    from .context import Context
+
+__all__ = ["DEFAULT_LINGER", "UNSET", "Socket"]
+
+
+class Unset(enum.Enum):
+    """The type of `UNSET`: no timeout was given, so the socket's own default holds."""
+
+    UNSET = "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+
+#: Milliseconds that a closed socket's unsent messages are kept for a peer that does not come. libzmq's own default, for ever,
+#: leaks the socket and hangs Context.term().
+DEFAULT_LINGER = 30_000
+
+#: Operations in a row that found their message at once before the loop gets a turn.
+FAIR_SHARE = 256
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_SNDMORE = int(zmq.SNDMORE)
+_RCVMORE = int(zmq.RCVMORE)
+_RCVTIMEO = int(zmq.RCVTIMEO)
+_SNDTIMEO = int(zmq.SNDTIMEO)
+_LINGER = int(zmq.LINGER)
+_LAST_ENDPOINT = int(zmq.LAST_ENDPOINT)
+
+_get: Callable[[Any, int], Any] = Backend.get
+_recv: Callable[..., Any] = Backend.recv
+_send: Callable[..., Any] = Backend.send
+_sugar_send: Callable[..., Any] = zmq.Socket.send
+
+#: What a cooperative attempt returns instead of a message when its own limit ran out.
+_EXPIRED: Final = object()
+
+Timeout = float | None | Unset
+
+
+class Socket(zmq.Socket[bytes]):
+    """A cooperative zmq.Socket: every send*, recv* and poll lets other greenlets run while it waits, and can be limited.
+
+    Every send* and recv* takes `timeout=` in seconds: None waits without limit, 0 takes only what is ready now. Without it
+    `default_timeout` holds, and without that one the RCVTIMEO or SNDTIMEO option. When it runs out `on_timeout` decides.
+    An enclosing `deadline` scope, `gevent.Timeout` or kill ends the wait as well; no message is lost by any of them.
+
+    Args:
+        ctx_or_socket: The Context, or a socket to shadow.
+        socket_type: zmq.REQ, zmq.ROUTER, ...
+        default_timeout: Seconds that each send and recv waits unless it says otherwise; by default the Context's.
+    """
+
+    context: Context
+    _waits: Waits
+    _lockstep: Lockstep | None
+    _default_timeout: float | None
+    _last_limit: tuple[str, float]
+
+    def __init__(
+        self,
+        ctx_or_socket: zmq.Context[Any] | zmq.Socket[Any] | None = None,
+        socket_type: int = 0,
+        default_timeout: Timeout = UNSET,
+        *,
+        shadow: zmq.Socket[Any] | int = 0,
+        copy_threshold: int | None = None,
+    ) -> None:
+        self._waits = Waits()
+        self._lockstep = None
+        if default_timeout is UNSET:
+            default_timeout = getattr(ctx_or_socket, "default_timeout", None)
+        self._default_timeout = to_seconds(default_timeout)
+        super().__init__(ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold)  # type: ignore[call-overload]
+        if self.type in (zmq.REQ, zmq.REP):
+            self._lockstep = Lockstep(self.type == zmq.REQ)
+        if not self._shadow:
+            Backend.set(self, _LINGER, DEFAULT_LINGER)
+
+    @property
+    def default_timeout(self) -> float | None:
+        """Seconds that send and recv wait unless timeout= says otherwise; None leaves it to RCVTIMEO and SNDTIMEO."""
+        return self._default_timeout
+
+    @default_timeout.setter
+    def default_timeout(self, value: Any) -> None:
+        self._default_timeout = to_seconds(value)
+
+    def on_timeout(self) -> Any:
+        """Decide what happens when timeout=, default_timeout, RCVTIMEO or SNDTIMEO runs out; called once per call.
+
+        What it returns is what the interrupted call returns. The default raises OperationTimeout.
+        """
+        op, seconds = self._last_limit
+        raise OperationTimeout(seconds, op, self._endpoint())
+
+    # Receiving.
+
+    def recv(self, flags: int = 0, copy: bool = True, track: bool = False, *, timeout: Timeout = UNSET) -> Any:
+        """Receive one frame: bytes, or a Frame with copy=False.
+
+        Args:
+            flags: NOBLOCK, or 0.
+            copy: False for a Frame.
+            track: As in pyzmq.
+            timeout: Seconds to wait at most; see the class.
+
+        Raises:
+            OperationTimeout: The limit ran out. Nothing was received; a REQ may send again or go on waiting.
+            zmq.Again: NOBLOCK and nothing is there.
+            zmq.ZMQError: As in pyzmq; ENOTSOCK if the socket is closed while this waits.
+        """
+        frame = self._receive("recv", flags, copy, track, timeout)
+        return self.on_timeout() if frame is _EXPIRED else frame
+
+    def recv_multipart(self, flags: int = 0, copy: bool = True, track: bool = False, *, timeout: Timeout = UNSET) -> Any:
+        """Receive a whole message: a list of bytes, or of Frames with copy=False. See `recv` for the rest."""
+        frames = self._receive_all("recv_multipart", flags, copy, track, timeout)
+        return self.on_timeout() if frames is _EXPIRED else frames
+
+    def recv_into(self, buffer: Any, /, *, nbytes: int = 0, flags: int = 0, timeout: Timeout = UNSET) -> Any:
+        """Receive one frame into a writable buffer; returns its size in bytes. See `recv` for the rest."""
+
+        def attempt() -> int:
+            return Backend.recv_into(self, buffer, nbytes=nbytes, flags=int(flags) | _NOBLOCK)
+
+        size = self._try_or_wait("recv_into", POLLIN, attempt, flags, timeout)
+        if size is _EXPIRED:
+            return self.on_timeout()
+        if self._lockstep is not None:
+            self._lockstep.on_received(self)
+        return size
+
+    def recv_string(self, flags: int = 0, encoding: str = "utf-8", *, timeout: Timeout = UNSET) -> Any:
+        """Receive one frame as text. UnicodeDecodeError: the frame was read all the same."""
+        frame = self._receive("recv_string", flags, True, False, timeout)
+        return self.on_timeout() if frame is _EXPIRED else self._deserialize(frame, lambda data: data.decode(encoding))
+
+    def recv_json(self, flags: int = 0, *, timeout: Timeout = UNSET, **kwargs: Any) -> Any:
+        """Receive one frame as JSON; kwargs go to json.loads. A JSONDecodeError: the frame was read all the same."""
+        frame = self._receive("recv_json", flags, True, False, timeout)
+        return self.on_timeout() if frame is _EXPIRED else self._deserialize(frame, lambda data: jsonapi.loads(data, **kwargs))
+
+    def recv_pyobj(self, flags: int = 0, *, timeout: Timeout = UNSET) -> Any:
+        """Receive one frame as a pickle: only from a peer you trust with running code."""
+        frame = self._receive("recv_pyobj", flags, True, False, timeout)
+        return self.on_timeout() if frame is _EXPIRED else self._deserialize(frame, pickle.loads)
+
+    def recv_serialized(
+        self, deserialize: Callable[[list[Any]], Any], flags: int = 0, copy: bool = True, *, timeout: Timeout = UNSET
+    ) -> Any:
+        """Receive a whole message and return what `deserialize(frames)` makes of it."""
+        frames = self._receive_all("recv_serialized", flags, copy, False, timeout)
+        return self.on_timeout() if frames is _EXPIRED else self._deserialize(frames, deserialize)
+
+    recv_unicode = recv_string
+
+    # Sending.
+
+    def send(
+        self,
+        data: Any,
+        flags: int = 0,
+        copy: bool = True,
+        track: bool = False,
+        routing_id: int | None = None,
+        group: str | None = None,
+        *,
+        timeout: Timeout = UNSET,
+    ) -> Any:
+        """Queue one frame for sending; waits only while the queue is full. Returns a MessageTracker or None, as in pyzmq.
+
+        Args:
+            data: bytes or any buffer, or a Frame.
+            flags: NOBLOCK, SNDMORE, or 0.
+            copy, track, routing_id, group: As in pyzmq.
+            timeout: Seconds to wait at most; see the class.
+
+        Raises:
+            OperationTimeout: The limit ran out. The frame was not queued.
+            zmq.Again: NOBLOCK and the queue is full.
+            zmq.ZMQError: As in pyzmq; EFSM if a REQ has its reply still to read.
+        """
+        extra: dict[str, Any] = {}
+        if routing_id is not None:
+            extra["routing_id"] = routing_id
+        if group is not None:
+            extra["group"] = group
+        result = self._transmit("send", data, flags, copy, track, timeout, extra)
+        return self.on_timeout() if result is _EXPIRED else result
+
+    def send_multipart(
+        self,
+        msg_parts: Sequence[Any],
+        flags: int = 0,
+        copy: bool = True,
+        track: bool = False,
+        *,
+        timeout: Timeout = UNSET,
+        **kwargs: Any,
+    ) -> Any:
+        """Queue a whole message, all of it or nothing. See `send` for the rest."""
+        result = self._transmit_all("send_multipart", msg_parts, flags, copy, track, timeout, kwargs)
+        return self.on_timeout() if result is _EXPIRED else result
+
+    def send_string(
+        self,
+        u: str,
+        flags: int = 0,
+        copy: bool = True,
+        encoding: str = "utf-8",
+        *,
+        timeout: Timeout = UNSET,
+        **kwargs: Any,
+    ) -> Any:
+        """Send text as one frame."""
+        if not isinstance(u, str):
+            raise TypeError("str objects only")
+        return self.send(u.encode(encoding), flags, copy, timeout=timeout, **kwargs)
+
+    def send_json(self, obj: object, flags: int = 0, *, timeout: Timeout = UNSET, **kwargs: Any) -> Any:
+        """Send an object as one frame of JSON; kwargs go to json.dumps."""
+        extra = {key: kwargs.pop(key) for key in ("routing_id", "group") if key in kwargs}
+        return self.send(jsonapi.dumps(obj, **kwargs), flags, timeout=timeout, **extra)
+
+    def send_pyobj(
+        self, obj: object, flags: int = 0, protocol: int = pickle.DEFAULT_PROTOCOL, *, timeout: Timeout = UNSET, **kwargs: Any
+    ) -> Any:
+        """Send an object as one frame of pickle."""
+        return self.send(pickle.dumps(obj, protocol), flags, timeout=timeout, **kwargs)
+
+    def send_serialized(
+        self,
+        msg: Any,
+        serialize: Callable[[Any], Sequence[Any]],
+        flags: int = 0,
+        copy: bool = True,
+        *,
+        timeout: Timeout = UNSET,
+        **kwargs: Any,
+    ) -> Any:
+        """Send the frames that `serialize(msg)` returns."""
+        return self.send_multipart(serialize(msg), flags, copy, timeout=timeout, **kwargs)
+
+    send_unicode = send_string
+
+    # Waiting for events.
+
+    def poll(self, timeout: float | None = None, flags: int = POLLIN) -> int:
+        """Wait until the socket is ready; returns the mask of POLLIN and POLLOUT that holds, 0 if the limit ran out.
+
+        Args:
+            timeout: MILLISECONDS, as in pyzmq; None or negative: no limit of its own (a deadline scope still holds).
+            flags: POLLIN, POLLOUT or both.
+        """
+        if self.closed:
+            raise zmq.ZMQError(zmq.ENOTSUP)
+        at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
+        flags = int(flags)
+        if timeout == 0:
+            gevent.sleep(0)
+        while True:
+            events = int(_get(self, int(zmq.EVENTS))) & flags
+            self._waits.recheck(self)
+            if events or (at is not None and monotonic() >= at):
+                return events
+            check(at is not None)
+            self._waits.wait(self, flags, at)
+
+    # The ends of a socket's life, and what else makes libzmq process commands.
+
+    def reset(self) -> None:
+        """Put a REQ or REP back into the state in which it starts, by hand.
+
+        A REQ forgets its request and will never receive that request's reply; it can send at once. A REP answers the pending
+        request with an error reply (closing and re-binding would lose the requests of other clients that are queued). On a
+        socket that has nothing pending nothing happens.
+
+        Raises:
+            zmq.ZMQError: ENOTSUP on another type of socket; EFSM on a REQ that has bound, which cannot be reset in place.
+        """
+        if self._lockstep is None:
+            raise zmq.ZMQError(zmq.ENOTSUP, f"only REQ and REP have a state to reset, not {self._type_name}")
+        self._lockstep.reset(self)
+        self._waits.recheck(self)
+
+    def close(self, linger: int | None = None) -> None:
+        """Close the socket. Greenlets that wait on it get ENOTSOCK. Unsent messages are kept for LINGER milliseconds."""
+        super().close(linger)
+        waits = self.__dict__.get("_waits")
+        if waits is not None:
+            waits.abort()
+
+    def get(self, option: int) -> Any:
+        """Get a socket option, as in pyzmq."""
+        try:
+            return super().get(option)
+        finally:
+            self._recheck()
+
+    def set(self, option: int, optval: Any) -> None:
+        """Set a socket option, as in pyzmq."""
+        try:
+            super().set(option, optval)
+        finally:
+            self._recheck()
+
+    getsockopt = get
+    setsockopt = set  # noqa: A003
+
+    def connect(self, addr: str) -> Any:
+        """Connect to an endpoint, as in pyzmq."""
+        result = super().connect(addr)
+        if self._lockstep is not None:
+            self._lockstep.on_connect(self, addr)
+        self._recheck()
+        return result
+
+    def disconnect(self, addr: str | bytes) -> None:
+        """Disconnect from an endpoint, as in pyzmq."""
+        super().disconnect(addr)
+        if self._lockstep is not None:
+            self._lockstep.on_disconnect(addr.decode() if isinstance(addr, bytes) else addr)
+        self._recheck()
+
+    def bind(self, addr: str) -> Any:
+        """Bind to an endpoint, as in pyzmq."""
+        result = super().bind(addr)
+        if self._lockstep is not None:
+            self._lockstep.on_bind()
+        self._recheck()
+        return result
+
+    def unbind(self, addr: str | bytes) -> None:
+        """Unbind from an endpoint, as in pyzmq."""
+        super().unbind(addr)
+        if self._lockstep is not None:
+            self._lockstep.on_unbind()
+        self._recheck()
+
+    # Inside.
+
+    def _recheck(self) -> None:
+        waits = self._waits
+        if waits.queue:
+            waits.recheck(self)
+
+    def _endpoint(self) -> str | None:
+        try:
+            return cast(bytes, _get(self, _LAST_ENDPOINT)).rstrip(b"\0").decode() or None
+        except (zmq.ZMQError, UnicodeDecodeError):
+            return None
+
+    def _receive(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
+        """One frame, or _EXPIRED."""
+        waits = self._waits
+        lockstep = self._lockstep
+        waits.ready_calls += 1
+        if not flags and not waits.queue and waits.ready_calls < FAIR_SHARE:
+            try:
+                frame = _recv(self, _NOBLOCK, copy, track)
+            except zmq.Again:
+                pass
+            else:
+                if lockstep is not None:
+                    lockstep.on_received(self)
+                return frame
+        nonblocking = int(flags) | _NOBLOCK
+        frame = self._try_or_wait(op, POLLIN, lambda: _recv(self, nonblocking, copy, track), flags, timeout)
+        if lockstep is not None and frame is not _EXPIRED:
+            lockstep.on_received(self)
+        return frame
+
+    def _receive_all(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
+        """A list of frames, or _EXPIRED."""
+        frame = self._receive(op, flags, copy, track, timeout)
+        if frame is _EXPIRED:
+            return frame
+        frames = [frame]
+        while _get(self, _RCVMORE):
+            # libzmq hands over whole messages: the rest is there, and nothing may switch before it is read.
+            frames.append(_recv(self, _NOBLOCK, copy, track))
+        if self._lockstep is not None:
+            self._lockstep.on_received(self)
+        self._recheck()
+        return frames
+
+    def _transmit(
+        self, op: str, data: Any, flags: int, copy: bool, track: bool, timeout: Timeout, extra: dict[str, Any]
+    ) -> Any:
+        """A MessageTracker or None, or _EXPIRED."""
+        flags = int(flags)
+        lockstep = self._lockstep
+        if lockstep is not None:
+            lockstep.before_send(self)
+        nonblocking = flags | _NOBLOCK
+
+        def attempt() -> Any:
+            return _sugar_send(self, data, nonblocking, copy, track, **extra)
+
+        result = self._try_or_wait(op, POLLOUT, attempt, flags, timeout)
+        if lockstep is not None and result is not _EXPIRED:
+            lockstep.on_sent(self, bool(flags & _SNDMORE))
+        return result
+
+    def _transmit_all(
+        self, op: str, frames: Sequence[Any], flags: int, copy: bool, track: bool, timeout: Timeout, extra: dict[str, Any]
+    ) -> Any:
+        """As _transmit, for a whole message: only the first frame can have to wait, as libzmq counts messages."""
+        frames = list(frames)
+        if not frames:
+            raise ValueError("a message has at least one frame; send [b''] for an empty one")
+        for index, frame in enumerate(frames):
+            _check_frame(index, frame)
+        flags = int(flags)
+        if len(frames) == 1:
+            return self._transmit(op, frames[0], flags, copy, track, timeout, extra)
+        result = self._transmit(op, frames[0], flags | _SNDMORE, copy, track, timeout, extra)
+        if result is _EXPIRED:
+            return result
+        for frame in frames[1:-1]:
+            _sugar_send(self, frame, flags | _SNDMORE | _NOBLOCK, copy, track, **extra)
+        result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
+        if self._lockstep is not None:
+            self._lockstep.on_sent(self, bool(flags & _SNDMORE))
+        self._recheck()
+        return result
+
+    def _try_or_wait(self, op: str, mask: int, attempt: Callable[[], Any], flags: int, timeout: Timeout) -> Any:
+        """Do `attempt` at once or, unless NOBLOCK was given, when the socket is ready; _EXPIRED if the limit ran out first."""
+        waits = self._waits
+        if int(flags) & _NOBLOCK:
+            return self._attempt(attempt, mask)
+        if waits.ready_calls >= FAIR_SHARE:
+            self._yield(mask)
+        if not waits.queue:
+            try:
+                return self._attempt(attempt, mask)
+            except zmq.Again:
+                pass
+        waits.ready_calls = 0
+        done = False
+        try:
+            result = self._wait_for(op, mask, attempt, timeout)
+            done = result is not _EXPIRED
+        finally:
+            if not done and self._lockstep is not None:
+                self._lockstep.is_interrupted = True
+        return result
+
+    def _yield(self, mask: int) -> None:
+        """Let others run, before anything is taken; never between the frames of a message."""
+        half_sent = mask == POLLOUT and self._lockstep is not None and self._lockstep.is_half_sent
+        if half_sent or (mask == POLLIN and _get(self, _RCVMORE)):
+            return
+        self._waits.ready_calls = 0
+        gevent.sleep(0)
+
+    def _attempt(self, attempt: Callable[[], Any], mask: int) -> Any:
+        """One non-blocking try; whoever else waits gets the edge back that it may have consumed.
+
+        libzmq throttles its commands, so a send fails with EAGAIN now and then although there is room: reading EVENTS
+        processes them, then the second try tells the truth.
+        """
+        try:
+            return attempt()
+        except zmq.Again:
+            if events_of(self) & mask:
+                return attempt()
+            raise
+        finally:
+            self._recheck()
+
+    def _wait_for(self, op: str, mask: int, attempt: Callable[[], Any], timeout: Timeout) -> Any:
+        """Sleep and try until it succeeds. The socket was found not ready, or others are ahead in the queue."""
+        start = monotonic()
+        limit = self._limit(mask, timeout)
+        at = None if limit is None else start + limit
+        stubborn = False
+        while True:
+            if at is not None and monotonic() >= at:
+                return self._last_try(op, cast(float, limit), mask, attempt)
+            try:
+                check(at is not None)
+                self._waits.wait(self, mask, at, stubborn)
+            except DeadlineSignal as signal:
+                return self._last_try_before(signal, mask, attempt)
+            try:
+                return self._attempt(attempt, mask)
+            except zmq.Again:
+                stubborn = bool(events_of(self) & mask)
+
+    def _limit(self, mask: int, timeout: Timeout) -> float | None:
+        """Seconds of this call, by precedence: timeout=, default_timeout, the option."""
+        if timeout is not UNSET:
+            return to_seconds(timeout)
+        if self._default_timeout is not None:
+            return self._default_timeout
+        milliseconds = _get(self, _RCVTIMEO if mask == POLLIN else _SNDTIMEO)
+        return None if milliseconds < 0 else cast(int, milliseconds) / 1000
+
+    def _last_try(self, op: str, limit: float, mask: int, attempt: Callable[[], Any]) -> Any:
+        try:
+            return self._attempt(attempt, mask)
+        except zmq.Again:
+            self._last_limit = (op, limit)
+            return _EXPIRED
+
+    def _last_try_before(self, signal: DeadlineSignal, mask: int, attempt: Callable[[], Any]) -> Any:
+        try:
+            result = self._attempt(attempt, mask)
+        except zmq.Again:
+            raise signal from None
+        signal.put_back()
+        return result
+
+
+def _check_frame(index: int, frame: object) -> None:
+    if not isinstance(frame, (bytes, zmq.Frame)):
+        try:
+            memoryview(cast(Any, frame))
+        except TypeError:
+            shown = repr(frame)
+            shown = shown if len(shown) <= 32 else shown[:32] + "..."
+            raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None

@@ -1,0 +1,69 @@
+"""Which of many things is due next?
+
+One heap for all. What is over is not searched for but skipped when it comes to the top, and the heap is rebuilt when more than
+half of it is over, so that it never grows with what ended long ago.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["DueQueue"]
+
+T = TypeVar("T")
+
+#: Entries below which rebuilding is not worth it.
+SMALL = 64
+
+
+class DueQueue(Generic[T]):
+    """Things with an absolute time each.
+
+    Args:
+        is_live: Tells whether what was pushed for this time still counts.
+    """
+
+    __slots__ = ("_heap", "_is_live", "_live_size", "_number")
+
+    def __init__(self, is_live: Callable[[T, float], bool]) -> None:
+        self._heap: list[tuple[float, int, T]] = []
+        self._is_live = is_live
+        self._number = 0
+        self._live_size = SMALL
+
+    def __len__(self) -> int:
+        """Entries kept, those that are over included."""
+        return len(self._heap)
+
+    def push(self, at: float, thing: T) -> None:
+        """Have `thing` come up at `at`; pushed twice it comes up twice, if both still count then."""
+        self._number += 1
+        heap = self._heap
+        heapq.heappush(heap, (at, self._number, thing))
+        if len(heap) > 2 * self._live_size:
+            is_live = self._is_live
+            heap[:] = [entry for entry in heap if is_live(entry[2], entry[0])]
+            heapq.heapify(heap)
+            self._live_size = max(SMALL, len(heap))
+
+    def next_at(self) -> float | None:
+        """When the next one is due, None if nothing is left."""
+        heap = self._heap
+        while heap:
+            at, _, thing = heap[0]
+            if self._is_live(thing, at):
+                return at
+            heapq.heappop(heap)
+        return None
+
+    def pop_due(self, now: float) -> list[T]:
+        """Take out what is due by `now`, in the order of the times."""
+        due: list[T] = []
+        heap = self._heap
+        while heap and heap[0][0] <= now:
+            at, _, thing = heapq.heappop(heap)
+            if self._is_live(thing, at):
+                due.append(thing)
+        return due

@@ -1,0 +1,248 @@
+"""How does a program serve requests so that no client is ever stuck?
+
+`Server` owns a ROUTER. Each request that arrives runs in a greenlet of its own and is answered exactly once. (For a socket
+that the caller owns see `supervision`.)
+
+Rules:
+
+* Nothing here waits for a handler, a client or a full pipe: the pump's callbacks and the watchdog's timer do all the work.
+* `max_inflight` requests run at a time; beyond that nothing is read, so clients feel backpressure.
+* Signal handlers are installed by `serve` and `serve_forever` only, in the main thread, and put back.
+
+It does not know what a request is about, nor how the watchdog decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+
+import gevent
+import zmq
+from gevent.event import Event
+
+from . import green
+from .deadlines import shield, to_seconds
+from .errors import RemoteError
+from .green._pump import Pump
+from .watchdog import Handler, OnError, Watchdog, check_handler, check_limits
+
+__all__ = ["Server", "serve"]
+
+#: Seconds that answers still queued in libzmq may take to leave after a server was stopped.
+FLUSH = 1.0
+
+#: Seconds that stop() waits by default for the handlers that still run.
+STOP_TIMEOUT = 5.0
+
+
+class Server:
+    """A server for REQ, DEALER and greensafe clients.
+
+    Args:
+        endpoint: Where to bind, for instance "tcp://127.0.0.1:5555"; port 0 or * takes a free one.
+        handler: Called with each Request in a greenlet of its own; returns the answer (see Request).
+        deadline: Seconds that a handler has before its client is answered DEADLINE_EXCEEDED; None, in writing, for no limit.
+        grace: Seconds between the deadline and the kill.
+        max_inflight: Requests handled at a time; beyond it nothing is read.
+        on_error: Called with (request, error) before an error goes to a plain client; returns what to send instead, or None.
+        journal: None; journals are not part of this version.
+        context: The Context to use; by default the shared one.
+
+    Raises:
+        TypeError, ValueError: An argument is not usable; the text says which.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        handler: Handler,
+        *,
+        deadline: Any,
+        grace: Any = 1.0,
+        max_inflight: int = 1000,
+        on_error: OnError | None = None,
+        journal: None = None,
+        context: zmq.Context[Any] | None = None,
+    ) -> None:
+        check_handler(handler)
+        if not isinstance(endpoint, str):
+            raise TypeError(f"endpoint is a str such as 'tcp://127.0.0.1:5555', not {type(endpoint).__name__}")
+        if not isinstance(max_inflight, int) or isinstance(max_inflight, bool) or max_inflight < 1:
+            raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
+        if journal is not None:
+            raise ValueError("journal must be None: this version has no journal yet")
+        self._bind_to = endpoint
+        self._handler = handler
+        self._limit, self._grace = check_limits(deadline, grace)
+        self._max_inflight = max_inflight
+        self._on_error = on_error
+        self._context = context
+        self._pump: Pump | None = None
+        self._watchdog: Watchdog | None = None
+        self._idle = Event()
+        self._stopped = Event()
+        self._stopped.set()
+        self._stopping = False
+        self.endpoint: str | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether it is bound and reads requests."""
+        return self._pump is not None and not self._stopping
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has no socket: not started yet, or stopped."""
+        return self._pump is None
+
+    @property
+    def full(self) -> bool:
+        """Whether max_inflight is reached, so that nothing is read."""
+        return self._watchdog is not None and self._watchdog.load >= self._max_inflight
+
+    def start(self) -> None:
+        """Bind and begin to serve, in this thread's hub; returns at once. Does nothing if started already.
+
+        Raises:
+            zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport); nothing is left behind.
+        """
+        if self._pump is not None:
+            return
+        sock = zmq.Socket(self._context or green.Context.instance(), zmq.ROUTER)
+        try:
+            sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            sock.bind(self._bind_to)
+            self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+        except BaseException:
+            sock.close(0)
+            raise
+        self._socket = sock
+        self._stopping = False
+        self._stopped.clear()
+        self._pump = Pump(sock, self._on_message)
+        self._watchdog = Watchdog(
+            self._handler,
+            self._pump.send,
+            limit=self._limit,
+            grace=self._grace,
+            on_error=self._on_error,
+            on_room=self._on_room,
+        )
+        self._pump.start()
+
+    def stop(self, timeout: Any = STOP_TIMEOUT) -> None:
+        """Take no new clients, finish what was received, then close.
+
+        What is not answered after `timeout` seconds is answered UNAVAILABLE, and its handler killed. Called again (from a
+        second signal, say) with a smaller timeout it ends the first call's wait. The server can be started again afterwards.
+        """
+        limit = to_seconds(timeout)
+        if self._pump is None:
+            return
+        if not self._stopping:
+            self._stopping = True
+            with contextlib.suppress(zmq.ZMQError):  # a wildcard inproc endpoint or a lost interface: closing does it too
+                self._socket.unbind(self.endpoint or self._bind_to)
+        at = None if limit is None else monotonic() + limit
+        try:
+            while self._pump is not None and self._is_busy() and (at is None or monotonic() < at):
+                self._idle.clear()
+                self._idle.wait(0.05 if at is None else min(0.05, max(0.0, at - monotonic())))
+        finally:
+            self._close()
+
+    def close(self) -> None:
+        """Stop at once: what is not answered is answered UNAVAILABLE."""
+        self.stop(0)
+
+    def serve_forever(self, stop_timeout: Any = STOP_TIMEOUT) -> None:
+        """Start, and return when the server was stopped, by `stop` or by SIGTERM or SIGINT.
+
+        In the main thread the two signals stop it with `stop_timeout`, a second one at once.
+        """
+        self.start()
+        with _signals(lambda: self.stop(stop_timeout), self.close):
+            try:
+                self._stopped.wait()
+            finally:
+                with shield():
+                    self.stop(stop_timeout)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        state = "stopping" if self._stopping and self._pump else "started" if self._pump else "closed"
+        if self._watchdog is None:
+            return f"<Server {state} {self._bind_to}>"
+        counts = self._watchdog.responder
+        return (
+            f"<Server {state} {self.endpoint or self._bind_to} inflight={counts.inflight} answered={counts.answered}"
+            f" zombies={counts.zombies} malformed={counts.malformed}>"
+        )
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        assert self._watchdog is not None and self._pump is not None
+        self._watchdog.accept(frames)
+        if self._watchdog.load >= self._max_inflight:
+            self._pump.is_paused = True
+
+    def _on_room(self) -> None:
+        assert self._watchdog is not None and self._pump is not None
+        if self._pump.is_paused and self._watchdog.load < self._max_inflight:
+            self._pump.resume()
+        if self._stopping and not self._watchdog.load:
+            self._idle.set()
+
+    def _is_busy(self) -> bool:
+        assert self._watchdog is not None and self._pump is not None
+        return self._watchdog.load > 0 or self._pump.queued > 0 or self._pump.has_input
+
+    def _close(self) -> None:
+        pump, watchdog = self._pump, self._watchdog
+        if pump is None or watchdog is None:
+            return
+        watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
+        pump.flush()
+        self._pump = None
+        self._stopping = False
+        pump.close(int(FLUSH * 1000))
+        watchdog.close()
+        self._stopped.set()
+
+
+def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> None:
+    """Serve until SIGTERM, SIGINT or an exception; blocks. See Server for the arguments."""
+    Server(endpoint, handler, deadline=deadline, **options).serve_forever()
+
+
+@contextlib.contextmanager
+def _signals(on_first: Callable[[], object], on_second: Callable[[], object]) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT while inside, in the main thread only; what was installed before comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = 0
+
+    def on_signal() -> None:
+        nonlocal seen
+        seen += 1
+        gevent.spawn(on_first if seen == 1 else on_second)
+
+    watchers = [gevent.signal_handler(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.cancel()

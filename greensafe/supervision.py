@@ -1,0 +1,202 @@
+"""How is a REP or ROUTER that the caller owns put under the watchdog?
+
+`supervise` runs a handler per request until the socket is closed; `supervised` is the same for a program's own `while` loop.
+What the seed calls resetting the socket is here: the pending request is answered with an error, which puts a REP back into
+its receiving state. (Closing and binding again would lose the requests of every other client that are queued.)
+
+A REP keeps the envelope to itself, so the watchdog is shown a made-up one, which is taken off again before sending.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import gevent
+import zmq
+from gevent.event import Event
+
+from .deadlines import DeadlineSignal
+from .errors import RemoteError
+from .green.socket import Socket
+from .watchdog import Handler, OnError, Request, Watchdog, check_handler, check_limits
+
+__all__ = ["supervise", "supervised"]
+
+log = logging.getLogger(__name__)
+
+#: What stands for the envelope that a REP keeps: a routing id and the delimiter.
+_REP_ROUTE = [b"REP", b""]
+
+#: Seconds that an answer waits for a ROUTER's client whose pipe is full before it is dropped.
+FULL_PEER = 30.0
+
+
+def supervise(
+    sock: Socket,
+    handler: Handler,
+    *,
+    deadline: Any,
+    grace: Any = 1.0,
+    max_inflight: int = 1000,
+    on_error: OnError | None = None,
+) -> None:
+    """Serve a REP or ROUTER that the caller owns; returns when it is closed.
+
+    A REP handles one request at a time, a ROUTER up to `max_inflight`. When the caller leaves early (a kill, a deadline),
+    what is unanswered is answered UNAVAILABLE and the socket is left open, ready to receive.
+
+    Args:
+        sock: A bound or connected greensafe REP or ROUTER; nobody else may receive from it meanwhile.
+        handler, deadline, grace, on_error: As for Server.
+        max_inflight: For a ROUTER: requests handled at a time; beyond it nothing is read.
+
+    Raises:
+        TypeError, ValueError: An argument is not usable.
+        zmq.ZMQError: The socket cannot receive, for instance EFSM if a request was read from the REP before.
+    """
+    _check_socket(sock)
+    check_handler(handler)
+    limit, after = check_limits(deadline, grace)
+    room = Event()
+    is_rep = sock.type == zmq.REP
+    watchdog = Watchdog(handler, _sender(sock, room.set), limit=limit, grace=after, on_error=on_error, on_room=room.set)
+    hub = gevent.get_hub()
+    try:
+        while not sock.closed:
+            frames = _receive(sock)
+            if frames is None:
+                return
+            room.clear()
+            hub.loop.run_callback(watchdog.accept, frames)
+            gevent.sleep(0)
+            while watchdog.responder.inflight if is_rep else watchdog.load >= max_inflight:
+                room.wait()
+                room.clear()
+    finally:
+        if not sock.closed:
+            watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
+        watchdog.close()
+
+
+class supervised:
+    """Receive one request on entry, answer it on any exit; for a program's own loop.
+
+        while True:
+            with supervised(rep_socket, deadline=30) as request:
+                rep_socket.send(work(request.body))
+
+    Inside, answer with the socket's own send (REP) or with `request.reply`. If the block ends without an answer the client
+    gets an error: INTERNAL, or DEADLINE_EXCEEDED as soon as the deadline has come. An Exception is logged and ends here, so
+    that the loop goes on; SystemExit, KeyboardInterrupt, GreenletExit and other people's timeouts are passed on after the
+    client was answered.
+
+    Args:
+        sock: A greensafe REP or ROUTER.
+        deadline: Seconds from the request's arrival until it is answered DEADLINE_EXCEEDED and the block gets the signal;
+            None, in writing, for no limit. The block runs in the caller's greenlet, so it is never killed.
+        on_error: As for Server.
+    """
+
+    def __init__(self, sock: Socket, *, deadline: Any, on_error: OnError | None = None) -> None:
+        _check_socket(sock)
+        limit, grace = check_limits(deadline, 1.0)
+        self._sock = sock
+        self._watchdog = Watchdog(_no_handler, _sender(sock), limit=limit, grace=grace, on_error=on_error)
+        self._request: Request | None = None
+
+    def __enter__(self) -> Request:
+        frames = _receive(self._sock)
+        if frames is None:
+            raise zmq.ZMQError(zmq.ENOTSOCK)
+        self._request = request = self._watchdog.open(frames)
+        request.deadline._attach(gevent.getcurrent())
+        return request
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        request = self._request
+        assert request is not None
+        request.deadline._detach()
+        if not self._sock.closed:
+            self._answer(request, error)
+        self._watchdog.close()
+        self._request = None
+        is_own_signal = isinstance(error, DeadlineSignal) and error.scope is request.deadline
+        return is_own_signal or isinstance(error, Exception)
+
+    def _answer(self, request: Request, error: BaseException | None) -> None:
+        lockstep = self._sock._lockstep
+        if lockstep is not None and not lockstep.is_open and not request.replied:
+            self._watchdog.note_answered(request)
+        if error is not None:
+            self._watchdog.raised(request, error)
+        self._watchdog.finish(request)
+
+
+def _no_handler(request: Request) -> None:
+    raise AssertionError("supervised runs its block, not a handler")
+
+
+def _check_socket(sock: object) -> None:
+    if not isinstance(sock, Socket):
+        raise TypeError(
+            f"a greensafe socket is needed (greensafe.Context().socket(...)), not {type(sock).__module__}.{type(sock).__name__}"
+        )
+    if sock.type not in (zmq.REP, zmq.ROUTER):
+        raise TypeError(f"a REP or ROUTER can be supervised, not {sock!r}")
+
+
+def _receive(sock: Socket) -> list[bytes] | None:
+    """The next request as a ROUTER receives it, None when the socket is closed."""
+    try:
+        frames: list[bytes] = sock.recv_multipart(timeout=None)
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.ENOTSOCK, zmq.ETERM):
+            return None
+        raise
+    return frames if sock.type == zmq.ROUTER else _REP_ROUTE + frames
+
+
+def _sender(sock: Socket, then: Callable[[], object] | None = None) -> Callable[[list[bytes]], None]:
+    """What sends an answer without waiting, and then calls `then`."""
+
+    def send(frames: list[bytes]) -> None:
+        if sock.closed:
+            log.warning("answer dropped: the socket was closed before it")
+        elif sock.type == zmq.REP:
+            _send_rep(sock, frames[len(_REP_ROUTE) :])
+        else:
+            _send_router(sock, frames)
+        if then is not None:
+            then()
+
+    return send
+
+
+def _send_rep(sock: Socket, body: list[bytes]) -> None:
+    lockstep = sock._lockstep
+    assert lockstep is not None
+    if lockstep.is_half_sent:
+        sock.reset()  # what went out cannot be taken back: the message is ended where it is
+    elif lockstep.is_open:
+        sock.send_multipart(body, zmq.NOBLOCK)
+
+
+def _send_router(sock: Socket, frames: list[bytes]) -> None:
+    try:
+        sock.send_multipart(frames, zmq.NOBLOCK)
+    except zmq.Again:
+        gevent.spawn(_send_later, sock, frames)
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EHOSTUNREACH:
+            raise
+        log.info("answer dropped: its client is gone")
+
+
+def _send_later(sock: Socket, frames: list[bytes]) -> None:
+    try:
+        sock.send_multipart(frames, timeout=FULL_PEER)
+    except zmq.ZMQError as error:
+        log.warning("answer dropped: %s", error)
