@@ -347,8 +347,7 @@ class Watchdog:
         if isinstance(effect, Expire):
             if not exchange.is_answered:
                 self._answer_overdue(exchange)
-            if greenlet is not None:
-                exchange.owner._expire()
+            exchange.owner._expire()
         elif greenlet is not None:
             if isinstance(effect, Zombie):
                 log.error("a handler has survived its deadline and a kill: %r", greenlet)

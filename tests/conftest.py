@@ -65,7 +65,18 @@ def _contexts() -> set[int]:
     return {id(thing) for thing in gc.get_objects() if type(thing) in _CONTEXTS and not thing.closed}
 
 
-_CONTEXTS = (zmq.Context, greensafe.Context)
+class _Keeping(greensafe.Context):
+    """Keeps its sockets, so that a test need not close each of them."""
+
+    kept: list[greensafe.Socket]
+
+    def socket(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().socket(*args, **kwargs)
+        self.__dict__.setdefault("kept", []).append(made)
+        return made
+
+
+_CONTEXTS = (zmq.Context, greensafe.Context, _Keeping)
 
 
 def _snapshot() -> dict[str, Any]:
@@ -115,9 +126,10 @@ def leaks() -> Iterator[None]:
 @pytest.fixture
 def context() -> Iterator[greensafe.Context]:
     """A green context that is terminated afterwards, with whatever sockets are left in it."""
-    made = greensafe.Context()
+    made = _Keeping()
     yield made
     made.destroy(linger=0)
+    made.__dict__.pop("kept", None)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ It does not know what the waiters want to do, nor any limit but the one it is ha
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from time import monotonic
@@ -137,10 +138,7 @@ class Waits:
 
     def abort(self) -> None:
         """Wake everybody, because the socket is closed; each meets the error in its own next try."""
-        if self.watcher is not None:
-            self.watcher.stop()
-            self.watcher.close()
-            self.watcher = None
+        self._close_watcher()
         waiters, self.queue = self.queue, []
         if self.hub is not None:
             for waiter in waiters:
@@ -150,10 +148,17 @@ class Waits:
     def _move(self, sock: zmq.Socket[Any], hub: Hub) -> None:
         if self.queue:
             raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
-        if self.watcher is not None:
-            self.watcher.close()
+        self._close_watcher()
         self.hub, self.scheduled = hub, False
         self.watcher = hub.loop.io(_get(sock, FD), 1)
+
+    def _close_watcher(self) -> None:
+        if self.watcher is not None:
+            # A thread that has ended takes its loop, and the watcher with it.
+            with contextlib.suppress(ValueError):
+                self.watcher.stop()
+                self.watcher.close()
+            self.watcher = None
 
     def _is_anyone_ready(self, events: int) -> bool:
         return any(waiter.asleep and waiter.mask & events and not waiter.stubborn for waiter in self.queue)
