@@ -27,7 +27,7 @@ import zmq
 from gevent.hub import Hub
 
 from . import green
-from .deadlines import DeadlineSignal, check, deadline, to_seconds
+from .deadlines import DeadlineSignal, check, deadline, start_timer, to_seconds
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .green._pump import Pump
 from .green.socket import UNSET, Timeout
@@ -260,8 +260,7 @@ class Client:
 
     def _arm(self, at: float) -> None:
         self._disarm()
-        self._timer = self._hub.loop.timer(max(0.0, at - monotonic()))
-        self._timer.start(self._on_timer, update=True)
+        self._timer = start_timer(self._hub, at - monotonic(), self._on_timer)
         self._timer_at = at
 
     def _disarm(self) -> None:

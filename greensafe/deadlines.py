@@ -36,7 +36,7 @@ from gevent.hub import Hub
 
 from .errors import Cancelled, DeadlineExceeded
 
-__all__ = ["DeadlineSignal", "check", "deadline", "move_on", "shield", "to_seconds"]
+__all__ = ["DeadlineSignal", "check", "deadline", "move_on", "shield", "start_timer", "to_seconds"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +48,9 @@ _SCOPE = "_greensafe_scope"
 
 #: Seconds between two looks at a suspended generator whose scope is over.
 SUSPENDED = 0.05
+
+#: The shortest time in seconds that both loops can tell from none.
+TICK = 0.001
 
 _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -79,6 +82,19 @@ def _to_float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else 0.0
+
+
+def start_timer(hub: Hub, seconds: float, callback: Callable[[], object]) -> Any:
+    """Have the loop call `callback` once, in `seconds` (0 or less: in its next turn); stop() and close() what is returned.
+
+    Always a new timer: a stopped libev timer goes on with what it had left (gevent#1890). It has the low priority of
+    gevent.Timeout's, so that what is ready wins over a limit. libuv knows whole milliseconds and cuts off the rest, so the
+    callback may come early by up to one and has to look at the clock.
+    """
+    seconds = 0.0 if seconds <= 0 else max(seconds, TICK)
+    timer = hub.loop.timer(seconds, priority=-1)
+    timer.start(callback, update=True)
+    return timer
 
 
 class DeadlineSignal(gevent.Timeout):  # type: ignore[misc]  # gevent is untyped
@@ -331,11 +347,8 @@ class deadline:
     def _arm(self, hub: Hub, seconds: float | None = None) -> None:
         if seconds is None:
             assert self.at is not None
-            seconds = max(0.0, self.at - monotonic())
-        # Always a new timer: a stopped libev timer goes on with what it had left (gevent#1890). The same low priority as
-        # gevent.Timeout's, so that what is ready wins over the limit.
-        self._timer = timer = hub.loop.timer(seconds, priority=-1)
-        timer.start(self._on_timer, update=True)
+            seconds = self.at - monotonic()
+        self._timer = start_timer(hub, seconds, self._on_timer)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -362,13 +375,9 @@ class deadline:
         if self._greenlet is None:
             return
         if self._state is _ENTERED and not self._is_due():
-            self._arm(_get_hub(), self._early())  # libuv cuts off parts of a millisecond
+            self._arm(_get_hub())
             return
         self._deliver()
-
-    def _early(self) -> float:
-        assert self.at is not None
-        return max(0.001, self.at - monotonic())
 
     def _deliver(self) -> None:
         """Throw the signal of the outermost due scope into the greenlet, unless the block is not what runs there."""

@@ -23,7 +23,7 @@ from typing import Any, Final
 import gevent
 from gevent.hub import Hub
 
-from .deadlines import DeadlineSignal, deadline, to_seconds
+from .deadlines import DeadlineSignal, deadline, start_timer, to_seconds
 from .errors import LocalProtocolError, RemoteError, RemoteProtocolError
 from .sansio.exchange import Exchange, Expire, Kill, Responder, Zombie
 
@@ -319,9 +319,7 @@ class Watchdog:
 
     def _arm(self, at: float) -> None:
         self._disarm()
-        # A new timer each time: a libev timer that is stopped and started goes on with what it had left (gevent#1890).
-        self._timer = self._hub.loop.timer(max(0.0, at - monotonic()))
-        self._timer.start(self._on_timer, update=True)
+        self._timer = start_timer(self._hub, at - monotonic(), self._on_timer)
         self._timer_at = at
 
     def _disarm(self) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import gevent
 import pytest
+from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Request, Server, supervise, supervised
-from helpers import LONG, MS, wait_until
 
 pytestmark = [pytest.mark.usefixtures("limit"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 

@@ -14,7 +14,6 @@ It does not know what the waiters want to do, nor any limit but the one it is ha
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 from time import monotonic
@@ -24,6 +23,8 @@ import gevent
 import zmq
 from gevent.hub import Hub
 from zmq.backend import Socket as Backend
+
+from ..deadlines import start_timer
 
 __all__ = ["Waiter", "Waits"]
 
@@ -101,8 +102,7 @@ class Waits:
         self.add(sock, waiter)
         try:
             if at is not None:
-                timer = hub.loop.timer(max(0.0, at - monotonic()))
-                timer.start(waiter.wake, update=True)
+                timer = start_timer(hub, at - monotonic(), waiter.wake)
             hub.switch()
         finally:
             waiter.asleep = False
@@ -154,8 +154,8 @@ class Waits:
 
     def _close_watcher(self) -> None:
         if self.watcher is not None:
-            # A thread that has ended takes its loop, and the watcher with it.
-            with contextlib.suppress(ValueError):
+            # A hub that was destroyed has taken its loop with it: libev would complain, libuv use freed memory.
+            if self.hub is not None and self.hub.loop is not None:
                 self.watcher.stop()
                 self.watcher.close()
             self.watcher = None

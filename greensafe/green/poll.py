@@ -15,7 +15,7 @@ import gevent
 import zmq
 from zmq.backend import zmq_poll
 
-from ..deadlines import check
+from ..deadlines import check, start_timer
 from ._waits import POLLIN, POLLOUT, Waiter
 from .socket import Socket
 
@@ -62,10 +62,9 @@ class Poller(zmq.Poller):
             for sock, flags in self.sockets:
                 stack.enter_context(_queued(hub, sock, int(flags), waiter))
             if at is not None:
-                timer = hub.loop.timer(max(0.0, at - monotonic()))
+                timer = start_timer(hub, at - monotonic(), waiter.wake)
                 stack.callback(timer.close)
                 stack.callback(timer.stop)
-                timer.start(waiter.wake, update=True)
             try:
                 hub.switch()
             finally:

@@ -318,10 +318,10 @@ class Socket(zmq.Socket[bytes]):
 
     def close(self, linger: int | None = None) -> None:
         """Close the socket. Greenlets that wait on it get ENOTSOCK. Unsent messages are kept for LINGER milliseconds."""
-        super().close(linger)
         waits = self.__dict__.get("_waits")
         if waits is not None:
-            waits.abort()
+            waits.abort()  # first: libuv aborts the process if it finds a descriptor closed that it watches
+        super().close(linger)
 
     def get(self, option: int) -> Any:
         """Get a socket option, as in pyzmq."""

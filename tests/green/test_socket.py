@@ -12,10 +12,10 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
+from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import DeadlineExceeded, OperationTimeout, deadline
-from helpers import LONG, MS, wait_until
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -259,7 +259,7 @@ def test_no_message_is_lost_by_an_interrupted_wait(pair: Pair, how: str) -> None
         for number in range(count):
             b.send_multipart([b"%d" % number, b"", b"end"])
             if number % 3 == 0:
-                gevent.sleep(0.5 * MS)
+                gevent.sleep(MS)
 
     sender = gevent.spawn(send)
     while len(got) < count:

@@ -1,0 +1,29 @@
+"""The tests that depend on the loop, once more on gevent's other one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gevent
+import pytest
+from helpers import LONG, run_python
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
+@pytest.mark.parametrize("tests", ["test_deadlines.py", "green", "test_handlers.py"])
+def test_on_libuv(tests: str) -> None:
+    """Deadlines, sockets and handlers behave the same on libuv."""
+    pytest.importorskip("cffi")
+    result = run_python(
+        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+        "-q",
+        "--rootdir",
+        str(HERE.parent),
+        str(HERE / tests),
+        limit=10 * LONG,
+        env={"GEVENT_LOOP": "libuv-cffi", "PATH": os.environ["PATH"]},
+    )
+    assert result.code == 0, result.out + result.err
