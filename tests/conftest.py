@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 import gevent
 import gevent.monkey
-import gevent.subprocess
 import pytest
 import zmq
 
@@ -23,9 +21,11 @@ from leaks import census, left_behind
 
 import greensafe
 
+# A worker that leaves its pool after five idle seconds would be missed, and its successor reported.
+gevent.config.threadpool_idle_task_timeout = 86_400.0
+
 #: How long, in seconds of a turning hub, what a test started may take to end.
 RELEASE = 400 * MS
-
 
 #: Context.instance() is made at the first use in the process and is nobody's to close: it ends with the test that made it.
 _GLOBAL = (zmq.Context, greensafe.Context)
@@ -49,8 +49,6 @@ def _made_once() -> None:
     pool = gevent.get_hub().threadpool
     barrier = gevent.monkey.get_original("threading", "Barrier")(pool.maxsize)
     gevent.joinall([pool.spawn(barrier.wait) for _ in range(pool.maxsize)])
-    if hasattr(os, "fork"):
-        gevent.subprocess.run([sys.executable, "-c", ""], check=True)
     # What exists now is no test's: it leaves the collector's lists, which makes each look at them a hundred times cheaper.
     gc.collect()
     gc.freeze()

@@ -128,6 +128,10 @@ class Waits:
             self.queue.remove(waiter)
         if not self.queue and self.watcher is not None:
             self.watcher.stop()
+            if self.hub is not None and not self.hub.main_hub:
+                # A thread may end, and its loop with it, before this socket does.
+                self._close_watcher()
+                self.hub = None
 
     def recheck(self, sock: zmq.Socket[Any]) -> None:
         """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""

@@ -8,6 +8,7 @@ At interpreter exit what is pending gets half a second.
 from __future__ import annotations
 
 import atexit
+import os
 import weakref
 from typing import Any
 
@@ -37,9 +38,11 @@ class Context(zmq.Context[Socket]):
     _instance: Any = None
     _default_timeout: float | None = None
     _is_exiting = False
+    _pid: int
 
     def __init__(self, io_threads: int | zmq.Context[Any] = 1, shadow: zmq.Context[Any] | int = 0) -> None:
         super().__init__(io_threads, shadow)  # type: ignore[call-overload]
+        self._pid = os.getpid()
         _open_contexts.add(self)
 
     @property
@@ -75,30 +78,28 @@ class Context(zmq.Context[Socket]):
 def _abandon_at_exit() -> None:
     """Let the process end within a second, whatever is pending and whoever still waits."""
     Context._is_exiting = True
-    closing = False
-    for context in list(_open_contexts):
-        if context._shadow or context.closed:
-            continue
-        for sock in list(context._sockets):
-            if not sock.closed:
-                closing = True
-                linger = sock.getsockopt(zmq.LINGER)
-                sock.close(EXIT_LINGER if linger < 0 else min(linger, EXIT_LINGER))
-        if closing:
-            _join_term(context)
+    pid = os.getpid()
+    contexts = [each for each in _open_contexts if each._pid == pid and not each._shadow and not each.closed]
+    closing = [sock for context in contexts for sock in list(context._sockets) if not sock.closed]
+    for sock in closing:
+        linger = sock.getsockopt(zmq.LINGER)
+        sock.close(EXIT_LINGER if linger < 0 else min(linger, EXIT_LINGER))
+    if closing:
+        _term_for(EXIT_LINGER / 1000, contexts)
 
 
-def _join_term(context: Context) -> None:
-    allocate_lock = get_original("_thread", "allocate_lock")
-    done = allocate_lock()
+def _term_for(seconds: float, contexts: list[Context]) -> None:
+    """See queued messages off for at most `seconds`, in a native thread, since the loop turns no more."""
+    done = get_original("_thread", "allocate_lock")()
     done.acquire()
 
     def term() -> None:
-        zmq.Context.term(context)
+        for context in contexts:
+            zmq.Context.term(context)
         done.release()
 
     get_original("_thread", "start_new_thread")(term, ())
-    done.acquire(True, EXIT_LINGER / 1000)
+    done.acquire(True, seconds)
 
 
 atexit.register(_abandon_at_exit)

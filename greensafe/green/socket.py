@@ -48,6 +48,9 @@ UNSET: Final = Unset.UNSET
 #: leaks the socket and hangs Context.term().
 DEFAULT_LINGER = 30_000
 
+#: The same for a REQ: a request that nobody waits for any more is worth less.
+REQ_LINGER = 1_000
+
 #: Operations in a row that found their message at once before the loop gets a turn.
 FAIR_SHARE = 256
 
@@ -107,7 +110,7 @@ class Socket(zmq.Socket[bytes]):
         if self.type in (zmq.REQ, zmq.REP):
             self._lockstep = Lockstep(self.type == zmq.REQ)
         if not self._shadow:
-            Backend.set(self, _LINGER, DEFAULT_LINGER)
+            Backend.set(self, _LINGER, REQ_LINGER if self.type == zmq.REQ else DEFAULT_LINGER)
 
     @property
     def default_timeout(self) -> float | None:
