@@ -1,11 +1,13 @@
 # Every target does its own set-up: a venv in .venv, nothing assumed but python3, make and a package registry.
 
-# The first Python that is new enough; PYTHON=... chooses another.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python3.15 $(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python3); do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# The first Python that is new enough and can make a venv; PYTHON=... chooses another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python3.15 \
+		$(wildcard $(HOME)/.pyenv/versions/3.1[1-9]*/bin/python3); do \
+	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check format test-all slow bench clean
 
@@ -36,11 +38,14 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv* build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	find benchmarks examples greensafe tests -name __pycache__ -prune -exec rm -rf {} +
 
+# The stamp comes last, so a set-up that was interrupted is done again, and a finished one only when its inputs change.
 $(READY): setup.cfg setup.py pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no Python from 3.11 on was found: set PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@test -n "$(PYTHON)" || { echo "no Python from 3.11 on (with ensurepip) was found: set PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip "setuptools>=77"
+	@$(PIP) --editable ".[dev]"
 	@touch $@

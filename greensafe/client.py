@@ -40,6 +40,10 @@ __all__ = ["Client"]
 CLOSE_LINGER = 0
 
 
+#: Seconds by which a server may see the caller's limit run out before the caller does.
+SKEW = 0.05
+
+
 class _Call:
     """One waiting greenlet, and what came for it."""
 
@@ -150,6 +154,8 @@ class Client:
         start = monotonic()
         at = None if limit is None else start + limit
         check(at is not None)
+        if limit == 0:
+            raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
         call = _Call(gevent.getcurrent().switch)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
         channel = min(self._channels, key=lambda each: each.inflight) if len(self._channels) > 1 else self._channels[0]
@@ -219,10 +225,11 @@ class Client:
             if isinstance(call.outcome, GreensafeError):
                 raise call.outcome
             if call.outcome is not None:
-                frames = self._frames(call.outcome)
+                frames = self._frames(call.outcome, at)
                 if frames is not None:
                     return frames
-                call.outcome = None  # the server knows already that our own limit is over: so will we
+                call.outcome = None
+                call.is_timed_out = True
             if call.is_timed_out:
                 raise OperationTimeout(limit, "request", channel.endpoint)
 
@@ -233,15 +240,17 @@ class Client:
         finally:
             call.asleep = False
 
-    def _frames(self, outcome: Resolution) -> list[bytes] | None:
-        """The reply's frames; the server's error is raised. None: it is the echo of the caller's own limit."""
+    def _frames(self, outcome: Resolution, at: float | None) -> list[bytes] | None:
+        """The reply's frames; the server's error is raised. None: the caller's own limit, known to the server, is over."""
         if not outcome.error:
             return outcome.body
         error = RemoteError.from_reply(outcome.body[0]) if len(outcome.body) == 1 else None
         if error is None:
             raise RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {outcome.body[0][:80]!r}")
         if error.type == CALLER_LIMIT:
-            return None
+            _outlast(at)
+            if at is not None and monotonic() >= at:
+                return None
         raise error
 
     def _on_message(self, frames: list[bytes]) -> None:
@@ -280,6 +289,15 @@ class Client:
         at = self._requester.next_deadline()
         if at is not None and at < self._timer_at:
             self._arm(at)
+
+
+def _outlast(at: float | None) -> None:
+    """Wait for the caller's own limit, whose echo from the server has come a little before it."""
+    scope = _told()
+    until = scope if at is None else at if scope is None else min(at, scope)
+    if until is not None and 0 < until - monotonic() <= SKEW:
+        gevent.sleep(until - monotonic())
+    check(at is not None)
 
 
 def _told() -> float | None:

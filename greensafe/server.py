@@ -123,7 +123,6 @@ class Server:
         except BaseException:
             sock.close(0)
             raise
-        self._socket = sock
         self._stopping = False
         self._stopped.clear()
         self._pump = Pump(sock, self._on_message)
@@ -138,7 +137,7 @@ class Server:
         self._pump.start()
 
     def stop(self, timeout: Any = STOP_TIMEOUT) -> None:
-        """Take no new clients, finish what was received, then close.
+        """Finish what was received, then close.
 
         What is not answered after `timeout` seconds is answered UNAVAILABLE, and its handler killed. Called again (from a
         second signal, say) with a smaller timeout it ends the first call's wait. The server can be started again afterwards.
@@ -146,10 +145,8 @@ class Server:
         limit = to_seconds(timeout)
         if self._pump is None:
             return
-        if not self._stopping:
-            self._stopping = True
-            with contextlib.suppress(zmq.ZMQError):  # a wildcard inproc endpoint or a lost interface: closing does it too
-                self._socket.unbind(self.endpoint or self._bind_to)
+        # Not unbound first: that would end the connections it accepted, and their answers with them.
+        self._stopping = True
         at = None if limit is None else monotonic() + limit
         try:
             while self._pump is not None and self._is_busy() and (at is None or monotonic() < at):
@@ -199,7 +196,8 @@ class Server:
             self._pump.is_paused = True
 
     def _on_room(self) -> None:
-        assert self._watchdog is not None and self._pump is not None
+        if self._watchdog is None or self._pump is None:
+            return  # a handler that has outlived its server
         if self._pump.is_paused and self._watchdog.load < self._max_inflight:
             self._pump.resume()
         if self._stopping and not self._watchdog.load:

@@ -49,7 +49,11 @@ def _made_once() -> None:
     pool = gevent.get_hub().threadpool
     barrier = gevent.monkey.get_original("threading", "Barrier")(pool.maxsize)
     gevent.joinall([pool.spawn(barrier.wait) for _ in range(pool.maxsize)])
-    # What exists now is no test's: it leaves the collector's lists, which makes each look at them a hundred times cheaper.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_the_past() -> None:
+    """Take what is older than a module's first test out of the collector's lists: looking through them costs 0.1 ms, not 10."""
     gc.collect()
     gc.freeze()
 

@@ -58,12 +58,10 @@ class Census:
 def census() -> Census:
     """Count what is alive now."""
     here = gevent.getcurrent()
-    objects = {
-        id(thing): weakref.ref(thing)
-        for thing in gc.get_objects()
-        # type(), because isinstance() would ask proxies for the class of what they stand for.
-        if issubclass(type(thing), greenlet | zmq.Context) and thing is not here and _is_alive(thing)
-    }
+    kinds = _with_subclasses(greenlet) | _with_subclasses(zmq.Context)
+    # type() in a set, because isinstance() is slower and asks proxies for the class of what they stand for.
+    found = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    objects = {id(thing): weakref.ref(thing) for thing in found if thing is not here and _is_alive(thing)}
     tasks = _list("self/task")
     children = frozenset(pid for tid in tasks for pid in _read(f"self/task/{tid}/children").split())
     return Census(objects, _descriptors(), frozenset(tasks), children)
@@ -83,6 +81,10 @@ def left_behind(before: Census, limit: float) -> list[str]:
         gc.collect()
         gevent.sleep(MS)
     return found
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 def _is_alive(thing: Any) -> bool:

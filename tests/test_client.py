@@ -1,0 +1,272 @@
+"""Tests of greensafe.client."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import gevent
+import pytest
+import zmq as plain
+from helpers import LONG, MS, wait_until
+
+import greensafe as zmq
+from greensafe import Cancelled, Client, DeadlineExceeded, OperationTimeout, RemoteError, Request, Server, deadline
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+
+def _handler(request: Request) -> Any:
+    kind, _, rest = request.body.partition(b" ")
+    if kind == b"sleep":
+        gevent.sleep(float(rest))
+    elif kind == b"raise":
+        raise ValueError(rest.decode())
+    elif kind == b"two":
+        return [b"1", b"2"]
+    return request.body
+
+
+@pytest.fixture(params=["tcp://127.0.0.1:0", "ipc", "inproc://s"])
+def endpoint(request: pytest.FixtureRequest, context: zmq.Context, tmp_path: Any) -> Any:
+    address = f"ipc://{tmp_path}/s" if request.param == "ipc" else request.param
+    with Server(address, _handler, deadline=LONG, context=context) as server:
+        yield server.endpoint
+        server.close()
+
+
+def test_many_greenlets_on_one_client(context: zmq.Context, endpoint: str) -> None:
+    """Any number of greenlets share a client, and each gets its own answer."""
+    with Client(endpoint, context=context) as client:
+
+        def ask(number: int) -> None:
+            for turn in range(20):
+                body = b"%d.%d" % (number, turn)
+                assert client.request(body) == body
+
+        gevent.joinall([gevent.spawn(ask, number) for number in range(50)], raise_error=True)
+        assert "inflight=0" in repr(client)
+        assert "late=0" in repr(client)
+
+
+def test_replies_of_several_frames(context: zmq.Context, endpoint: str) -> None:
+    """request_multipart returns all frames; request names it when there is more than one."""
+    with Client(endpoint, context=context) as client:
+        assert client.request_multipart([b"two", b"", b"x"]) == [b"1", b"2"]
+        with pytest.raises(zmq.ProtocolError, match="request_multipart"):
+            client.request(b"two")
+        assert client.request(b"") == b""
+
+
+def test_errors_of_the_server(context: zmq.Context, endpoint: str) -> None:
+    """A handler's exception arrives as RemoteError, with code, type and message."""
+    with Client(endpoint, context=context) as client:
+        with pytest.raises(RemoteError) as caught:
+            client.request(b"raise it broke")
+        error = caught.value
+        assert (error.code, error.type, error.message) == ("INTERNAL", "ValueError", "it broke")
+        assert client.request(b"next") == b"next"
+
+
+def test_timeout(context: zmq.Context, endpoint: str) -> None:
+    """timeout= ends the wait with OperationTimeout; the late reply is counted, and the next request gets its own."""
+    with Client(endpoint, context=context, timeout=10 * MS) as client:
+        with pytest.raises(OperationTimeout):
+            client.request(b"sleep %f" % (20 * MS))
+        with pytest.raises(OperationTimeout):
+            client.request(b"sleep %f" % (20 * MS), timeout=5 * MS)
+        assert client.request(b"x", timeout=None) == b"x"
+        with pytest.raises(OperationTimeout):
+            client.request(b"x", timeout=0)
+
+
+def test_deadline(context: zmq.Context, endpoint: str) -> None:
+    """A deadline scope ends the wait with DeadlineExceeded, never with the server's echo of it."""
+    with Client(endpoint, context=context) as client:
+        for _ in range(10):
+            with pytest.raises(DeadlineExceeded), deadline(5 * MS):
+                client.request(b"sleep %f" % LONG)
+        with pytest.raises(gevent.Timeout), gevent.Timeout(5 * MS):
+            client.request(b"sleep %f" % LONG)
+        asked = gevent.spawn(client.request, b"sleep %f" % LONG)
+        gevent.sleep(2 * MS)
+        asked.kill()
+        with deadline(LONG), pytest.raises(OperationTimeout):
+            client.request(b"sleep %f" % LONG, timeout=5 * MS)
+        assert client.request(b"x") == b"x"
+
+
+def test_extended_deadline(context: zmq.Context, endpoint: str) -> None:
+    """A scope that is extended while a request waits does not lose it."""
+    with Client(endpoint, context=context) as client:
+        with deadline(30 * MS) as scope:
+            gevent.spawn(scope.extend, LONG)
+            with pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
+                client.request(b"sleep %f" % LONG)
+            with pytest.raises(OperationTimeout):
+                client.request(b"sleep %f" % LONG, timeout=10 * MS)
+
+
+def test_server_limit_is_a_remote_error(context: zmq.Context) -> None:
+    """The server's own deadline is its error; the caller's limit is the caller's."""
+    with (
+        Server("inproc://s", _handler, deadline=10 * MS, context=context),
+        Client("inproc://s", context=context, timeout=LONG) as client,
+        pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"),
+    ):
+        client.request(b"sleep %f" % LONG)
+
+
+def test_nobody_there_yet(context: zmq.Context) -> None:
+    """Servers and clients start in any order."""
+    with Client("inproc://later", context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        gevent.sleep(5 * MS)
+        with Server("inproc://later", _handler, deadline=LONG, context=context):
+            assert asked.get() == b"x"
+
+
+def test_more_than_the_pipe_holds(context: zmq.Context) -> None:
+    """More requests at once than the high-water mark, before anybody is there: all are answered in the end."""
+    with Server("tcp://127.0.0.1:0", _handler, deadline=LONG, max_inflight=10, context=context) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context) as client:
+            asked = [gevent.spawn(client.request, b"%d" % number) for number in range(1800)]
+            gevent.joinall(asked, raise_error=True)
+            assert [greenlet.value for greenlet in asked] == [b"%d" % number for number in range(1800)]
+
+
+def test_several_endpoints_share_the_load(context: zmq.Context) -> None:
+    """Requests go to the endpoint with the fewest in flight."""
+    seen: list[int] = []
+
+    def handler(index: int) -> Any:
+        def handle(request: Request) -> bytes:
+            seen.append(index)
+            gevent.sleep(5 * MS)
+            return b""
+
+        return handle
+
+    with (
+        Server("inproc://0", handler(0), deadline=LONG, context=context),
+        Server("inproc://1", handler(1), deadline=LONG, context=context),
+        Client("inproc://0", "inproc://1", context=context) as client,
+    ):
+        gevent.joinall([gevent.spawn(client.request, b"") for _ in range(20)], raise_error=True)
+    assert seen.count(0) == seen.count(1) == 10
+
+
+def test_close_ends_the_waits(context: zmq.Context, endpoint: str) -> None:
+    """close() ends waiting requests with Cancelled, and so does asking a closed client."""
+    client = Client(endpoint, context=context)
+    asked = gevent.spawn(client.request, b"sleep %f" % LONG)
+    gevent.sleep(2 * MS)
+    client.close()
+    client.close()
+    with pytest.raises(Cancelled):
+        asked.get()
+    with pytest.raises(Cancelled):
+        client.request(b"x")
+    assert "closed" in repr(client)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options"),
+    [
+        (TypeError, (), {}),
+        (TypeError, (b"tcp://127.0.0.1:1",), {}),
+        (TypeError, ("tcp://127.0.0.1:1",), {"timeout": "1"}),
+        (ValueError, ("tcp://127.0.0.1:1",), {"retries": 1}),
+        (ValueError, ("tcp://127.0.0.1:1",), {"wait": False}),
+        (zmq.ZMQError, ("nonsense",), {}),
+        (zmq.ZMQError, ("tcp://127.0.0.1:1", "nonsense"), {}),
+    ],
+)
+def test_wrong_arguments(context: zmq.Context, kind: type[Exception], args: Any, options: Any) -> None:
+    """A wrong argument is an error that names it, and leaves nothing behind."""
+    with pytest.raises(kind, match=r"endpoint|limit|retries|addr|nonsense"):
+        Client(*args, context=context, **options)
+
+
+def test_wrong_bodies(context: zmq.Context, endpoint: str) -> None:
+    """A request that is not bytes is refused before anything is sent."""
+    with Client(endpoint, context=context) as client:
+        for call in (
+            lambda: client.request("text"),  # type: ignore[arg-type]
+            lambda: client.request_multipart(b"text"),  # type: ignore[arg-type]
+            lambda: client.request_multipart([b"x", None]),  # type: ignore[list-item]
+        ):
+            with pytest.raises(TypeError):
+                call()
+        with pytest.raises(ValueError, match="at least one"):
+            client.request_multipart([])
+        assert client.request(bytearray(b"x")) == b"x"
+
+
+PLAIN_REP = """
+import sys, zmq
+socket = zmq.Context().socket(zmq.REP)
+print(socket.bind("tcp://127.0.0.1:*").addr, flush=True)
+while True:
+    frames = socket.recv_multipart()
+    socket.send_multipart([b"plain"] + frames)
+"""
+
+
+def test_plain_rep(context: zmq.Context) -> None:
+    """A plain REP answers a Client; what looks like an error there is data, since a plain REP has no errors."""
+    process = subprocess.Popen([sys.executable, "-c", PLAIN_REP], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        with Client(process.stdout.readline().strip(), context=context) as client:
+            assert client.request_multipart([b"a", b"b"]) == [b"plain", b"a", b"b"]
+            error = RemoteError("INTERNAL", "x").to_reply()
+            assert client.request_multipart([error])[1] == error
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_garbage_from_a_server(context: zmq.Context) -> None:
+    """Whatever a server sends: requests that are not answered wait on, others get their answers."""
+    router = context.socket(plain.ROUTER)
+    router.bind("tcp://127.0.0.1:*")
+    with Client(router.last_endpoint.decode(), context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        rid, header, empty, body = router.recv_multipart()
+        for frames in ([b""], [b"x"], [b"", b"x"], [header], [header, b""], [header, b"x", b"y"], [b"\0" * 28, b"", b"x"]):
+            router.send_multipart([rid, *frames])
+        router.send_multipart([rid, header, empty, b"answer " + body])
+        router.send_multipart([rid, header, empty, b"twice"])
+        assert asked.get() == b"answer x"
+        bad = gevent.spawn(client.request, b"y")
+        rid, header, empty, body = router.recv_multipart()
+        wait_until(lambda: "late=1" in repr(client))
+        error = bytearray(header)
+        error[5] = 0x82
+        router.send_multipart([rid, bytes(error), empty, b"not JSON"])
+        with pytest.raises(zmq.RemoteProtocolError, match="not JSON"):
+            bad.get()
+
+
+def test_another_thread(context: zmq.Context) -> None:
+    """A Client belongs to the thread that made it; elsewhere it is a RuntimeError."""
+    with Client("inproc://x", context=context) as client:
+        seen: list[str] = []
+
+        def elsewhere() -> None:
+            try:
+                client.request(b"x")
+            except RuntimeError as error:
+                seen.append(str(error))
+            gevent.get_hub().destroy(destroy_loop=True)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert "thread" in seen[0]

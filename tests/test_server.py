@@ -1,0 +1,372 @@
+"""Tests of greensafe.server: a life from start to stop. For what handlers do wrong see test_handlers."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.event
+import pytest
+from helpers import LONG, MS, run_python, wait_until
+
+import greensafe as zmq
+from greensafe import LATER, Client, RemoteError, Request, Server, deadline
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+
+def _echo(request: Request) -> bytes:
+    return request.body
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:0", "tcp://127.0.0.1:*", "ipc://{tmp}/s", "inproc://s"])
+def test_endpoint_that_was_bound(context: zmq.Context, tmp_path: Path, endpoint: str) -> None:
+    """`endpoint` is where clients connect to, with the port that was taken; start and stop can be repeated."""
+    server = Server(endpoint.format(tmp=tmp_path), _echo, deadline=LONG, context=context)
+    assert server.closed
+    assert server.endpoint is None
+    for _ in range(2):
+        server.start()
+        server.start()
+        assert server.started
+        assert server.endpoint is not None
+        assert not server.endpoint.endswith((":0", "*"))
+        with Client(server.endpoint, context=context) as client:
+            assert client.request(b"x") == b"x"
+        assert "started" in repr(server)
+        assert "answered=1" in repr(server)
+        server.stop()
+        server.stop()
+        assert server.closed
+        assert not server.started
+        assert "closed" in repr(server)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options"),
+    [
+        (TypeError, (b"tcp://x", _echo), {"deadline": 1}),
+        (TypeError, ("tcp://x", "handler"), {"deadline": 1}),
+        (TypeError, ("tcp://x", _echo), {}),
+        (TypeError, ("tcp://x", _echo), {"deadline": "1"}),
+        (ValueError, ("tcp://x", _echo), {"deadline": 0}),
+        (ValueError, ("tcp://x", _echo), {"deadline": float("nan")}),
+        (ValueError, ("tcp://x", _echo), {"deadline": 1, "grace": None}),
+        (ValueError, ("tcp://x", _echo), {"deadline": 1, "max_inflight": 0}),
+        (ValueError, ("tcp://x", _echo), {"deadline": 1, "max_inflight": True}),
+        (ValueError, ("tcp://x", _echo), {"deadline": 1, "journal": object()}),
+    ],
+)
+def test_wrong_arguments(kind: type[Exception], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """A wrong argument is an error of the constructor, whose text says which."""
+    with pytest.raises(kind, match=r"endpoint|handler|deadline|limit|grace|max_inflight|journal"):
+        Server(*args, **options)
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://256.0.0.1:1", "pigeon://x"])
+def test_unusable_endpoint(context: zmq.Context, endpoint: str) -> None:
+    """An endpoint that cannot be bound is a ZMQError that names it, and leaves nothing behind."""
+    server = Server(endpoint, _echo, deadline=1, context=context)
+    with pytest.raises(zmq.ZMQError, match=endpoint[:7]):
+        server.start()
+    assert server.closed
+
+
+def test_endpoint_in_use(context: zmq.Context) -> None:
+    """A second server on the same endpoint fails, the first one goes on."""
+    with Server("tcp://127.0.0.1:0", _echo, deadline=LONG, context=context) as first:
+        assert first.endpoint is not None
+        with pytest.raises(zmq.ZMQError) as caught:
+            Server(first.endpoint, _echo, deadline=1, context=context).start()
+        assert caught.value.errno == zmq.EADDRINUSE
+        with Client(first.endpoint, context=context) as client:
+            assert client.request(b"x") == b"x"
+
+
+def test_concurrent_and_out_of_order(context: zmq.Context) -> None:
+    """Requests of one client run at the same time, and answers leave in the order in which they are ready."""
+    gates = {b"%d" % number: gevent.event.Event() for number in range(3)}
+
+    def handler(request: Request) -> bytes:
+        gates[request.body].wait()
+        return request.body
+
+    with Server("inproc://s", handler, deadline=LONG, context=context):
+        raw = context.socket(zmq.DEALER)
+        raw.connect("inproc://s")
+        for body in gates:
+            raw.send_multipart([b"corr" + body, b"", body])
+        for body in (b"2", b"0", b"1"):
+            gates[body].set()
+            assert raw.recv_multipart() == [b"corr" + body, b"", body]
+
+
+def test_max_inflight(context: zmq.Context) -> None:
+    """No more than max_inflight handlers run at a time; the others wait their turn and none is lost."""
+    running, most = 0, 0
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        go.wait()
+        gevent.sleep(0)
+        running -= 1
+        return request.body
+
+    with Server("tcp://127.0.0.1:0", handler, deadline=LONG, max_inflight=3, context=context) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context) as client:
+            asked = [gevent.spawn(client.request, b"%d" % number) for number in range(50)]
+            wait_until(lambda: running == 3)
+            assert server.full
+            go.set()
+            gevent.joinall(asked, raise_error=True)
+            assert [greenlet.value for greenlet in asked] == [b"%d" % number for number in range(50)]
+        assert most == 3
+        assert not server.full
+
+
+def test_later_from_another_greenlet(context: zmq.Context) -> None:
+    """A handler that returns LATER lets somebody else answer; overdue it is answered for, and the late answer is refused."""
+    kept: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        kept.append(request)
+        return LATER
+
+    with (
+        Server("inproc://s", handler, deadline=30 * MS, context=context) as server,
+        Client("inproc://s", context=context) as client,
+    ):
+        asked = gevent.spawn(client.request, b"x")
+        wait_until(lambda: kept)
+        kept.pop().reply_json({"a": 1})
+        assert asked.get() == b'{"a": 1}'
+        with pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
+            client.request(b"y")
+        request = kept.pop()
+        assert request.replied
+        with pytest.raises(zmq.LocalProtocolError):
+            request.reply(b"too late")
+        assert server._watchdog is not None
+        assert server._watchdog.load == 0
+
+
+def test_request(context: zmq.Context) -> None:
+    """A handler sees frames, body, id, client, deadline, attempt and metadata."""
+    seen: list[Request] = []
+
+    def handler(request: Request) -> list[bytes]:
+        seen.append(request)
+        assert deadline.current() is request.deadline
+        assert 0 < request.deadline.remaining() <= LONG
+        assert request.attempt == 1
+        assert not request.replied
+        assert request.metadata == b""
+        assert request.json() == {"a": 1}
+        assert "running" in repr(request)
+        return [b"1", b"2"]
+
+    with Server("inproc://s", handler, deadline=LONG, context=context), Client("inproc://s", context=context) as client:
+        assert client.request_multipart([b'{"a": 1}', b"more"]) == [b"1", b"2"]
+        assert seen[0].frames == [b'{"a": 1}', b"more"]
+        assert len(bytes.fromhex(seen[0].id)) == 16
+        raw = context.socket(zmq.DEALER)
+        raw.setsockopt(zmq.ROUTING_ID, b"raw")
+        raw.connect("inproc://s")
+        raw.send_multipart([b"", b'{"a": 1}'])
+        assert raw.recv_multipart() == [b"", b"1", b"2"]
+        assert seen[1].client == b"raw"
+
+
+def test_reply_that_is_no_bytes(context: zmq.Context) -> None:
+    """request.reply refuses what is not bytes, and can be called again."""
+
+    def handler(request: Request) -> None:
+        with pytest.raises(TypeError, match="frame 0"):
+            request.reply("text")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="at least one"):
+            request.reply()
+        with pytest.raises(ValueError, match="NOPE"):
+            request.error("NOPE", "x")
+        request.reply(bytearray(b"fine"))
+
+    with Server("inproc://s", handler, deadline=LONG, context=context), Client("inproc://s", context=context) as client:
+        assert client.request(b"x") == b"fine"
+
+
+def test_malformed_messages_affect_nobody(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
+    """Messages that are no requests are counted and logged; the same connection's next request is served."""
+    with Server("tcp://127.0.0.1:0", _echo, deadline=LONG, context=context) as server:
+        assert server.endpoint is not None
+        raw = context.socket(zmq.DEALER)
+        raw.connect(server.endpoint)
+        for frames in ([b"x"], [b""], [b"", b""][:1], [b"id", b""], [b"a", b"b", b"c"]):
+            raw.send_multipart(frames)
+        raw.send_multipart([b"", b"good"])
+        assert raw.recv_multipart() == [b"", b"good"]
+        assert "malformed=5" in repr(server)
+        assert "empty frame" in caplog.text
+
+
+def test_a_client_that_is_gone(context: zmq.Context) -> None:
+    """An answer to a client that has left is dropped and counted, and the others are served."""
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"wait":
+            go.wait()
+        return request.body
+
+    with Server("tcp://127.0.0.1:0", handler, deadline=LONG, context=context) as server:
+        assert server.endpoint is not None
+        gone = context.socket(zmq.DEALER)
+        gone.connect(server.endpoint)
+        gone.send_multipart([b"", b"wait"])
+        assert server._watchdog is not None
+        assert server._pump is not None
+        wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
+        gone.close(0)
+        with Client(server.endpoint, context=context) as client:
+            assert client.request(b"x") == b"x"
+            go.set()
+            wait_until(lambda: server._watchdog is not None and server._watchdog.load == 0)
+            assert client.request(b"x") == b"x"
+
+
+def test_a_client_that_never_reads(context: zmq.Context) -> None:
+    """Answers for a client that does not read are kept up to a limit, and nobody else waits for it."""
+    with Server("tcp://127.0.0.1:0", lambda request: bytes(200_000), deadline=LONG, context=context) as server:
+        assert server.endpoint is not None
+        slow = context.socket(zmq.DEALER)
+        slow.setsockopt(zmq.RCVHWM, 1)
+        slow.connect(server.endpoint)
+        for _ in range(1100):
+            slow.send_multipart([b"", b"x"])
+        with Client(server.endpoint, context=context) as client:
+            for _ in range(20):
+                assert len(client.request(b"x", timeout=LONG)) == 200_000
+        slow.close(0)
+
+
+def test_stop_answers_what_runs(context: zmq.Context) -> None:
+    """stop() waits for what runs, answers the rest UNAVAILABLE after its limit, and kills those handlers."""
+    ended: list[str] = []
+
+    def handler(request: Request) -> bytes:
+        try:
+            gevent.sleep(5 * MS if request.body == b"short" else LONG)
+        finally:
+            ended.append(request.body.decode())
+        return request.body
+
+    server = Server("tcp://127.0.0.1:0", handler, deadline=None, context=context)
+    server.start()
+    assert server.endpoint is not None
+    with Client(server.endpoint, context=context) as client:
+        short, long = gevent.spawn(client.request, b"short"), gevent.spawn(client.request, b"long")
+        wait_until(lambda: server._watchdog is not None and server._watchdog.load == 2)
+        server.stop(100 * MS)
+        assert short.get() == b"short"
+        long.join()
+        assert isinstance(long.exception, RemoteError)
+        assert long.exception.code == "UNAVAILABLE"
+        wait_until(lambda: sorted(ended) == ["long", "short"])
+
+
+def test_stop_during_stop(context: zmq.Context) -> None:
+    """A second stop with a smaller limit ends the first one's wait."""
+    server = Server("inproc://s", lambda request: gevent.sleep(LONG), deadline=None, context=context)
+    server.start()
+    raw = context.socket(zmq.DEALER)
+    raw.connect("inproc://s")
+    raw.send_multipart([b"", b"x"])
+    wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
+    first = gevent.spawn(server.stop, LONG)
+    gevent.sleep(2 * MS)
+    server.close()
+    first.get(timeout=LONG / 4)
+    assert b"UNAVAILABLE" in raw.recv_multipart()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_on_a_signal(number: int) -> None:
+    """serve() answers what runs, returns on SIGTERM or SIGINT, and puts the signal handlers back."""
+    program = f"""
+import os, signal, gevent, greensafe
+before = signal.getsignal({int(number)})
+def handler(request):
+    os.kill(os.getpid(), {int(number)})
+    gevent.sleep(0.05)
+    return b"answered"
+def ask():
+    with greensafe.Client("inproc://s") as client:
+        print(client.request(b"x").decode())
+asked = gevent.spawn(ask)
+greensafe.serve("inproc://s", handler, deadline=30)
+asked.join()
+print(signal.getsignal({int(number)}) is before)
+"""
+    result = run_python(program)
+    assert result.out.split() == ["answered", "True"], result.err
+    assert result.code == 0
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    """While a drain waits for a handler, a second signal ends it."""
+    program = """
+import os, signal, gevent, greensafe
+def handler(request):
+    os.kill(os.getpid(), signal.SIGTERM)
+    gevent.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+    gevent.sleep(3600)
+def ask():
+    with greensafe.Client("inproc://s") as client:
+        try: client.request(b"x")
+        except greensafe.RemoteError as error: print(error.code)
+asked = gevent.spawn(ask)
+server = greensafe.Server("inproc://s", handler, deadline=None)
+server.serve_forever(stop_timeout=3600)
+asked.join()
+"""
+    result = run_python(program)
+    assert result.out.split() == ["UNAVAILABLE"], result.err
+
+
+def test_serve_forever_can_be_killed(context: zmq.Context) -> None:
+    """A kill of serve_forever stops the server."""
+    server = Server("inproc://s", _echo, deadline=1, context=context)
+    runner = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    runner.kill()
+    assert server.closed
+
+
+@pytest.mark.parametrize("pending", ["REQ", "PUSH", "Client", "Server", "all"])
+def test_a_script_that_ends_without_close_exits(pending: str) -> None:
+    """A program that closes nothing ends within a second after its last line, whatever is pending."""
+    program = """
+import sys, time, gevent, greensafe as zmq
+def REQ():
+    s = zmq.Context().socket(zmq.REQ); s.connect("tcp://127.0.0.1:9"); s.send(b"x"); gevent.spawn(s.recv); return s
+def PUSH():
+    s = zmq.Context.instance().socket(zmq.PUSH); s.connect("tcp://127.0.0.1:9"); [s.send(b"y") for _ in range(100)]; return s
+def Client():
+    c = zmq.Client("tcp://127.0.0.1:9"); gevent.spawn(c.request, b"x"); gevent.sleep(0.01); return c
+def Server():
+    def handler(request): gevent.sleep(3600)
+    s = zmq.Server("inproc://s", handler, deadline=30); s.start()
+    c = zmq.Client("inproc://s"); gevent.spawn(c.request, b"x"); gevent.sleep(0.01); return s, c
+kept = [globals()[name]() for name in (["REQ", "PUSH", "Client", "Server"] if sys.argv[1] == "all" else [sys.argv[1]])]
+gevent.sleep(0.01)
+print(time.time())
+"""
+    result = run_python(program, pending)
+    assert result.code == 0, result.err
+    assert time.time() - float(result.out) < 1000 * MS
