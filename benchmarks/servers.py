@@ -1,0 +1,124 @@
+"""What does one echoed request cost the server's process, in CPU?
+
+Each server is a process of its own; a second one keeps N requests in flight over ipc with a plain DEALER. `python -m
+benchmarks.servers KIND ENDPOINT` is a server: on each line on its standard input it prints its CPU time so far.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import zmq
+
+KINDS = ["bare ROUTER loop", "zmq.green + spawn + Timeout", "greensafe.Server"]
+
+BODY = b"x" * 64
+
+
+def _tell() -> None:
+    for _ in sys.stdin:
+        print(time.process_time(), flush=True)
+
+
+def bare(endpoint: str) -> None:
+    """A ROUTER loop without any safety."""
+    threading.Thread(target=_tell, daemon=True).start()
+    sock = zmq.Context().socket(zmq.ROUTER)
+    sock.bind(endpoint)
+    print("ready", flush=True)
+    while True:
+        sock.send_multipart(sock.recv_multipart())
+
+
+def green(endpoint: str) -> None:
+    """The usual way: a greenlet and a Timeout for each request."""
+    import gevent
+    import zmq.green
+
+    threading.Thread(target=_tell, daemon=True).start()
+    sock: Any = zmq.green.Context().socket(zmq.ROUTER)
+    sock.bind(endpoint)
+    print("ready", flush=True)
+
+    def handle(frames: list[bytes]) -> None:
+        with gevent.Timeout(30):
+            sock.send_multipart(frames)
+
+    while True:
+        gevent.spawn(handle, sock.recv_multipart())
+
+
+def greensafe_server(endpoint: str) -> None:
+    """The default Server, with a deadline."""
+    import greensafe
+
+    threading.Thread(target=_tell, daemon=True).start()
+    server = greensafe.Server(endpoint, lambda request: request.body, deadline=30)
+    server.start()
+    print("ready", flush=True)
+    server.serve_forever()
+
+
+class Bench:
+    """A server process and the load on it."""
+
+    def __init__(self, kind: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._endpoint = f"ipc://{self._folder.name}/s"
+        command = [sys.executable, "-m", "benchmarks.servers", kind, self._endpoint]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._context = zmq.Context()
+        self._sock = self._context.socket(zmq.DEALER)
+        self._sock.setsockopt(zmq.RCVTIMEO, 20_000)
+        self._sock.set_hwm(0)
+        self._line()
+        self._sock.connect(self._endpoint)
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def _cpu(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._line())
+
+    def run(self, inflight: int, count: int) -> float:
+        """Microseconds of CPU of the server's process for each of `count` requests."""
+        start = self._cpu()
+        for _ in range(inflight):
+            self._sock.send_multipart([b"", BODY])
+        for _ in range(count - inflight):
+            self._sock.recv_multipart()
+            self._sock.send_multipart([b"", BODY])
+        for _ in range(inflight):
+            self._sock.recv_multipart()
+        return (self._cpu() - start) / count * 1e6
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._sock.close(0)
+        self._context.term()
+        self._folder.cleanup()
+
+
+def rows(benches: dict[str, Bench], count: int) -> dict[str, dict[str, float]]:
+    """One round: {in flight: {who: microseconds of CPU}}."""
+    return {
+        f"{inflight} in flight": {kind: bench.run(inflight, count) for kind, bench in benches.items()}
+        for inflight in (1, 100, 1000)
+    }
+
+
+if __name__ == "__main__":
+    dict(zip(KINDS, (bare, green, greensafe_server), strict=True))[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,25 @@
+"""The benchmarks run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from helpers import LONG, ROOT
+
+
+@pytest.mark.timeout(300)
+def test_quick_run() -> None:
+    """`python -m benchmarks --quick` prints a row for every measurement."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=15 * LONG,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for row in ("send", "ready recv", "ping-pong ipc", "with a limit", "1 in flight", "100 in flight", "1000 in flight"):
+        assert row in done.stdout
