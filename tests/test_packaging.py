@@ -8,7 +8,6 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from what is checked in, or would be."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
@@ -37,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
-    yield next(folder.glob("greensafe-*.whl"))
+    return next(folder.glob("greensafe-*.whl"))
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -96,7 +95,8 @@ def test_public_names() -> None:
     for name in zmq.__all__:
         assert hasattr(greensafe, name), name
         assert name in greensafe.__all__
-        assert getattr(greensafe.green, name) is getattr(greensafe, name)
+        if name != "__version__":
+            assert getattr(greensafe.green, name) is getattr(greensafe, name)
     for name in (
         "Server",
         "Client",
