@@ -123,6 +123,7 @@ class Server:
         except BaseException:
             sock.close(0)
             raise
+        self._socket = sock
         self._stopping = False
         self._stopped.clear()
         self._pump = Pump(sock, self._on_message)
@@ -213,6 +214,8 @@ class Server:
             return
         watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
         pump.flush()
+        if self._bind_to.startswith("inproc:"):
+            self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
         self._pump = None
         self._stopping = False
         pump.close(int(FLUSH * 1000))
