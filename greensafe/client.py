@@ -27,7 +27,7 @@ import zmq
 from gevent.hub import Hub
 
 from . import green
-from .deadlines import DeadlineSignal, check, deadline, start_timer, to_seconds
+from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_seconds
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .green._pump import Pump
 from .green.socket import UNSET, Timeout
@@ -296,7 +296,7 @@ def _outlast(at: float | None) -> None:
     scope = _told()
     until = scope if at is None else at if scope is None else min(at, scope)
     if until is not None and 0 < until - monotonic() <= SKEW:
-        gevent.sleep(until - monotonic())
+        gevent.sleep(max(until - monotonic(), TICK))
     check(at is not None)
 
 

@@ -27,7 +27,7 @@ import zmq
 from gevent.event import Event
 
 from . import green
-from .deadlines import shield, to_seconds
+from .deadlines import move_on, shield, to_seconds
 from .errors import RemoteError
 from .green._pump import Pump
 from .watchdog import Handler, OnError, Watchdog, check_handler, check_limits
@@ -39,6 +39,9 @@ FLUSH = 1.0
 
 #: Seconds that stop() waits by default for the handlers that still run.
 STOP_TIMEOUT = 5.0
+
+#: Seconds after which a server that stops looks by itself for what no event tells of: messages that libzmq has not shown yet.
+POLL = 0.05
 
 
 class Server:
@@ -152,7 +155,8 @@ class Server:
         try:
             while self._pump is not None and self._is_busy() and (at is None or monotonic() < at):
                 self._idle.clear()
-                self._idle.wait(0.05 if at is None else min(0.05, max(0.0, at - monotonic())))
+                with move_on(POLL if at is None else min(POLL, at - monotonic())):
+                    self._idle.wait()
         finally:
             self._close()
 

@@ -33,7 +33,7 @@ def _swallow(kind: type[BaseException], seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with suppress(kind):
-            gevent.sleep(end - time.monotonic())
+            gevent.sleep(max(MS, end - time.monotonic()))  # less than 1 ms is a warning on libuv, and here an error
 
 
 def _recurse() -> Any:
