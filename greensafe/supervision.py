@@ -46,7 +46,8 @@ def supervise(
     """Serve a REP or ROUTER that the caller owns; returns when it is closed.
 
     A REP handles one request at a time, a ROUTER up to `max_inflight`. When the caller leaves early (a kill, a deadline),
-    what is unanswered is answered UNAVAILABLE and the socket is left open, ready to receive.
+    what is unanswered is answered UNAVAILABLE and the socket is left open, ready to receive. Handlers that still run when
+    this ends are killed, also if it ends because the socket was closed.
 
     Args:
         sock: A bound or connected greensafe REP or ROUTER; nobody else may receive from it meanwhile.
@@ -76,8 +77,7 @@ def supervise(
                 room.wait()
                 room.clear()
     finally:
-        if not sock.closed:
-            watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
+        watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
         watchdog.close()
 
 

@@ -214,38 +214,6 @@ def test_supervised_gives_exactly_one_answer(context: zmq.Context, case: str, ki
     runner.join()
 
 
-def test_supervised_loop_answers_with_its_own_send(context: zmq.Context) -> None:
-    """In a `while` loop over a REP the socket's own send answers; half a reply is ended, none is answered for."""
-    rep, req = context.socket(zmq.REP), context.socket(zmq.REQ)
-    rep.bind("inproc://own")
-    req.connect("inproc://own")
-
-    def run() -> None:
-        for step in range(4):
-            with supervised(rep, deadline=None) as request:
-                assert request.body == b"%d" % step
-                if step == 0:
-                    rep.send(b"own")
-                elif step == 1:
-                    rep.send(b"half", zmq.SNDMORE)
-                    raise ValueError("between the frames")
-                elif step == 3:
-                    request.reply(b"own")
-                    with pytest.raises(zmq.ZMQError):
-                        rep.send(b"twice")
-
-    runner = gevent.spawn(run)
-    answers = []
-    for step in range(4):
-        req.send(b"%d" % step)
-        answers.append(req.recv_multipart())
-    runner.get()
-    assert answers[0] == [b"own"]
-    assert answers[1] == [b"half", b""]
-    assert json.loads(answers[2][0])["error"]["code"] == "INTERNAL"
-    assert answers[3] == [b"own"]
-
-
 def test_on_error_replaces_what_a_plain_client_gets(context: zmq.Context) -> None:
     """on_error returns the frames for a plain client; if it fails itself the standard error is sent."""
 

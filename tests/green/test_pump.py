@@ -1,0 +1,159 @@
+"""Tests of greensafe.green._pump: a plain socket driven from the hub, with real peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import pytest
+import zmq as plain
+from helpers import wait_until
+
+import greensafe as zmq
+from greensafe.green import _pump
+from greensafe.green._pump import Pump
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+Maker = Callable[..., Pump]
+
+
+@pytest.fixture
+def got() -> list[list[bytes]]:
+    """The messages that the pump has handed over."""
+    return []
+
+
+@pytest.fixture
+def make(context: zmq.Context, got: list[list[bytes]]) -> Iterator[Maker]:
+    """Makes a started pump on a bound ROUTER with these socket options; it is closed afterwards."""
+    made: list[Pump] = []
+
+    def pump(on_message: Callable[[list[bytes]], None] = got.append, **options: int) -> Pump:
+        sock: plain.Socket[bytes] = plain.Socket(context, zmq.ROUTER)
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        for name, value in options.items():
+            sock.setsockopt(getattr(zmq, name), value)
+        sock.bind("inproc://pump")
+        made.append(Pump(sock, on_message))
+        made[-1].start()
+        return made[-1]
+
+    yield pump
+    for each in made:
+        each.close(0)
+
+
+def _peer(context: zmq.Context, name: bytes = b"peer", **options: int) -> Any:
+    sock = context.socket(zmq.DEALER)
+    sock.routing_id = name
+    for option, value in options.items():
+        setattr(sock, option, value)
+    sock.connect("inproc://pump")
+    return sock
+
+
+def test_messages_go_in_and_out(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
+    """Each message is handed over whole, and an answer leaves at once."""
+    pump, peer = make(), _peer(context)
+    peer.send_multipart([b"a", b"", b"b"])
+    wait_until(lambda: got == [[b"peer", b"a", b"", b"b"]])
+    pump.send([b"peer", b"answer", b""])
+    assert peer.recv_multipart() == [b"answer", b""]
+
+
+def test_the_loop_gets_a_turn_between_batches(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
+    """However much has arrived, others run after a batch."""
+    peer = _peer(context)
+    for number in range(3 * _pump.BATCH):
+        peer.send(b"%d" % number)
+    make()
+    seen = []
+    while len(got) < 3 * _pump.BATCH:
+        gevent.sleep(0)
+        seen.append(len(got))
+    assert max(after - before for before, after in zip([0, *seen], seen, strict=False)) <= _pump.BATCH
+    assert [frames[1] for frames in got] == [b"%d" % number for number in range(3 * _pump.BATCH)]
+
+
+def test_paused_it_reads_nothing_until_it_is_resumed(context: zmq.Context, make: Maker) -> None:
+    """A pause set by `on_message` holds at once; what has arrived stays where it is and is read later."""
+    got: list[list[bytes]] = []
+
+    def on_message(frames: list[bytes]) -> None:
+        got.append(frames)
+        pump.is_paused = True
+
+    pump, peer = make(on_message), _peer(context)
+    peer.send(b"1")
+    peer.send(b"2")
+    wait_until(lambda: got)
+    gevent.sleep(0)
+    assert len(got) == 1
+    assert pump.has_input
+    pump.resume()
+    wait_until(lambda: len(got) == 2)
+
+
+def test_a_full_peer_has_a_queue_of_its_own(
+    context: zmq.Context, make: Maker, got: list[list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a full pipe does not take waits, up to a limit that is counted; other peers are not affected, order is kept."""
+    monkeypatch.setattr(_pump, "OUTBOX", 5)
+    pump = make(SNDHWM=1)
+    full, other = _peer(context, b"full", rcvhwm=1), _peer(context, b"other")
+    full.send(b"hello")
+    other.send(b"hello")
+    wait_until(lambda: len(got) == 2)
+    sent = 0
+    while not pump.dropped:
+        pump.send([b"full", b"%d" % sent])
+        sent += 1
+    assert pump.queued == 5
+    pump.send([b"other", b"at once"])
+    assert other.recv() == b"at once"
+    answers = [full.recv() for _ in range(sent - 1)]
+    assert answers == [b"%d" % number for number in range(sent - 1)]
+    assert (pump.queued, pump.dropped) == (0, 1)
+
+
+def test_a_peer_that_is_gone_is_counted(make: Maker) -> None:
+    """An answer to nobody is dropped, and the count says so."""
+    pump = make()
+    pump.send([b"nobody", b"x"])
+    assert (pump.unreachable, pump.queued) == (1, 0)
+
+
+def test_an_exception_of_on_message_is_reported_and_the_next_message_read(context: zmq.Context, make: Maker) -> None:
+    """One bad message stops neither the watcher nor the messages behind it."""
+    got, reported = [], []
+
+    def on_message(frames: list[bytes]) -> None:
+        if frames[1] == b"bad":
+            raise ValueError("bad")
+        got.append(frames[1])
+
+    pump, peer = make(on_message), _peer(context)
+    pump._hub.handle_error = lambda context, kind, *rest: reported.append(kind)
+    try:
+        for body in (b"1", b"bad", b"2"):
+            peer.send(body)
+        wait_until(lambda: got == [b"1", b"2"])
+    finally:
+        del pump._hub.handle_error
+    assert reported == [ValueError]
+
+
+def test_stopped_it_leaves_messages_where_they_are(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
+    """stop() and start() lose nothing; `drain` reads without the loop."""
+    pump, peer = make(), _peer(context)
+    pump.stop()
+    peer.send(b"1")
+    gevent.sleep(0)
+    assert got == []
+    pump.drain()
+    assert [frames[1] for frames in got] == [b"1"]
+    peer.send(b"2")
+    pump.start()
+    wait_until(lambda: len(got) == 2)

@@ -1,0 +1,143 @@
+"""Tests of greensafe.watchdog on its own: what is sent, when, and what is forgotten; no socket is needed for that."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from typing import Any
+
+import gevent
+import pytest
+from helpers import LONG, MS, wait_until
+
+from greensafe import LATER, LocalProtocolError, RemoteError, Request
+from greensafe.watchdog import Handler, Watchdog, error_for
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+
+def _watchdog(handler: Handler, sent: list[list[bytes]], limit: float | None = LONG, **options: Any) -> Watchdog:
+    return Watchdog(handler, sent.append, limit=limit, grace=options.pop("grace", 5 * MS), **options)
+
+
+def _ask(watchdog: Watchdog, body: bytes = b"x", client: bytes = b"peer") -> None:
+    """Hand a message over as a pump does: in the hub."""
+    gevent.get_hub().loop.run_callback(watchdog.accept, [client, b"", body])
+    gevent.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (ValueError("no"), "INTERNAL", "ValueError"),
+        (RemoteError("NOT_FOUND", "no"), "NOT_FOUND", None),
+        (gevent.GreenletExit(), "ABORTED", "GreenletExit"),
+        (MemoryError(), "RESOURCE_EXHAUSTED", "MemoryError"),
+        (SystemExit(3), "INTERNAL", "SystemExit"),
+    ],
+)
+def test_what_a_client_is_told(error: BaseException, code: str, kind: str | None) -> None:
+    """The code tells what to do about it, the type what it was."""
+    told = error_for(error)
+    assert told.code == code
+    if kind is not None:
+        assert json.loads(told.to_reply())["error"]["type"] == kind
+
+
+def test_one_timer_for_all_requests() -> None:
+    """However many wait, the watchdog has one timer, set for the earliest; none when nothing is owed."""
+    sent: list[list[bytes]] = []
+    held: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        held.append(request)
+        return LATER
+
+    watchdog = _watchdog(handler, sent, limit=5 * MS)
+    for _ in range(10):
+        _ask(watchdog)
+    timer = watchdog._timer
+    assert timer is not None
+    assert watchdog.load == 10
+    wait_until(lambda: len(sent) == 10)
+    assert {json.loads(frames[-1])["error"]["code"] for frames in sent} == {"DEADLINE_EXCEEDED"}
+    wait_until(lambda: watchdog._timer is None)
+    assert (watchdog.load, watchdog._owed, watchdog._greenlets) == (0, {}, {})
+    with pytest.raises(LocalProtocolError):
+        held[0].reply(b"late")
+    assert len(sent) == 10
+
+
+def test_room_is_told_once_for_each_request() -> None:
+    """Also when the answer comes before the handler's end, or long after it."""
+    sent: list[list[bytes]] = []
+    told: list[int] = []
+    held: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        if request.body == b"now":
+            request.reply(b"now")
+            gevent.sleep(2 * MS)
+            return None
+        held.append(request)
+        return LATER
+
+    watchdog = _watchdog(handler, sent, on_room=lambda: told.append(len(sent)))
+    _ask(watchdog, b"now")
+    assert told == []
+    wait_until(lambda: told)
+    _ask(watchdog, b"later")
+    held.pop().reply(b"later")
+    assert told == [1, 2]
+    watchdog.close()
+
+
+def test_a_broken_promise_is_found_when_the_request_is_dropped() -> None:
+    """Not only by reference counting: a cycle is found by the collector."""
+    sent: list[list[bytes]] = []
+
+    def handler(request: Request) -> Any:
+        cycle: list[Any] = [request]
+        cycle.append(cycle)
+        return LATER
+
+    watchdog = _watchdog(handler, sent)
+    _ask(watchdog)
+    gc.collect()
+    wait_until(lambda: sent)
+    assert json.loads(sent[0][-1])["error"]["type"] == "BrokenPromise"
+    watchdog.close()
+
+
+def test_abort_all_answers_and_kills() -> None:
+    """Nothing is owed afterwards, and no handler runs."""
+    sent: list[list[bytes]] = []
+    ended: list[bytes] = []
+
+    def handler(request: Request) -> None:
+        try:
+            gevent.sleep(LONG)
+        finally:
+            ended.append(request.body)
+
+    watchdog = _watchdog(handler, sent)
+    for body in (b"1", b"2"):
+        _ask(watchdog, body)
+    watchdog.abort_all(RemoteError("UNAVAILABLE", "no"))
+    assert {json.loads(frames[-1])["error"]["code"] for frames in sent} == {"UNAVAILABLE"}
+    wait_until(lambda: len(ended) == 2)
+    wait_until(lambda: not watchdog._owed)
+    assert len(sent) == 2
+    watchdog.close()
+
+
+def test_malformed_messages_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """No handler is started, nobody is answered, the log names what was wrong."""
+    sent: list[list[bytes]] = []
+    watchdog = _watchdog(lambda request: b"x", sent)
+    with caplog.at_level(logging.WARNING):
+        watchdog.accept([b"peer"])
+    assert (sent, watchdog.load, watchdog.responder.malformed) == ([], 0, 1)
+    assert "malformed" in caplog.text
+    watchdog.close()
