@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import zmq as _zmq
 
 from .context import Context as Context
-from .device import device as device
-from .poll import Poller as Poller
+from .device import device as device, proxy as proxy, proxy_steerable as proxy_steerable
+from .poll import Poller as Poller, select as select, zmq_poll as zmq_poll
 from .socket import Socket as Socket
 
 if TYPE_CHECKING:
@@ -20,4 +20,4 @@ else:
     # What is ours already stays ours.
     globals().update({name: getattr(_zmq, name) for name in _zmq.__all__ if name not in globals()})
 
-__all__ = [*_zmq.__all__, "Context", "Poller", "Socket", "device"]
+__all__ = list(_zmq.__all__)

@@ -7,19 +7,21 @@ of them can be watched (no select(2), no limit of 1024) and nothing ticks while 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import monotonic
 from typing import Any
 
 import gevent
 import zmq
-from zmq.backend import zmq_poll
+from zmq.backend import zmq_poll as _look
 
 from ..deadlines import check, start_timer
 from ._waits import POLLIN, POLLOUT, Waiter
 from .socket import Socket
 
-__all__ = ["Poller"]
+__all__ = ["Poller", "select", "zmq_poll"]
+
+_POLLERR = int(zmq.POLLERR)
 
 
 class Poller(zmq.Poller):
@@ -49,7 +51,7 @@ class Poller(zmq.Poller):
             if isinstance(sock, zmq.Socket) and sock.closed:
                 # zmq_poll would look at descriptor 0 instead.
                 raise zmq.ZMQError(zmq.ENOTSOCK, f"{sock!r} is closed: unregister it first")
-        events = zmq_poll(self.sockets, 0)
+        events: list[tuple[Any, int]] = _look(self.sockets, 0)
         for sock, _ in self.sockets:
             if isinstance(sock, Socket):
                 sock._recheck()
@@ -87,7 +89,7 @@ def _queued(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Iterator[None]:
         fd, mask = sock.FD, 1
     else:
         fd = sock if isinstance(sock, int) else sock.fileno()
-        mask = (1 if flags & (POLLIN | int(zmq.POLLERR)) else 0) | (2 if flags & POLLOUT else 0)
+        mask = (1 if flags & (POLLIN | _POLLERR) else 0) | (2 if flags & POLLOUT else 0)
     watcher = hub.loop.io(fd, mask)
     watcher.start(waiter.wake)
     try:
@@ -95,3 +97,33 @@ def _queued(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Iterator[None]:
     finally:
         watcher.stop()
         watcher.close()
+
+
+def zmq_poll(sockets: Iterable[tuple[Any, int]], timeout: float | None = -1) -> list[tuple[Any, int]]:
+    """Wait for events once, as `Poller.poll` does; `timeout` in MILLISECONDS."""
+    poller = Poller()
+    for sock, flags in sockets:
+        poller.register(sock, flags)
+    return poller.poll(timeout)
+
+
+def select(
+    rlist: Iterable[Any], wlist: Iterable[Any], xlist: Iterable[Any], timeout: float | None = None
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Wait until some of the sockets or descriptors are ready, as `select.select` does.
+
+    Args:
+        rlist, wlist, xlist: Watched for messages, for room to send, for errors.
+        timeout: SECONDS; None or negative: no limit of its own (a deadline scope still holds).
+
+    Returns:
+        Those of each list that are ready, in its order; three empty lists if the limit ran out.
+    """
+    wanted = [(list(rlist), POLLIN), (list(wlist), POLLOUT), (list(xlist), _POLLERR)]
+    flags: dict[Any, int] = {}
+    for socks, flag in wanted:
+        for sock in socks:
+            flags[sock] = flags.get(sock, 0) | flag
+    events = dict(zmq_poll(flags.items(), None if timeout is None else timeout * 1000))
+    readable, writable, failed = ([sock for sock in socks if events.get(sock, 0) & flag] for socks, flag in wanted)
+    return readable, writable, failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket as sockets
 import time
@@ -156,3 +157,31 @@ def test_descriptors_above_1024(context: zmq.Context) -> None:
         for each in padding:
             each.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_select(context: zmq.Context) -> None:
+    """Sockets and descriptors, each in the list it was given in; empty lists when the limit runs out."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.bind("inproc://select")
+    b.connect("inproc://select")
+    reading, writing = os.pipe()
+    try:
+        assert zmq.select([a, reading], [], [], 0) == ([], [], [])
+        assert zmq.select([a, reading], [b, writing], [a], 2 * MS) == ([], [b, writing], [])
+        gevent.spawn(b.send, b"x")
+        assert zmq.select([a, reading], [], []) == ([a], [], [])
+        os.write(writing, b"x")
+        assert zmq.select([a, reading], [a], [a], LONG) == ([a, reading], [a], [])
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_zmq_poll(context: zmq.Context) -> None:
+    """The function below Poller waits cooperatively, too, in milliseconds."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.bind("inproc://poll")
+    b.connect("inproc://poll")
+    assert zmq.zmq_poll([(a, zmq.POLLIN)], 2) == []
+    gevent.spawn_later(2 * MS, b.send, b"x")
+    assert zmq.zmq_poll([(a, zmq.POLLIN), (b, zmq.POLLIN)]) == [(a, zmq.POLLIN)]
