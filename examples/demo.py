@@ -113,9 +113,11 @@ def greensafe_client(endpoint: str, body: str) -> None:
             again = client.request(b"again", timeout=PATIENCE)
             seconds = time.monotonic() - start_again
             saw = f"OperationTimeout; the same client asked again: answered in {seconds:.1f} s"
-            report(saw, start, body == "killed" and again == b"this is the answer to again")
+            in_time = start_again - start < LIMIT + 0.5
+            report(saw, start, body == "killed" and again == b"this is the answer to again" and in_time)
         else:
-            report(f"reply {shown(reply)}", start, body == "slow")
+            in_time = SLOW <= time.monotonic() - start < SLOW + 0.5
+            report(f"reply {shown(reply)}", start, reply == b"this is the answer to slow" and body == "slow" and in_time)
 
 
 def shown(reply: bytes) -> str:
@@ -172,8 +174,14 @@ class Processes:
 
 
 def line(process: subprocess.Popen[str]) -> str:
+    """The next line that a process prints; empty if it dies or says nothing for twice PATIENCE."""
     assert process.stdout is not None
-    return process.stdout.readline().strip()
+    overdue = threading.Timer(2 * PATIENCE, process.kill)
+    overdue.start()
+    try:
+        return process.stdout.readline().strip()
+    finally:
+        overdue.cancel()
 
 
 def play(processes: Processes, side: str, case: Case) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def play(processes: Processes, side: str, case: Case) -> dict[str, Any]:
     try:
         seen: dict[str, Any] = json.loads(line(client))
     except ValueError:
-        seen = {"saw": "the client died", "seconds": 0.0, "as_promised": False}
+        seen = {"saw": "nothing: the client died or hung", "seconds": 0.0, "as_promised": False}
     processes.end(client)
     processes.end(server)
     return seen

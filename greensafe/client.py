@@ -26,10 +26,11 @@ import gevent
 import zmq
 from gevent.hub import Hub
 
-from . import green
 from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_seconds
+from .endpoints import check_endpoint, explain
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .green._pump import Pump
+from .green.context import Context, check_context, close_first
 from .green.socket import UNSET, Timeout
 from .sansio.exchange import Requester, Resolution
 from .watchdog import CALLER_LIMIT
@@ -101,13 +102,13 @@ class Client:
         if not endpoints:
             raise TypeError("a Client needs at least one endpoint, such as 'tcp://127.0.0.1:5555'")
         for endpoint in endpoints:
-            if not isinstance(endpoint, str):
-                raise TypeError(f"an endpoint is a str such as 'tcp://127.0.0.1:5555', not {endpoint!r}")
+            check_endpoint(endpoint)
+        check_context(context)
         if retries != 0 or wait is not True:
             raise ValueError("this version has no retries and no wait=False yet: leave them at retries=0, wait=True")
         self._endpoints = endpoints
         self._timeout = to_seconds(timeout)
-        self._context = context
+        self._context = context or Context.instance()
         self._hub: Hub = gevent.get_hub()
         self._requester = Requester()
         self._timer: Any = None
@@ -119,6 +120,7 @@ class Client:
         try:
             for endpoint in endpoints:
                 self._channels.append(_Channel(endpoint, self._open(endpoint)))
+            close_first(self._context, self)
         except BaseException:
             self.close()
             raise
@@ -136,7 +138,7 @@ class Client:
             DeadlineExceeded: By the enclosing scope, the same.
             RemoteError: A greensafe server answered with an error.
             RemoteProtocolError: The reply has several frames: use request_multipart.
-            Cancelled: The client was closed meanwhile.
+            Cancelled: The client was closed meanwhile, or its context was terminated.
         """
         frames = self.request_multipart([body], timeout, idempotent)
         if len(frames) != 1:
@@ -160,14 +162,16 @@ class Client:
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
         channel = min(self._channels, key=lambda each: each.inflight) if len(self._channels) > 1 else self._channels[0]
         message = self._requester.open(request_id, body, start, at, call, _told())
-        self._sent(channel, message)
+        channel.inflight += 1
         try:
+            channel.pump.start()
+            channel.pump.send(message)
             return self._wait(call, request_id, channel, at, limit)
         finally:
+            message.clear()  # if it has not left yet it need not leave any more
             self._requester.abandon(request_id)
             channel.inflight -= 1
-            if not channel.inflight and not self._closed:
-                channel.pump.stop()
+            self._rest(channel)
 
     def close(self) -> None:
         """Close the connections. Requests that wait get Cancelled."""
@@ -175,7 +179,7 @@ class Client:
             return
         self._closed = True
         for call in self._requester.abandon_all():
-            call.outcome = Cancelled("the client was closed")
+            call.outcome = Cancelled("the client or its context was closed")
             self._hub.loop.run_callback(call.wake)
         self._disarm()
         for channel in self._channels:
@@ -195,18 +199,24 @@ class Client:
     # Inside.
 
     def _open(self, endpoint: str) -> Pump:
-        sock = zmq.Socket(self._context or green.Context.instance(), zmq.DEALER)
+        sock = zmq.Socket(self._context, zmq.DEALER)
         try:
             sock.connect(endpoint)
-            return Pump(sock, self._on_message)
+            # No limit of its own: each message belongs to a greenlet that waits, and is taken back when it gives up.
+            return Pump(sock, self._on_message, self.close, outbox=None)
+        except zmq.ZMQError as error:
+            sock.close(0)
+            raise explain(error, endpoint) from None
         except BaseException:
             sock.close(0)
             raise
 
-    def _sent(self, channel: _Channel, message: list[bytes]) -> None:
-        channel.inflight += 1
-        channel.pump.start()
-        channel.pump.send(message)
+    def _rest(self, channel: _Channel) -> None:
+        """Nothing of an idle client keeps the loop going, or the client alive once it is dropped."""
+        if not channel.inflight and not self._closed:
+            channel.pump.stop()
+        if not len(self._requester):
+            self._disarm()
 
     def _wait(self, call: _Call, request_id: bytes, channel: _Channel, at: float | None, limit: float | None) -> list[bytes]:
         """Sleep until the answer has come or a limit ends it."""
@@ -309,9 +319,10 @@ def _told() -> float | None:
 def _check_body(frames: Any) -> list[bytes]:
     if isinstance(frames, (bytes, str)):
         raise TypeError("request_multipart takes a list of frames; for one frame use request")
+    frames = list(frames)
     if not frames:
         raise ValueError("a request has at least one frame; b'' is an empty one")
     for index, frame in enumerate(frames):
         if not isinstance(frame, (bytes, bytearray, memoryview)):
             raise TypeError(f"frame {index} of the request is {type(frame).__name__}, not bytes: encode it first")
-    return list(frames)
+    return [bytes(frame) for frame in frames]

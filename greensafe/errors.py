@@ -202,6 +202,8 @@ class RemoteError(GreensafeError):
     def __init__(self, code: str, message: str, type: str = "", traceback: str | None = None) -> None:
         if code not in CODES:
             raise ValueError(f"{code!r} is none of the error codes: {', '.join(sorted(CODES))}")
+        if not isinstance(message, str):
+            raise TypeError(f"message is a str, not {message!r}")
         super().__init__(code, message, type, traceback)
         self.code = code
         self.message = message

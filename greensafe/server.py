@@ -26,11 +26,12 @@ import gevent
 import zmq
 from gevent.event import Event
 
-from . import green
 from .deadlines import move_on, shield, to_seconds
+from .endpoints import check_endpoint, explain
 from .errors import RemoteError
 from .green._pump import Pump
-from .watchdog import Handler, OnError, Watchdog, check_handler, check_limits
+from .green.context import Context, check_context, close_first
+from .watchdog import Handler, OnError, Watchdog, check_handler, check_limits, check_options
 
 __all__ = ["Server", "serve"]
 
@@ -74,13 +75,11 @@ class Server:
         context: zmq.Context[Any] | None = None,
     ) -> None:
         check_handler(handler)
-        if not isinstance(endpoint, str):
-            raise TypeError(f"endpoint is a str such as 'tcp://127.0.0.1:5555', not {type(endpoint).__name__}")
-        if not isinstance(max_inflight, int) or isinstance(max_inflight, bool) or max_inflight < 1:
-            raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
+        check_options(max_inflight, on_error)
+        check_context(context)
         if journal is not None:
             raise ValueError("journal must be None: this version has no journal yet")
-        self._bind_to = endpoint
+        self._bind_to = check_endpoint(endpoint)
         self._handler = handler
         self._limit, self._grace = check_limits(deadline, grace)
         self._max_inflight = max_inflight
@@ -114,22 +113,29 @@ class Server:
 
         Raises:
             zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport); nothing is left behind.
+            RuntimeError: It is stopping: wait for `stop` to return.
         """
+        if self._stopping:
+            raise RuntimeError("the server is stopping: start it again when stop() has returned")
         if self._pump is not None:
             return
-        sock = zmq.Socket(self._context or green.Context.instance(), zmq.ROUTER)
+        context = self._context or Context.instance()
+        sock = zmq.Socket(context, zmq.ROUTER)
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
             sock.bind(self._bind_to)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+        except zmq.ZMQError as error:
+            sock.close(0)
+            raise explain(error, self._bind_to) from None
         except BaseException:
             sock.close(0)
             raise
         self._socket = sock
-        self._stopping = False
         self._stopped.clear()
-        self._pump = Pump(sock, self._on_message)
+        self._pump = Pump(sock, self._on_message, self.close)
+        close_first(context, self)
         self._watchdog = Watchdog(
             self._handler,
             self._pump.send,
@@ -143,25 +149,29 @@ class Server:
     def stop(self, timeout: Any = STOP_TIMEOUT) -> None:
         """Finish what was received, then close.
 
-        What is not answered after `timeout` seconds is answered UNAVAILABLE, and its handler killed. Called again (from a
+        What is not answered after `timeout` seconds is answered UNAVAILABLE: handlers that run are killed, requests that have
+        arrived but were not read for want of room are refused. Called again (from a
         second signal, say) with a smaller timeout it ends the first call's wait. The server can be started again afterwards.
         """
         limit = to_seconds(timeout)
-        if self._pump is None:
+        pump = self._pump
+        if pump is None:
             return
         # Not unbound first: that would end the connections it accepted, and their answers with them.
         self._stopping = True
         at = None if limit is None else monotonic() + limit
         try:
-            while self._pump is not None and self._is_busy() and (at is None or monotonic() < at):
+            # Another call of stop may have ended it meanwhile, and start may have made a new pump.
+            while self._pump is pump and self._is_busy() and (at is None or monotonic() < at):
                 self._idle.clear()
                 with move_on(POLL if at is None else min(POLL, at - monotonic())):
                     self._idle.wait()
         finally:
-            self._close()
+            if self._pump is pump:
+                self._close()
 
     def close(self) -> None:
-        """Stop at once: what is not answered is answered UNAVAILABLE."""
+        """Stop at once: what has arrived and is not answered is answered UNAVAILABLE."""
         self.stop(0)
 
     def serve_forever(self, stop_timeout: Any = STOP_TIMEOUT) -> None:
@@ -216,7 +226,9 @@ class Server:
         pump, watchdog = self._pump, self._watchdog
         if pump is None or watchdog is None:
             return
-        watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
+        stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
+        watchdog.abort_all(stopped)
+        pump.refuse(lambda frames: watchdog.refuse(frames, stopped))
         pump.flush()
         if self._bind_to.startswith("inproc:"):
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
@@ -245,9 +257,14 @@ def _signals(on_first: Callable[[], object], on_second: Callable[[], object]) ->
         seen += 1
         gevent.spawn(on_first if seen == 1 else on_second)
 
-    watchers = [gevent.signal_handler(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    watchers = [gevent.signal_handler(number, on_signal) for number in before]
     try:
         yield
     finally:
         for watcher in watchers:
             watcher.cancel()
+        # The loop leaves the system's default behind, whatever Python believes is installed.
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)

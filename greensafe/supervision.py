@@ -20,8 +20,9 @@ from gevent.event import Event
 
 from .deadlines import DeadlineSignal
 from .errors import RemoteError
+from .green._waits import Waiter
 from .green.socket import Socket
-from .watchdog import Handler, OnError, Request, Watchdog, check_handler, check_limits
+from .watchdog import Handler, OnError, Request, Watchdog, check_handler, check_limits, check_options
 
 __all__ = ["supervise", "supervised"]
 
@@ -61,24 +62,45 @@ def supervise(
     _check_socket(sock)
     check_handler(handler)
     limit, after = check_limits(deadline, grace)
+    check_options(max_inflight, on_error)
     room = Event()
     is_rep = sock.type == zmq.REP
     watchdog = Watchdog(handler, _sender(sock, room.set), limit=limit, grace=after, on_error=on_error, on_room=room.set)
-    hub = gevent.get_hub()
+    stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
     try:
         while not sock.closed:
             frames = _receive(sock)
             if frames is None:
                 return
-            room.clear()
-            hub.loop.run_callback(watchdog.accept, frames)
-            gevent.sleep(0)
-            while watchdog.responder.inflight if is_rep else watchdog.load >= max_inflight:
-                room.wait()
-                room.clear()
+            _accept(watchdog, frames, stopped)
+            while not sock.closed and (watchdog.responder.inflight if is_rep else watchdog.load >= max_inflight):
+                _wait_for_room(sock, room)
     finally:
-        watchdog.abort_all(RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped"))
+        watchdog.abort_all(stopped)
         watchdog.close()
+
+
+def _accept(watchdog: Watchdog, frames: list[bytes], stopped: RemoteError) -> None:
+    """Have the handler started in the hub; whoever is interrupted before that has the request refused."""
+    starting = gevent.get_hub().loop.run_callback(watchdog.accept, frames)
+    try:
+        gevent.sleep(0)
+    finally:
+        if starting.pending:
+            starting.stop()
+            watchdog.refuse(frames, stopped)
+
+
+def _wait_for_room(sock: Socket, room: Event) -> None:
+    """Wait until a request is over or the socket is closed."""
+    room.clear()
+    waiter = Waiter(room.set, 0)  # no event of the socket wakes it, but its end does
+    sock._waits.add(sock, waiter)
+    try:
+        room.wait()
+    finally:
+        waiter.asleep = False
+        sock._waits.remove(waiter)
 
 
 class supervised:
@@ -103,6 +125,7 @@ class supervised:
     def __init__(self, sock: Socket, *, deadline: Any, on_error: OnError | None = None) -> None:
         _check_socket(sock)
         limit, grace = check_limits(deadline, 1.0)
+        check_options(1, on_error)
         self._sock = sock
         self._watchdog = Watchdog(_no_handler, _sender(sock), limit=limit, grace=grace, on_error=on_error)
         self._request: Request | None = None
@@ -119,10 +142,12 @@ class supervised:
         request = self._request
         assert request is not None
         request.deadline._detach()
-        if not self._sock.closed:
-            self._answer(request, error)
-        self._watchdog.close()
-        self._request = None
+        try:
+            if not self._sock.closed:
+                self._answer(request, error)
+        finally:
+            self._watchdog.close()
+            self._request = None
         is_own_signal = isinstance(error, DeadlineSignal) and error.scope is request.deadline
         return is_own_signal or isinstance(error, Exception)
 
@@ -130,9 +155,11 @@ class supervised:
         lockstep = self._sock._lockstep
         if lockstep is not None and not lockstep.is_open and not request.replied:
             self._watchdog.note_answered(request)
-        if error is not None:
-            self._watchdog.raised(request, error)
-        self._watchdog.finish(request)
+        try:
+            if error is not None:
+                self._watchdog.raised(request, error)
+        finally:
+            self._watchdog.finish(request)
 
 
 def _no_handler(request: Request) -> None:

@@ -27,7 +27,7 @@ from .deadlines import DeadlineSignal, deadline, start_timer, to_seconds
 from .errors import LocalProtocolError, RemoteError, RemoteProtocolError
 from .sansio.exchange import Exchange, Expire, Kill, Responder, Zombie
 
-__all__ = ["LATER", "Handler", "OnError", "Request", "Watchdog", "check_handler", "check_limits", "error_for"]
+__all__ = ["LATER", "Handler", "OnError", "Request", "Watchdog", "check_handler", "check_limits", "check_options", "error_for"]
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +133,15 @@ OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
 
 
 def error_for(error: BaseException) -> RemoteError:
-    """What a client is told about an exception that a handler let out."""
-    kind = type(error).__name__
+    """What a client is told about an exception that a handler let out. Never raises, whatever the exception is."""
+    try:
+        return _told(error)
+    except BaseException:  # noqa: BLE001 - its __str__ or its class may fail in any way, and must not cost the client its answer
+        return RemoteError("INTERNAL", "the handler failed with an exception that cannot be shown")
+
+
+def _told(error: BaseException) -> RemoteError:
+    kind = str(type(error).__name__)
     if isinstance(error, RemoteError):
         return error
     if isinstance(error, InvalidBodyError):
@@ -143,7 +150,7 @@ def error_for(error: BaseException) -> RemoteError:
         return RemoteError("ABORTED", "the handler was killed", kind)
     if isinstance(error, MemoryError):
         return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
-    return RemoteError("INTERNAL", _safe_str(error), kind)
+    return RemoteError("INTERNAL", str(error), kind)
 
 
 class Watchdog:
@@ -156,8 +163,8 @@ class Watchdog:
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
-            or None.
-        on_room: Called whenever a request is over.
+            or None; or answers by itself.
+        on_room: Called whenever `load` has become less.
     """
 
     def __init__(
@@ -217,14 +224,35 @@ class Watchdog:
         self._settle(exchange)
 
     def fail(self, request: Request, error: RemoteError) -> None:
-        """Answer with an error, as the kind of client understands it."""
+        """Answer with an error, as the kind of client understands it.
+
+        Whatever on_error raises, the client is answered; what is no Exception is raised again afterwards.
+        """
         exchange = request._exchange
         if exchange.is_answered:
             raise LocalProtocolError(f"request {request.id} has been answered already")
         body: Sequence[bytes] = [error.to_reply()]
-        if self._on_error is not None and exchange.envelope.header is None:
-            body = self._replaced(request, error) or body
-        self.answer(exchange, body, error=True)
+        try:
+            if self._on_error is not None and exchange.envelope.header is None:
+                frames = self._on_error(request, error)
+                body = body if frames is None else _as_frames(frames)
+        except Exception:
+            log.exception("on_error failed for %r: the standard error is sent", request)
+        finally:
+            if not exchange.is_answered:
+                self.answer(exchange, body, error=True)
+
+    def refuse(self, frames: list[bytes], error: RemoteError) -> None:
+        """Answer a message without running a handler."""
+        try:
+            request = self.open(frames)
+        except RemoteProtocolError as malformed:
+            log.warning("malformed request dropped: %s", malformed)
+            return
+        try:
+            self.fail(request, error)
+        finally:
+            self.finish(request)
 
     def note_answered(self, request: Request) -> None:
         """The program has answered on its own socket: open the gate without sending."""
@@ -234,7 +262,7 @@ class Watchdog:
         """Answer whatever is still owed with `error` and kill the handlers that still run."""
         for exchange in list(self._owed.values()):
             if not exchange.is_answered:
-                self.answer(exchange, [error.to_reply()], error=True)
+                self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
         for greenlet in list(self._greenlets.values()):
             self._kill(greenlet)
 
@@ -246,17 +274,23 @@ class Watchdog:
 
     def _run(self, request: Request) -> None:
         """The body of a handler's greenlet: no exception leaves it."""
-        exchange = request._exchange
         scope = request.deadline
         try:
             scope._attach(gevent.getcurrent())
             self._returned(request, self._handler(request))
         except BaseException as error:  # noqa: BLE001 - the one place that supervises
-            self.raised(request, error)
+            self._guarded(self.raised, request, error)
         finally:
             scope._detach()
-            self._greenlets.pop(exchange.key, None)
-            self.finish(request)
+            self._greenlets.pop(request._exchange.key, None)
+            self._guarded(self.finish, request)
+
+    def _guarded(self, act: Callable[..., object], *args: object) -> None:
+        """Do something for one request; its failure, which only on_error can cause, is logged and touches no other request."""
+        try:
+            act(*args)
+        except BaseException:
+            log.exception("answering failed")
 
     def _returned(self, request: Request, result: object) -> None:
         exchange = request._exchange
@@ -287,33 +321,34 @@ class Watchdog:
     def finish(self, request: Request) -> None:
         """The handling is over; who has neither answered nor promised to is answered for."""
         exchange = request._exchange
-        if self.responder.finish(exchange):
-            message = "the handler returned nothing: return bytes, call request.reply, or return greensafe.LATER"
-            self.fail(request, RemoteError("INTERNAL", message, "NoReply"))
-        self._settle(exchange)
+        try:
+            if self.responder.finish(exchange):
+                message = "the handler returned nothing: return bytes, call request.reply, or return greensafe.LATER"
+                self.fail(request, RemoteError("INTERNAL", message, "NoReply"))
+        finally:
+            self._settle(exchange)
 
     def _settle(self, exchange: Exchange) -> None:
         """Forget a request that is answered and whose handler has ended."""
-        if exchange.is_over and self._owed.pop(exchange.key, None) is not None and self._on_room is not None:
+        if exchange.is_over and self._owed.pop(exchange.key, None) is not None:
+            self._tell_room()
+
+    def _tell_room(self) -> None:
+        if self._on_room is not None:
             self._on_room()
 
     def _on_forgotten(self, exchange: Exchange) -> None:
-        """The handler promised an answer, and then everybody dropped the request: nobody can give it any more."""
-        self._hub.loop.run_callback(self._break_promise, exchange)
+        """The handler promised an answer, and then everybody dropped the request: nobody can give it any more.
+
+        Called wherever the last reference went, which may be another thread.
+        """
+        if self._hub.loop is not None:
+            self._hub.loop.run_callback_threadsafe(self._break_promise, exchange)
 
     def _break_promise(self, exchange: Exchange) -> None:
         if not exchange.is_answered:
             error = RemoteError("INTERNAL", "the handler promised an answer and dropped the request", "BrokenPromise")
-            self.answer(exchange, [error.to_reply()], error=True)
-
-    def _replaced(self, request: Request, error: RemoteError) -> Sequence[bytes] | None:
-        assert self._on_error is not None
-        try:
-            frames = self._on_error(request, error)
-            return None if frames is None else _as_frames(frames)
-        except Exception:
-            log.exception("on_error failed for %r: the standard error is sent", request)
-            return None
+            self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
 
     # Time.
 
@@ -333,7 +368,7 @@ class Watchdog:
         self._disarm()
         try:
             for effect in self.responder.tick(monotonic()):
-                self._apply(effect)
+                self._guarded(self._apply, effect)
         finally:
             at = self.responder.next_deadline()
             if at is not None and at < self._timer_at:
@@ -349,6 +384,7 @@ class Watchdog:
         elif greenlet is not None:
             if isinstance(effect, Zombie):
                 log.error("a handler has survived its deadline and a kill: %r", greenlet)
+                self._tell_room()
             else:
                 self._kill(greenlet)
 
@@ -378,9 +414,17 @@ def check_limits(limit: Any, grace: Any) -> tuple[float | None, float]:
     if seconds is not None and seconds <= 0:
         raise ValueError(f"deadline is a number of seconds above 0, or None for no limit, not {limit!r}")
     after = to_seconds(grace)
-    if after is None:
-        raise ValueError("grace is a number of seconds: a handler that ignores its deadline has to be killed some time")
+    if after is None or after <= 0:
+        raise ValueError(f"grace is a number of seconds above 0, after which a handler that goes on is killed, not {grace!r}")
     return seconds, after
+
+
+def check_options(max_inflight: Any, on_error: Any) -> None:
+    """Check what servers and supervise take besides."""
+    if not isinstance(max_inflight, int) or isinstance(max_inflight, bool) or max_inflight < 1:
+        raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
+    if on_error is not None and not callable(on_error):
+        raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")
 
 
 def _as_frames(result: object) -> list[bytes]:
@@ -401,10 +445,3 @@ def _check_frames(frames: Sequence[Any]) -> list[bytes]:
         if not isinstance(frame, (bytes, bytearray, memoryview)):
             raise TypeError(f"frame {index} of the answer is {type(frame).__name__}, not bytes: encode it first")
     return [bytes(frame) for frame in frames]
-
-
-def _safe_str(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001 - an exception whose own __str__ fails must not cost the client its answer
-        return f"{type(error).__name__} (its text cannot be shown)"

@@ -48,30 +48,37 @@ def test_endpoint_that_was_bound(context: zmq.Context, tmp_path: Path, endpoint:
 @pytest.mark.parametrize(
     ("kind", "args", "options"),
     [
-        (TypeError, (b"tcp://x", _echo), {"deadline": 1}),
-        (TypeError, ("tcp://x", "handler"), {"deadline": 1}),
-        (TypeError, ("tcp://x", _echo), {}),
-        (TypeError, ("tcp://x", _echo), {"deadline": "1"}),
-        (ValueError, ("tcp://x", _echo), {"deadline": 0}),
-        (ValueError, ("tcp://x", _echo), {"deadline": float("nan")}),
-        (ValueError, ("tcp://x", _echo), {"deadline": 1, "grace": None}),
-        (ValueError, ("tcp://x", _echo), {"deadline": 1, "max_inflight": 0}),
-        (ValueError, ("tcp://x", _echo), {"deadline": 1, "max_inflight": True}),
-        (ValueError, ("tcp://x", _echo), {"deadline": 1, "journal": object()}),
+        (TypeError, (b"tcp://127.0.0.1:0", _echo), {"deadline": 1}),
+        (TypeError, ("tcp://127.0.0.1:0", "handler"), {"deadline": 1}),
+        (TypeError, ("tcp://127.0.0.1:0", _echo), {}),
+        (TypeError, ("tcp://127.0.0.1:0", _echo), {"deadline": "1"}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 0}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": float("nan")}),
+        (ValueError, ("nonsense", _echo), {"deadline": 1}),
+        (ValueError, ("tcp://127.0.0.1:99999", _echo), {"deadline": 1}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "grace": None}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "grace": 0}),
+        (TypeError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "on_error": 5}),
+        (TypeError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "context": 5}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "max_inflight": 0}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "max_inflight": True}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "journal": object()}),
     ],
 )
 def test_wrong_arguments(kind: type[Exception], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """A wrong argument is an error of the constructor, whose text says which."""
-    with pytest.raises(kind, match=r"endpoint|handler|deadline|limit|grace|max_inflight|journal"):
+    with pytest.raises(kind, match=r"endpoint|handler|deadline|limit|grace|max_inflight|journal|port|on_error|context"):
         Server(*args, **options)
 
 
-@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://256.0.0.1:1", "pigeon://x"])
+@pytest.mark.parametrize("endpoint", ["tcp://256.0.0.1:1", "tcp://nowhere:1", "pigeon://x", "ipc:///no/such/folder/s"])
 def test_unusable_endpoint(context: zmq.Context, endpoint: str) -> None:
-    """An endpoint that cannot be bound is a ZMQError that names it, and leaves nothing behind."""
+    """An endpoint that cannot be bound is a ZMQError that names it and what to try, and leaves nothing behind."""
     server = Server(endpoint, _echo, deadline=1, context=context)
-    with pytest.raises(zmq.ZMQError, match=endpoint[:7]):
+    with pytest.raises(zmq.ZMQError) as caught:
         server.start()
+    assert endpoint in caught.value.__notes__[0]
+    assert len(caught.value.__notes__[0]) > len(endpoint)
     assert server.closed
 
 
@@ -288,7 +295,7 @@ def test_stop_during_stop(context: zmq.Context) -> None:
     raw.send_multipart([b"", b"x"])
     wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
     first = gevent.spawn(server.stop, LONG)
-    gevent.sleep(2 * MS)
+    wait_until(lambda: not server.started)
     server.close()
     first.get(timeout=LONG / 4)
     assert b"UNAVAILABLE" in raw.recv_multipart()[1]
@@ -311,9 +318,13 @@ asked = gevent.spawn(ask)
 greensafe.serve("inproc://s", handler, deadline=30)
 asked.join()
 print(signal.getsignal({int(number)}) is before)
+signal.signal({int(number)}, lambda *args: print("mine"))
+with greensafe.server._signals(print, print):
+    pass
+os.kill(os.getpid(), {int(number)})
 """
     result = run_python(program)
-    assert result.out.split() == ["answered", "True"], result.err
+    assert result.out.split() == ["answered", "True", "mine"], result.err
     assert result.code == 0
 
 
@@ -370,3 +381,84 @@ print(time.time())
     result = run_python(program, pending)
     assert result.code == 0, result.err
     assert time.time() - float(result.out) < 1000 * MS
+
+
+@pytest.mark.parametrize("timeout", [0, 5 * MS])
+def test_stop_refuses_what_was_not_read(context: zmq.Context, timeout: float) -> None:
+    """Requests that have arrived but were not read for want of room are answered UNAVAILABLE, too."""
+    server = Server("inproc://s", lambda request: gevent.sleep(LONG), deadline=None, max_inflight=1, context=context)
+    server.start()
+    raw = context.socket(zmq.DEALER)
+    raw.connect("inproc://s")
+    for _ in range(5):
+        raw.send_multipart([b"", b"x"])
+    wait_until(lambda: server.full)
+    server.stop(timeout)
+    answers = [raw.recv_multipart()[1] for _ in range(5)]
+    assert all(b"UNAVAILABLE" in answer for answer in answers)
+    assert not raw.poll(5)
+
+
+def test_a_stop_ends_its_own_run_only(context: zmq.Context) -> None:
+    """A stop that still waits does not close the server that was started again meanwhile."""
+    hang = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"hang":
+            hang.wait()
+        return request.body
+
+    server = Server("inproc://s", handler, deadline=None, context=context)
+    server.start()
+    raw = context.socket(zmq.DEALER)
+    raw.connect("inproc://s")
+    raw.send_multipart([b"", b"hang"])
+    wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
+    first = gevent.spawn(server.stop, LONG)
+    wait_until(lambda: not server.started)
+    with pytest.raises(RuntimeError, match="stopping"):
+        server.start()
+    server.close()
+    server.start()
+    first.get()
+    assert server.started
+    with Client("inproc://s", context=context) as client:
+        assert client.request(b"x") == b"x"
+    server.close()
+
+
+def test_a_zombie_makes_room(context: zmq.Context) -> None:
+    """A handler that survives its kill does not keep its place under max_inflight."""
+    until = time.monotonic() + LONG
+
+    def handler(request: Request) -> bytes:
+        while request.body == b"zombie" and time.monotonic() < until:
+            try:
+                gevent.sleep(LONG)
+            except BaseException:
+                continue
+        return request.body
+
+    with Server("inproc://s", handler, deadline=5 * MS, grace=5 * MS, max_inflight=1, context=context) as server:
+        with Client("inproc://s", context=context) as client:
+            with pytest.raises(RemoteError):
+                client.request(b"zombie")
+            assert client.request(b"next", timeout=LONG / 2) == b"next"
+        until = 0.0
+        wait_until(lambda: server._watchdog is not None and not server._watchdog.responder.zombies)
+
+
+@pytest.mark.parametrize("how", ["term", "destroy"])
+def test_its_context_can_end(how: str) -> None:
+    """The server is closed then, and its clients are told."""
+    own = zmq.Context()
+    server = Server("tcp://127.0.0.1:0", lambda request: gevent.sleep(LONG), deadline=None, context=own)
+    server.start()
+    assert server.endpoint is not None
+    with zmq.Context() as other, other.socket(zmq.REQ) as req:
+        req.connect(server.endpoint)
+        req.send(b"x")
+        wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
+        getattr(own, how)()
+        assert server.closed
+        assert b"UNAVAILABLE" in req.recv(timeout=LONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -11,15 +12,20 @@ import zmq as plain
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import Request, deadline, supervise, supervised
+from greensafe import Request, deadline, supervise, supervised, supervision
 
 pytestmark = pytest.mark.usefixtures("limit")
 
 
 def _handle(request: Request) -> bytes:
     if request.body == b"hang":
+        _hanging.append(request)
         gevent.sleep(LONG)
     return request.body
+
+
+#: The requests whose handlers hang.
+_hanging: list[Request] = []
 
 
 def _bound(context: zmq.Context, kind: int) -> tuple[Any, Any]:
@@ -39,10 +45,11 @@ def test_leaving_supervise_early_answers_and_leaves_the_socket_usable(context: z
         with deadline(10 * MS if how == "deadline" else None), gevent.Timeout(10 * MS if how == "gevent.Timeout" else None):
             supervise(sock, _handle, deadline=LONG)
 
+    _hanging.clear()
     peer.send_multipart([b"", b"hang"])
     runner = gevent.spawn(run)
     if how == "kill":
-        wait_until(lambda: not peer.poll(0) and gevent.sleep(2 * MS) is None)
+        wait_until(lambda: _hanging)
         runner.kill()
     else:
         with pytest.raises((zmq.DeadlineExceeded, gevent.Timeout)):
@@ -54,15 +61,49 @@ def test_leaving_supervise_early_answers_and_leaves_the_socket_usable(context: z
     again.kill()
 
 
-def test_supervise_ends_when_its_socket_is_closed(context: zmq.Context) -> None:
-    """Also while a handler runs, whose answer has nowhere to go then."""
-    sock, peer = _bound(context, zmq.ROUTER)
-    runner = gevent.spawn(supervise, sock, _handle, deadline=5 * MS, grace=5 * MS)
-    peer.send_multipart([b"", b"hang"])
-    gevent.sleep(2 * MS)
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+def test_supervise_ends_when_its_socket_is_closed(context: zmq.Context, kind: int) -> None:
+    """At once, also while it waits for handlers: they are killed, as their answers have nowhere to go."""
+    sock, peer = _bound(context, kind)
+    started, ended = [], []
+
+    def handler(request: Request) -> bytes:
+        started.append(request.body)
+        try:
+            return _handle(request)
+        finally:
+            ended.append(request.body)
+
+    runner = gevent.spawn(supervise, sock, handler, deadline=None, max_inflight=1)
+    for _ in range(2):
+        peer.send_multipart([b"", b"hang"])
+    wait_until(lambda: started)
+    gevent.sleep(0)
     sock.close(0)
     runner.get()
-    gevent.sleep(20 * MS)  # past deadline and grace: nothing fails in the hub
+    wait_until(lambda: ended)
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+def test_supervise_killed_before_a_handler_started(context: zmq.Context, kind: int) -> None:
+    """A request that was read and whose handler has not started is refused; it does not start any more."""
+    sock, peer = _bound(context, kind)
+    started = []
+    runner = gevent.spawn(supervise, sock, lambda request: started.append(request) or b"", deadline=LONG)
+    peer.send_multipart([b"", b"x"])
+
+    def kill_in_between(watchdog: Any, frames: list[bytes], stopped: Any) -> None:
+        runner.kill(block=False)  # it comes before the handler's start, which is scheduled next
+        accept(watchdog, frames, stopped)
+
+    accept = supervision._accept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervision, "_accept", kill_in_between)
+        runner.join()
+    assert started == []
+    assert json.loads(peer.recv_multipart()[1])["error"]["code"] == "UNAVAILABLE"
+    peer.send_multipart([b"", b"again"])
+    assert sock.recv_multipart()[-1] == b"again"
 
 
 def test_max_inflight_of_a_router(context: zmq.Context) -> None:
@@ -103,6 +144,11 @@ def test_wrong_arguments(context: zmq.Context, use: Any) -> None:
     if use is supervise:
         with pytest.raises(TypeError, match="handler"):
             supervise(context.socket(zmq.REP), "no handler", deadline=1)
+        for wrong in (0, -1, "x"):
+            with pytest.raises(ValueError, match="max_inflight"):
+                supervise(context.socket(zmq.ROUTER), _handle, deadline=1, max_inflight=wrong)
+    with pytest.raises(TypeError, match="on_error"):
+        use(context.socket(zmq.REP), *handler, deadline=1, on_error=5)
 
 
 def test_a_rep_whose_request_was_read_before(context: zmq.Context) -> None:
@@ -147,3 +193,19 @@ def test_supervised_loop_answers_with_its_own_send(context: zmq.Context) -> None
     assert answers[1] == [b"half", b""]
     assert json.loads(answers[2][0])["error"]["code"] == "INTERNAL"
     assert answers[3] == [b"own"]
+
+
+@pytest.mark.parametrize("error", [ValueError("on_error"), SystemExit(3)])
+def test_supervised_whose_on_error_fails(context: zmq.Context, error: BaseException) -> None:
+    """The client is answered all the same, and the loop can go on; what is no Exception is passed on after that."""
+    sock, peer = _bound(context, zmq.REP)
+
+    def on_error(request: Request, told: zmq.RemoteError) -> None:
+        raise error
+
+    peer.send_multipart([b"", b"x"])
+    with contextlib.suppress(SystemExit), supervised(sock, deadline=None, on_error=on_error):
+        raise KeyError("no")
+    assert json.loads(peer.recv_multipart()[1])["error"]["type"] == "KeyError"
+    peer.send_multipart([b"", b"again"])
+    assert sock.recv() == b"again"

@@ -141,3 +141,58 @@ def test_malformed_messages_are_counted(caplog: pytest.LogCaptureFixture) -> Non
     assert (sent, watchdog.load, watchdog.responder.malformed) == ([], 0, 1)
     assert "malformed" in caplog.text
     watchdog.close()
+
+
+def test_a_promise_broken_in_another_thread() -> None:
+    """Whichever thread drops the request last, the client is answered at once although the loop had nothing to do."""
+    sent: list[list[bytes]] = []
+    held: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        held.append(request)
+        return LATER
+
+    watchdog = _watchdog(handler, sent, limit=None)
+    _ask(watchdog)
+    gevent.get_hub().threadpool.apply(held.clear)
+    wait_until(lambda: sent)
+    assert json.loads(sent[0][-1])["error"]["type"] == "BrokenPromise"
+    watchdog.close()
+
+
+@pytest.mark.parametrize("how", ["raises", "exits", "times out", "answers itself", "returns nonsense"])
+def test_on_error_that_goes_wrong_costs_nobody_an_answer(how: str) -> None:
+    """Neither the client that it was called for nor those whose requests are overdue in the same moment."""
+    sent: list[list[bytes]] = []
+
+    def on_error(request: Request, error: RemoteError) -> Any:
+        if how == "raises":
+            raise ValueError("on_error")
+        if how == "exits":
+            raise SystemExit(3)
+        if how == "times out":
+            raise gevent.Timeout(1)
+        if how == "answers itself":
+            request.reply(b"mine")
+            return None
+        return 42
+
+    watchdog = _watchdog(lambda request: LATER, sent, limit=None, on_error=on_error)
+    held = []
+    watchdog._handler = lambda request: (held.append(request), LATER)[1]
+    for _ in range(4):
+        _ask(watchdog)
+    for request in held:
+        watchdog._guarded(watchdog.fail, request, RemoteError("INTERNAL", "no"))
+    assert len(sent) == 4
+    assert watchdog.load == 0
+    watchdog._limit = 5 * MS
+    for _ in range(4):
+        _ask(watchdog)
+    wait_until(lambda: len(sent) == 8)
+    wait_until(lambda: watchdog.load == 0)
+    watchdog._handler = lambda request: None
+    _ask(watchdog)
+    assert len(sent) == 9
+    assert {frames[-1] == b"mine" for frames in sent} == {how == "answers itself"}
+    watchdog.close()

@@ -8,9 +8,11 @@ Rules:
 * Any libzmq call may consume the edge of ZMQ_FD, so every send schedules one look at EVENTS in this turn of the loop (many
   sends share it).
 * At most `BATCH` messages are read before the loop gets a turn.
-* A message for a peer whose pipe is full waits in that peer's own queue, and only that peer's: `OUTBOX` messages at most,
-  what is beyond is dropped and counted. `send` never blocks.
+* A message for a peer whose pipe is full waits in that peer's own queue, and only that peer's: `outbox` bytes at most,
+  what is beyond is dropped and counted. `send` never blocks. Whoever empties a list that he has handed to `send` takes the
+  message back, if it has not left yet.
 * An exception of `on_message` goes to the hub's error handler; the pump goes on.
+* When the context is terminated or the socket closed, the pump stops and says so once, by `on_end`.
 
 It does not know what is in the messages, but that a ROUTER's first frame names the peer.
 """
@@ -31,8 +33,14 @@ __all__ = ["Pump"]
 #: Messages read before the loop gets a turn.
 BATCH = 100
 
-#: Messages kept for one peer whose pipe is full, beyond its high-water mark.
-OUTBOX = 1000
+#: Bytes that a server keeps for one peer whose pipe is full, beyond its high-water mark: some 60,000 small messages.
+OUTBOX = 16 * 2**20
+
+#: Bytes that a message is reckoned at besides those of its frames.
+OVERHEAD = 250
+
+#: Messages that a socket about to close still reads in order to refuse them; who sends faster than that learns by its end.
+REFUSED = 10_000
 
 #: Seconds after which a full peer is tried again: a ROUTER is writable as soon as any peer is, so no event tells.
 RETRY = 0.02
@@ -44,17 +52,37 @@ _SNDMORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
 _MORE = _NOBLOCK | _SNDMORE
 
+#: What libzmq says of a socket that cannot be used any more.
+_ENDED = frozenset({zmq.ETERM, zmq.ENOTSOCK})
+_UNREACHABLE = _ENDED | {zmq.EHOSTUNREACH}
+
 _get: Callable[[Any, int], Any] = Backend.get
 _recv: Callable[..., Any] = Backend.recv
 _send: Callable[..., Any] = Backend.send
 
 
+class _Queue:
+    """The messages that wait for one peer, each with its size in bytes."""
+
+    __slots__ = ("messages", "size")
+
+    def __init__(self) -> None:
+        self.messages: deque[tuple[list[bytes], int]] = deque()
+        self.size = 0
+
+
 class Pump:
     """The traffic of one plain socket.
 
+    Args:
+        sock: A plain ROUTER (with ROUTER_MANDATORY) or DEALER, which belongs to the pump from now on.
+        on_message: Called in the hub with the frames of each message.
+        on_end: Called when the context is terminated or somebody else has closed the socket; the pump has stopped by then.
+        outbox: Bytes kept for a peer whose pipe is full; None for no limit.
+
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
-        unreachable: Messages thrown away because their peer is gone (EHOSTUNREACH).
+        unreachable: Messages thrown away because their peer is gone (EHOSTUNREACH) or the socket is.
         is_paused: No message is read while this is set, so peers feel backpressure; `resume` clears it.
     """
 
@@ -62,6 +90,8 @@ class Pump:
         "_hub",
         "_is_closed",
         "_is_router",
+        "_limit",
+        "_on_end",
         "_on_message",
         "_outbox",
         "_retry",
@@ -74,13 +104,21 @@ class Pump:
         "unreachable",
     )
 
-    def __init__(self, sock: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
+    def __init__(
+        self,
+        sock: zmq.Socket[bytes],
+        on_message: Callable[[list[bytes]], None],
+        on_end: Callable[[], object],
+        outbox: int | None = OUTBOX,
+    ) -> None:
         self._sock = sock
         self._on_message = on_message
+        self._on_end = on_end
+        self._limit = outbox
         self._is_router = sock.type == zmq.ROUTER
         self._hub = gevent.get_hub()
         self._watcher = self._hub.loop.io(_get(sock, _FD), 1)
-        self._outbox: dict[bytes, deque[list[bytes]]] = {}
+        self._outbox: dict[bytes, _Queue] = {}
         self._retry: Any = None
         self._scheduled = False
         self._started = False
@@ -92,13 +130,16 @@ class Pump:
     @property
     def queued(self) -> int:
         """Messages that wait for a peer with a full pipe."""
-        return sum(map(len, self._outbox.values()))
+        return sum(len(queue.messages) for queue in self._outbox.values())
 
     @property
     def has_input(self) -> bool:
         """Whether messages have arrived that are not read yet; they are read in the next turn unless paused."""
-        if not _get(self._sock, _EVENTS) & _POLLIN:
-            return False
+        try:
+            if not _get(self._sock, _EVENTS) & _POLLIN:
+                return False
+        except zmq.ZMQError:
+            return False  # the context is terminated or the socket closed: nothing can be read any more
         if self._started and not self._scheduled and not self.is_paused:
             self._schedule()
         return True
@@ -138,21 +179,35 @@ class Pump:
         if waiting is not None:
             self._keep(waiting, frames)
         elif not self._try_send(frames):
-            self._outbox[key] = deque([frames])
+            self._outbox[key] = waiting = _Queue()
+            self._keep(waiting, frames)
             self._start_retry()
         if not self._scheduled and self._started:
             self._schedule()
 
     def drain(self) -> None:
         """Read what has arrived, here and now."""
-        self._read()
+        try:
+            self._read()
+        except zmq.ZMQError:
+            self._schedule()  # the same error is met there, and dealt with
+
+    def refuse(self, refuse: Callable[[list[bytes]], None]) -> None:
+        """Read all that has arrived, paused or not, and hand it to `refuse` instead; for a socket that is about to close."""
+        self.is_paused = False
+        self._on_message = refuse
+        for _ in range(REFUSED // BATCH):
+            if not self.has_input:
+                return
+            self.drain()
 
     def flush(self) -> None:
         """Try again to send what is kept."""
         for key, waiting in list(self._outbox.items()):
-            while waiting and self._try_send(waiting[0]):
-                waiting.popleft()
-            if not waiting:
+            messages = waiting.messages
+            while messages and (not messages[0][0] or self._try_send(messages[0][0])):
+                waiting.size -= messages.popleft()[1]
+            if not messages:
                 del self._outbox[key]
         if not self._outbox:
             self._stop_retry()
@@ -175,14 +230,16 @@ class Pump:
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
+            if error.errno not in _UNREACHABLE:
                 raise
             self.unreachable += 1
         return True
 
-    def _keep(self, waiting: deque[list[bytes]], frames: list[bytes]) -> None:
-        if len(waiting) < OUTBOX:
-            waiting.append(frames)
+    def _keep(self, waiting: _Queue, frames: list[bytes]) -> None:
+        size = OVERHEAD + sum(map(len, frames))
+        if self._limit is None or not waiting.messages or waiting.size + size <= self._limit:
+            waiting.messages.append((frames, size))
+            waiting.size += size
         else:
             self.dropped += 1
 
@@ -202,6 +259,12 @@ class Pump:
                 self._read()
                 if self._started and not self._scheduled and not self.is_paused and _get(self._sock, _EVENTS) & _POLLIN:
                     self._schedule()
+        except zmq.ZMQError as error:
+            if error.errno not in _ENDED:
+                self._hub.handle_error(self, *sys.exc_info())
+            else:
+                self.stop()
+                self._on_end()
         except BaseException:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
             self._hub.handle_error(self, *sys.exc_info())
 

@@ -2,7 +2,8 @@
 
 `zmq_ctx_term` waits until every socket is closed and every lingering message is gone. Called in the hub's thread it stops the
 whole program, so here it runs in the hub's threadpool (waiters meanwhile get ContextTerminated) and the calling greenlet waits.
-At interpreter exit what is pending gets half a second.
+Servers and clients that live in the context are closed first, or it would wait for them for ever. At interpreter exit what is
+pending gets half a second.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 import gevent
 import zmq
+from gevent.hub import Hub
 from gevent.monkey import get_original
+from zmq import Context as _Plain
 
 from ..deadlines import to_seconds
 from .socket import Socket
 
-__all__ = ["Context"]
+__all__ = ["Context", "check_context", "close_first"]
 
 #: Milliseconds that messages still queued may take to leave when the interpreter exits and nobody closed anything.
 EXIT_LINGER = 500
@@ -39,10 +42,12 @@ class Context(zmq.Context[Socket]):
     _default_timeout: float | None = None
     _is_exiting = False
     _pid: int
+    _owners: weakref.WeakKeyDictionary[Any, Hub]
 
     def __init__(self, io_threads: int | zmq.Context[Any] = 1, shadow: zmq.Context[Any] | int = 0) -> None:
         super().__init__(io_threads, shadow)  # type: ignore[call-overload]
         self._pid = os.getpid()
+        self._owners = weakref.WeakKeyDictionary()
         _open_contexts.add(self)
 
     @property
@@ -56,12 +61,17 @@ class Context(zmq.Context[Socket]):
     def term(self) -> None:
         """Terminate the context, cooperatively.
 
-        Returns when every socket is closed and its lingering messages have left or are given up (LINGER). If the wait is
-        interrupted by a deadline, a Timeout or a kill, termination goes on in its own thread.
+        Its servers and clients are closed. Returns when every socket is closed and its lingering messages have left or are
+        given up (LINGER). If the wait is interrupted by a deadline, a Timeout or a kill, termination goes on in its own thread.
         """
         if self.closed:
             return
         hub = gevent.get_hub()
+        for owner, home in list(self._owners.items()):
+            if home is hub:
+                owner.close()
+            elif home.loop is not None:
+                home.loop.run_callback_threadsafe(owner.close)
         if gevent.getcurrent() is hub or self._is_exiting:
             super().term()
         else:
@@ -73,6 +83,18 @@ class Context(zmq.Context[Socket]):
         if not self._shadow and not self.closed and not self._is_exiting:
             zmq.sugar.context.warn(f"Unclosed context {self}", ResourceWarning, stacklevel=2, source=self)  # type: ignore[attr-defined]
             get_original("_thread", "start_new_thread")(super().term, ())
+
+
+def check_context(context: object) -> None:
+    """Raise TypeError unless `context` is one of pyzmq's or ours, or None."""
+    if context is not None and not isinstance(context, _Plain):
+        raise TypeError(f"context is a greensafe.Context, or None for the shared one, not {type(context).__name__}")
+
+
+def close_first(context: zmq.Context[Any], owner: Any) -> None:
+    """Have `owner.close()` called in this thread's hub before `context` is terminated, if it is one of ours."""
+    if isinstance(context, Context):
+        context._owners[owner] = gevent.get_hub()
 
 
 def _abandon_at_exit() -> None:

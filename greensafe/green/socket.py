@@ -563,10 +563,13 @@ class Socket(zmq.Socket[bytes]):
 
 
 def _check_frame(index: int, frame: object) -> None:
+    """Find what libzmq would refuse, before the frames in front of it are on their way."""
     if not isinstance(frame, (bytes, zmq.Frame)):
         try:
-            memoryview(cast(Any, frame))
+            view = memoryview(cast(Any, frame))
         except TypeError:
             shown = repr(frame)
             shown = shown if len(shown) <= 32 else shown[:32] + "..."
             raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None
+        if not view.contiguous:
+            raise BufferError(f"frame {index} is a buffer with gaps: send bytes(...) of it")

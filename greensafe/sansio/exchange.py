@@ -27,6 +27,10 @@ from .envelope import Envelope, Header, Kind, remaining_ms, split
 
 __all__ = ["Exchange", "Expire", "Expired", "Kill", "Requester", "Resolution", "Responder", "State", "Zombie"]
 
+#: Seconds between two kills of a handler that survives them, at least: however short the grace, a zombie must not cost more
+#: than the requests.
+AGAIN = 0.1
+
 
 class State(enum.Enum):
     """Of an exchange on the server's side; see the table above."""
@@ -131,7 +135,7 @@ class Responder:
     """The server's table.
 
     Args:
-        grace: Seconds between the deadline and the kill, and between kills.
+        grace: Seconds between the deadline and the kill, and, if it is more than `AGAIN`, between kills.
 
     Attributes:
         inflight: Requests that are owed an answer.
@@ -235,7 +239,7 @@ class Responder:
                     effects.append(Zombie(exchange))
                 effects.append(Kill(exchange))
             if exchange.is_running:
-                exchange.at = now + self._grace
+                exchange.at = now + (self._grace if exchange.kills == 0 else max(self._grace, AGAIN))
                 self._due.push(exchange.at, exchange)
         return effects
 

@@ -30,13 +30,13 @@ def make(context: zmq.Context, got: list[list[bytes]]) -> Iterator[Maker]:
     """Makes a started pump on a bound ROUTER with these socket options; it is closed afterwards."""
     made: list[Pump] = []
 
-    def pump(on_message: Callable[[list[bytes]], None] = got.append, **options: int) -> Pump:
+    def pump(on_message: Callable[[list[bytes]], None] = got.append, outbox: int | None = None, **options: int) -> Pump:
         sock: plain.Socket[bytes] = plain.Socket(context, zmq.ROUTER)
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         for name, value in options.items():
             sock.setsockopt(getattr(zmq, name), value)
         sock.bind("inproc://pump")
-        made.append(Pump(sock, on_message))
+        made.append(Pump(sock, on_message, lambda: None, outbox))
         made[-1].start()
         return made[-1]
 
@@ -96,26 +96,39 @@ def test_paused_it_reads_nothing_until_it_is_resumed(context: zmq.Context, make:
     wait_until(lambda: len(got) == 2)
 
 
-def test_a_full_peer_has_a_queue_of_its_own(
-    context: zmq.Context, make: Maker, got: list[list[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_peer_has_a_queue_of_its_own(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
     """What a full pipe does not take waits, up to a limit that is counted; other peers are not affected, order is kept."""
-    monkeypatch.setattr(_pump, "OUTBOX", 5)
-    pump = make(SNDHWM=1)
+    pump = make(outbox=5 * (_pump.OVERHEAD + len(b"full" + b"00")), SNDHWM=1)
     full, other = _peer(context, b"full", rcvhwm=1), _peer(context, b"other")
     full.send(b"hello")
     other.send(b"hello")
     wait_until(lambda: len(got) == 2)
     sent = 0
     while not pump.dropped:
-        pump.send([b"full", b"%d" % sent])
+        pump.send([b"full", b"%02d" % sent])
         sent += 1
     assert pump.queued == 5
     pump.send([b"other", b"at once"])
     assert other.recv() == b"at once"
     answers = [full.recv() for _ in range(sent - 1)]
-    assert answers == [b"%d" % number for number in range(sent - 1)]
+    assert answers == [b"%02d" % number for number in range(sent - 1)]
     assert (pump.queued, pump.dropped) == (0, 1)
+
+
+def test_a_message_that_is_taken_back_does_not_leave(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
+    """Emptied while it waits for room, it is skipped; those behind it leave."""
+    pump, peer = make(SNDHWM=1), _peer(context, rcvhwm=1)
+    peer.send(b"hello")
+    wait_until(lambda: got)
+    messages: list[list[bytes]] = []
+    while not pump.queued:
+        messages.append([b"peer", b"%d" % len(messages)])
+        pump.send(messages[-1])
+    pump.send([b"peer", b"last"])
+    expected = [frames[1] for frames in messages[:-1]]
+    messages[-1].clear()
+    assert [peer.recv() for _ in expected] == expected
+    assert peer.recv() == b"last"
 
 
 def test_a_peer_that_is_gone_is_counted(make: Maker) -> None:
@@ -143,6 +156,30 @@ def test_an_exception_of_on_message_is_reported_and_the_next_message_read(contex
     finally:
         del pump._hub.handle_error
     assert reported == [ValueError]
+
+
+@pytest.mark.parametrize("how", ["context terminated", "socket closed"])
+def test_the_end_of_its_socket_is_told_once(how: str) -> None:
+    """Then the pump has stopped, and what is sent is dropped and counted."""
+    own = zmq.Context()
+    sock: plain.Socket[bytes] = plain.Socket(own, zmq.DEALER)
+    sock.connect("inproc://nobody")
+    told: list[str] = []
+    pump = Pump(sock, lambda frames: None, lambda: told.append(how))
+    pump.start()
+    ending = None
+    if how == "context terminated":
+        ending = gevent.spawn(own.term)
+    else:
+        sock.close(0)
+        pump.send([b"x"])
+    wait_until(lambda: told)
+    pump.send([b"y"])
+    gevent.sleep(0)
+    assert told == [how]
+    assert pump.unreachable >= 1
+    pump.close(0)
+    own.term() if ending is None else ending.get()
 
 
 def test_stopped_it_leaves_messages_where_they_are(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:

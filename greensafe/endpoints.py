@@ -1,0 +1,51 @@
+"""Can this endpoint be used, and if not, what is wrong with it and what to try?
+
+libzmq takes a port of 99999 for another one and says "Invalid argument" of most mistakes. So servers and clients check what can
+be known beforehand, and add to libzmq's errors what to do about them.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import zmq
+
+__all__ = ["check_endpoint", "explain"]
+
+_ADVICE = {
+    errno.EADDRINUSE: "something else is bound there: stop it, take another port, or let the system choose one with port 0",
+    errno.EADDRNOTAVAIL: "this machine has no such address: bind to 127.0.0.1, to 0.0.0.0 for all, or to an interface's name",
+    errno.ENODEV: "this machine has no such interface: bind to 127.0.0.1, to 0.0.0.0 for all, or to an interface's name",
+    errno.EACCES: "permission denied: take a port from 1024 up, or an ipc path in a folder that this user may write to",
+    errno.ENOENT: "the folder of an ipc path has to exist",
+    errno.EINVAL: "an endpoint looks like tcp://127.0.0.1:5555, ipc:///tmp/socket or inproc://name",
+    errno.EPROTONOSUPPORT: "the transports are tcp, ipc and inproc; others depend on how libzmq was built",
+}
+
+
+def check_endpoint(endpoint: object) -> str:
+    """Return `endpoint` if it may be usable.
+
+    Raises:
+        TypeError: It is not a str.
+        ValueError: It has no transport, an impossible port or a NUL; the text says which, and what an endpoint looks like.
+    """
+    if not isinstance(endpoint, str):
+        raise TypeError(f"an endpoint is a str such as 'tcp://127.0.0.1:5555', not {endpoint!r}")
+    transport, separator, address = endpoint.partition("://")
+    if not separator or not transport or not address:
+        raise ValueError(f"{endpoint!r} is no endpoint: {_ADVICE[errno.EINVAL]}")
+    if "\0" in endpoint:
+        raise ValueError(f"{endpoint!r} is no endpoint: it holds a NUL")
+    if transport == "tcp":
+        port = address.rpartition(":")[2]
+        if port != "*" and not (port.isascii() and port.isdigit() and int(port) <= 65535):
+            raise ValueError(f"{endpoint!r} has no usable port: a number up to 65535 is needed, or 0 to bind to a free one")
+    return endpoint
+
+
+def explain(error: zmq.ZMQError, endpoint: str) -> zmq.ZMQError:
+    """Add to an error of bind or connect which endpoint it was and what to try; returns the error."""
+    advice = _ADVICE.get(error.errno or 0)
+    error.add_note(f"{endpoint}: {advice}" if advice else endpoint)
+    return error
