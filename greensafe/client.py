@@ -27,7 +27,7 @@ import zmq
 from gevent.hub import Hub
 
 from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_seconds
-from .endpoints import check_endpoint, explain
+from .endpoints import check_endpoint, explained
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .green._pump import Pump
 from .green.context import Context, check_context, close_first
@@ -201,12 +201,10 @@ class Client:
     def _open(self, endpoint: str) -> Pump:
         sock = zmq.Socket(self._context, zmq.DEALER)
         try:
-            sock.connect(endpoint)
+            with explained(endpoint):
+                sock.connect(endpoint)
             # No limit of its own: each message belongs to a greenlet that waits, and is taken back when it gives up.
             return Pump(sock, self._on_message, self.close, outbox=None)
-        except zmq.ZMQError as error:
-            sock.close(0)
-            raise explain(error, endpoint) from None
         except BaseException:
             sock.close(0)
             raise

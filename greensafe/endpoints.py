@@ -6,11 +6,13 @@ be known beforehand, and add to libzmq's errors what to do about them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 import zmq
 
-__all__ = ["check_endpoint", "explain"]
+__all__ = ["check_endpoint", "explained"]
 
 _ADVICE = {
     errno.EADDRINUSE: "something else is bound there: stop it, take another port, or let the system choose one with port 0",
@@ -44,8 +46,12 @@ def check_endpoint(endpoint: object) -> str:
     return endpoint
 
 
-def explain(error: zmq.ZMQError, endpoint: str) -> zmq.ZMQError:
-    """Add to an error of bind or connect which endpoint it was and what to try; returns the error."""
-    advice = _ADVICE.get(error.errno or 0)
-    error.add_note(f"{endpoint}: {advice}" if advice else endpoint)
-    return error
+@contextlib.contextmanager
+def explained(endpoint: str) -> Iterator[None]:
+    """Add to a ZMQError of bind or connect a note: which endpoint it was, and what to try."""
+    try:
+        yield
+    except zmq.ZMQError as error:
+        advice = _ADVICE.get(error.errno or 0)
+        error.add_note(f"{endpoint}: {advice}" if advice else str(endpoint))
+        raise

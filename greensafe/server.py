@@ -27,7 +27,7 @@ import zmq
 from gevent.event import Event
 
 from .deadlines import move_on, shield, to_seconds
-from .endpoints import check_endpoint, explain
+from .endpoints import check_endpoint, explained
 from .errors import RemoteError
 from .green._pump import Pump
 from .green.context import Context, check_context, close_first
@@ -124,11 +124,9 @@ class Server:
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            sock.bind(self._bind_to)
+            with explained(self._bind_to):
+                sock.bind(self._bind_to)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
-        except zmq.ZMQError as error:
-            sock.close(0)
-            raise explain(error, self._bind_to) from None
         except BaseException:
             sock.close(0)
             raise

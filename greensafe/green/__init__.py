@@ -5,8 +5,6 @@ import greensafe as zmq
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import zmq as _zmq
 
 from .context import Context as Context
@@ -14,10 +12,7 @@ from .device import device as device, proxy as proxy, proxy_steerable as proxy_s
 from .poll import Poller as Poller, select as select, zmq_poll as zmq_poll
 from .socket import Socket as Socket
 
-if TYPE_CHECKING:
-    from zmq import *  # type: ignore[assignment] # noqa: F403
-else:
-    # What is ours already stays ours.
-    globals().update({name: getattr(_zmq, name) for name in _zmq.__all__ if name not in globals()})
+# What is ours already stays ours. (Type checkers read __init__.pyi, as they cannot follow this.)
+globals().update({name: getattr(_zmq, name) for name in _zmq.__all__ if name not in globals()})
 
 __all__ = list(_zmq.__all__)

@@ -1,0 +1,313 @@
+"""How does one operation on a socket wait, and what ends the wait?
+
+Rules:
+
+* Completion wins: a message that is there is delivered, at timeout 0 and after expiry too. One non-blocking try precedes
+  every error that says that time ran out.
+* A message is sent and received whole: nothing switches between its frames.
+* An exception thrown into a wait (a deadline, a gevent.Timeout, a kill) leaves every message where it was, and a REQ able to
+  send again.
+* First come, first served: who waits already is served before a newcomer.
+
+Who waits is kept in `_waits`, the state of REQ and REP in `_lockstep`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import gevent
+import zmq
+from zmq.backend import Socket as Backend
+
+from ..deadlines import DeadlineSignal, check, to_seconds
+from ..errors import OperationTimeout
+from ._lockstep import Lockstep
+from ._waits import POLLIN, POLLOUT, Waits, events_of
+
+if TYPE_CHECKING:
+    from .context import Context
+
+__all__ = ["DEFAULT_LINGER", "EXPIRED", "FAIR_SHARE", "UNSET", "Timeout", "WaitingSocket"]
+
+
+class Unset(enum.Enum):
+    """The type of `UNSET`: no timeout was given, so the socket's own default holds."""
+
+    UNSET = "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+
+#: Milliseconds that a closed socket's unsent messages are kept for a peer that does not come. libzmq's own default, for ever,
+#: leaks the socket and hangs Context.term().
+DEFAULT_LINGER = 30_000
+
+#: The same for a REQ: a request that nobody waits for any more is worth less.
+REQ_LINGER = 1_000
+
+#: Operations in a row that found their message at once before the loop gets a turn.
+FAIR_SHARE = 256
+
+_NOBLOCK = int(zmq.NOBLOCK)
+_SNDMORE = int(zmq.SNDMORE)
+_RCVMORE = int(zmq.RCVMORE)
+_RCVTIMEO = int(zmq.RCVTIMEO)
+_SNDTIMEO = int(zmq.SNDTIMEO)
+_LINGER = int(zmq.LINGER)
+_LAST_ENDPOINT = int(zmq.LAST_ENDPOINT)
+
+_get: Callable[[Any, int], Any] = Backend.get
+_recv: Callable[..., Any] = Backend.recv
+_send: Callable[..., Any] = Backend.send
+_sugar_send: Callable[..., Any] = zmq.Socket.send
+
+#: What a cooperative attempt returns instead of a message when its own limit ran out.
+EXPIRED: Final = object()
+
+Timeout = float | None | Unset
+
+
+class WaitingSocket(zmq.Socket[bytes]):
+    """What every operation of a green socket is made of; see `socket.Socket`."""
+
+    context: Context
+    _waits: Waits
+    _lockstep: Lockstep | None
+    _default_timeout: float | None
+    _last_limit: tuple[str, float]
+
+    def __init__(
+        self,
+        ctx_or_socket: zmq.Context[Any] | zmq.Socket[Any] | None = None,
+        socket_type: int = 0,
+        default_timeout: Timeout = UNSET,
+        *,
+        shadow: zmq.Socket[Any] | int = 0,
+        copy_threshold: int | None = None,
+    ) -> None:
+        self._waits = Waits()
+        self._lockstep = None
+        if default_timeout is UNSET:
+            default_timeout = getattr(ctx_or_socket, "default_timeout", None)
+        self._default_timeout = to_seconds(default_timeout)
+        super().__init__(ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold)  # type: ignore[call-overload]
+        if self.type in (zmq.REQ, zmq.REP):
+            self._lockstep = Lockstep(self.type == zmq.REQ)
+        if not self._shadow:
+            Backend.set(self, _LINGER, REQ_LINGER if self.type == zmq.REQ else DEFAULT_LINGER)
+
+    @property
+    def default_timeout(self) -> float | None:
+        """Seconds that send and recv wait unless timeout= says otherwise; None leaves it to RCVTIMEO and SNDTIMEO."""
+        return self._default_timeout
+
+    @default_timeout.setter
+    def default_timeout(self, value: Any) -> None:
+        self._default_timeout = to_seconds(value)
+
+    def on_timeout(self) -> Any:
+        """Decide what happens when timeout=, default_timeout, RCVTIMEO or SNDTIMEO runs out; called once per call.
+
+        What it returns is what the interrupted call returns. The default raises OperationTimeout.
+        """
+        op, seconds = self._last_limit
+        raise OperationTimeout(seconds, op, self._endpoint())
+
+    def _recheck(self) -> None:
+        waits = self._waits
+        if waits.queue:
+            waits.recheck(self)
+
+    def _endpoint(self) -> str | None:
+        try:
+            return cast(bytes, _get(self, _LAST_ENDPOINT)).rstrip(b"\0").decode() or None
+        except (zmq.ZMQError, UnicodeDecodeError):
+            return None
+
+    def _receive(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
+        """One frame, or EXPIRED."""
+        waits = self._waits
+        lockstep = self._lockstep
+        waits.ready_calls += 1
+        if not flags and not waits.queue and waits.ready_calls < FAIR_SHARE:
+            try:
+                frame = _recv(self, _NOBLOCK, copy, track)
+            except zmq.Again:
+                pass
+            else:
+                if lockstep is not None:
+                    lockstep.on_received(self)
+                return frame
+        nonblocking = int(flags) | _NOBLOCK
+        frame = self._try_or_wait(op, POLLIN, lambda: _recv(self, nonblocking, copy, track), flags, timeout)
+        if lockstep is not None and frame is not EXPIRED:
+            lockstep.on_received(self)
+        return frame
+
+    def _receive_all(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
+        """A list of frames, or EXPIRED."""
+        frame = self._receive(op, flags, copy, track, timeout)
+        if frame is EXPIRED:
+            return frame
+        frames = [frame]
+        while _get(self, _RCVMORE):
+            # libzmq hands over whole messages: the rest is there, and nothing may switch before it is read.
+            frames.append(_recv(self, _NOBLOCK, copy, track))
+        if self._lockstep is not None:
+            self._lockstep.on_received(self)
+        self._recheck()
+        return frames
+
+    def _transmit(
+        self, op: str, data: Any, flags: int, copy: bool, track: bool, timeout: Timeout, extra: dict[str, Any] | None
+    ) -> Any:
+        """A MessageTracker or None, or EXPIRED."""
+        waits = self._waits
+        lockstep = self._lockstep
+        if lockstep is not None:
+            lockstep.before_send(self)
+        waits.ready_calls += 1
+        if not flags and not extra and not waits.queue and waits.ready_calls < FAIR_SHARE:
+            try:
+                result = _send(self, data, _NOBLOCK, copy, track)
+            except zmq.Again:
+                pass
+            else:
+                if lockstep is not None:
+                    lockstep.on_sent(self, False)
+                return result
+        nonblocking = int(flags) | _NOBLOCK
+        result = self._try_or_wait(
+            op, POLLOUT, lambda: _sugar_send(self, data, nonblocking, copy, track, **(extra or {})), flags, timeout
+        )
+        if lockstep is not None and result is not EXPIRED:
+            lockstep.on_sent(self, bool(nonblocking & _SNDMORE))
+        return result
+
+    def _transmit_all(
+        self, op: str, frames: Sequence[Any], flags: int, copy: bool, track: bool, timeout: Timeout, extra: dict[str, Any]
+    ) -> Any:
+        """As _transmit, for a whole message: only the first frame can have to wait, as libzmq counts messages."""
+        frames = list(frames)
+        if not frames:
+            raise ValueError("a message has at least one frame; send [b''] for an empty one")
+        for index, frame in enumerate(frames):
+            _check_frame(index, frame)
+        flags = int(flags)
+        if len(frames) == 1:
+            return self._transmit(op, frames[0], flags, copy, track, timeout, extra)
+        result = self._transmit(op, frames[0], flags | _SNDMORE, copy, track, timeout, extra)
+        if result is EXPIRED:
+            return result
+        for frame in frames[1:-1]:
+            _sugar_send(self, frame, flags | _SNDMORE | _NOBLOCK, copy, track, **extra)
+        result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
+        if self._lockstep is not None:
+            self._lockstep.on_sent(self, bool(flags & _SNDMORE))
+        self._recheck()
+        return result
+
+    def _try_or_wait(self, op: str, mask: int, attempt: Callable[[], Any], flags: int, timeout: Timeout) -> Any:
+        """Do `attempt` at once or, unless NOBLOCK was given, when the socket is ready; EXPIRED if the limit ran out first."""
+        waits = self._waits
+        if int(flags) & _NOBLOCK:
+            return self._attempt(attempt, mask)
+        if waits.ready_calls >= FAIR_SHARE:
+            self._yield(mask)
+        if not waits.queue:
+            try:
+                return self._attempt(attempt, mask)
+            except zmq.Again:
+                pass
+        waits.ready_calls = 0
+        done = False
+        try:
+            result = self._wait_for(op, mask, attempt, timeout)
+            done = result is not EXPIRED
+        finally:
+            if not done and self._lockstep is not None:
+                self._lockstep.is_interrupted = True
+        return result
+
+    def _yield(self, mask: int) -> None:
+        """Let others run, before anything is taken; never between the frames of a message."""
+        half_sent = mask == POLLOUT and self._lockstep is not None and self._lockstep.is_half_sent
+        if half_sent or (mask == POLLIN and _get(self, _RCVMORE)):
+            return
+        self._waits.ready_calls = 0
+        gevent.sleep(0)
+
+    def _attempt(self, attempt: Callable[[], Any], mask: int) -> Any:
+        """One non-blocking try; whoever else waits gets the edge back that it may have consumed.
+
+        libzmq throttles its commands, so a send fails with EAGAIN now and then although there is room: reading EVENTS
+        processes them, then the second try tells the truth.
+        """
+        try:
+            return attempt()
+        except zmq.Again:
+            if events_of(self) & mask:
+                return attempt()
+            raise
+        finally:
+            self._recheck()
+
+    def _wait_for(self, op: str, mask: int, attempt: Callable[[], Any], timeout: Timeout) -> Any:
+        """Sleep and try until it succeeds. The socket was found not ready, or others are ahead in the queue."""
+        start = monotonic()
+        limit = self._limit(mask, timeout)
+        at = None if limit is None else start + limit
+        stubborn = False
+        while True:
+            if at is not None and monotonic() >= at:
+                return self._last_try(op, cast(float, limit), mask, attempt)
+            try:
+                check(at is not None)
+                self._waits.wait(self, mask, at, stubborn)
+            except DeadlineSignal as signal:
+                return self._last_try_before(signal, mask, attempt)
+            try:
+                return self._attempt(attempt, mask)
+            except zmq.Again:
+                stubborn = bool(events_of(self) & mask)
+
+    def _limit(self, mask: int, timeout: Timeout) -> float | None:
+        """Seconds of this call, by precedence: timeout=, default_timeout, the option."""
+        if timeout is not UNSET:
+            return to_seconds(timeout)
+        if self._default_timeout is not None:
+            return self._default_timeout
+        milliseconds = _get(self, _RCVTIMEO if mask == POLLIN else _SNDTIMEO)
+        return None if milliseconds < 0 else cast(int, milliseconds) / 1000
+
+    def _last_try(self, op: str, limit: float, mask: int, attempt: Callable[[], Any]) -> Any:
+        try:
+            return self._attempt(attempt, mask)
+        except zmq.Again:
+            self._last_limit = (op, limit)
+            return EXPIRED
+
+    def _last_try_before(self, signal: DeadlineSignal, mask: int, attempt: Callable[[], Any]) -> Any:
+        try:
+            result = self._attempt(attempt, mask)
+        except zmq.Again:
+            raise signal from None
+        signal.put_back()
+        return result
+
+
+def _check_frame(index: int, frame: object) -> None:
+    """Find what libzmq would refuse, before the frames in front of it are on their way."""
+    if not isinstance(frame, (bytes, zmq.Frame)):
+        try:
+            view = memoryview(cast(Any, frame))
+        except TypeError:
+            shown = repr(frame)
+            shown = shown if len(shown) <= 32 else shown[:32] + "..."
+            raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None
+        if not view.contiguous:
+            raise BufferError(f"frame {index} is a buffer with gaps: send bytes(...) of it")
