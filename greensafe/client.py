@@ -30,7 +30,7 @@ from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_se
 from .endpoints import check_endpoint, explained
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .green._pump import Pump
-from .green.context import Context, check_context, close_first
+from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
 from .sansio.exchange import Requester, Resolution
 from .watchdog import CALLER_LIMIT
@@ -109,21 +109,8 @@ class Client:
         self._endpoints = endpoints
         self._timeout = to_seconds(timeout)
         self._context = context or Context.instance()
-        self._hub: Hub = gevent.get_hub()
-        self._requester = Requester()
-        self._timer: Any = None
-        self._timer_at = float("inf")
-        self._prefix = os.urandom(8)
-        self._numbers = itertools.count(1)
-        self._channels: list[_Channel] = []
         self._closed = False
-        try:
-            for endpoint in endpoints:
-                self._channels.append(_Channel(endpoint, self._open(endpoint)))
-            close_first(self._context, self)
-        except BaseException:
-            self.close()
-            raise
+        self._begin()
 
     def request(self, body: bytes, timeout: Timeout = UNSET, idempotent: bool = False) -> bytes:
         """Send one frame and wait for the answer, one frame.
@@ -150,6 +137,8 @@ class Client:
         body = _check_body(frames)
         if self._closed:
             raise Cancelled("the client is closed")
+        if self._channels[0].pump.is_inherited:
+            self._begin()
         if gevent.get_hub() is not self._hub:
             raise RuntimeError("this Client belongs to another thread: make one per thread")
         limit = self._timeout if timeout is UNSET else to_seconds(timeout)
@@ -183,7 +172,8 @@ class Client:
             self._hub.loop.run_callback(call.wake)
         self._disarm()
         for channel in self._channels:
-            channel.pump.close(CLOSE_LINGER)
+            if not channel.pump.is_inherited:
+                channel.pump.close(CLOSE_LINGER)
 
     def __enter__(self) -> Self:
         return self
@@ -197,6 +187,24 @@ class Client:
         return f"<Client {state} {' '.join(self._endpoints)} inflight={inflight} late={self._requester.late}>"
 
     # Inside.
+
+    def _begin(self) -> None:
+        """Open the connections: at first, and anew in a forked child, where those at hand are the parent's."""
+        own(self._context)
+        self._hub: Hub = gevent.get_hub()
+        self._requester = Requester()
+        self._timer: Any = None
+        self._timer_at = float("inf")
+        self._prefix = os.urandom(8)
+        self._numbers = itertools.count(1)
+        self._channels: list[_Channel] = []
+        try:
+            for endpoint in self._endpoints:
+                self._channels.append(_Channel(endpoint, self._open(endpoint)))
+            close_first(self._context, self)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, endpoint: str) -> Pump:
         sock = zmq.Socket(self._context, zmq.DEALER)

@@ -30,7 +30,7 @@ from .deadlines import move_on, shield, to_seconds
 from .endpoints import check_endpoint, explained
 from .errors import RemoteError
 from .green._pump import Pump
-from .green.context import Context, check_context, close_first
+from .green.context import Context, check_context, close_first, own
 from .watchdog import Handler, OnError, Watchdog, check_handler, check_limits, check_options
 
 __all__ = ["Server", "serve"]
@@ -115,11 +115,12 @@ class Server:
             zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport); nothing is left behind.
             RuntimeError: It is stopping: wait for `stop` to return.
         """
+        self._forget_parent()
         if self._stopping:
             raise RuntimeError("the server is stopping: start it again when stop() has returned")
         if self._pump is not None:
             return
-        context = self._context or Context.instance()
+        context = own(self._context or Context.instance())
         sock = zmq.Socket(context, zmq.ROUTER)
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -152,6 +153,7 @@ class Server:
         second signal, say) with a smaller timeout it ends the first call's wait. The server can be started again afterwards.
         """
         limit = to_seconds(timeout)
+        self._forget_parent()
         pump = self._pump
         if pump is None:
             return
@@ -215,6 +217,13 @@ class Server:
             self._pump.resume()
         if self._stopping and not self._watchdog.load:
             self._idle.set()
+
+    def _forget_parent(self) -> None:
+        """In a forked child, the running server is the parent's: here it is one that was not started yet."""
+        if self._pump is not None and self._pump.is_inherited:
+            self._pump = self._watchdog = self.endpoint = None
+            self._stopping = False
+            self._stopped.set()
 
     def _is_busy(self) -> bool:
         assert self._watchdog is not None and self._pump is not None

@@ -43,7 +43,7 @@ class ObjectSocket(WaitingSocket):
         """Receive one frame as JSON; kwargs go to json.loads. See `recv` for the rest.
 
         Raises:
-            json.JSONDecodeError: The message, with all its frames, was read and is gone.
+            ValueError: It is no JSON, or no UTF-8. The message, with all its frames, was read and is gone.
         """
         return self._receive_as("recv_json", flags, timeout, lambda frame: jsonapi.loads(frame, **kwargs))
 

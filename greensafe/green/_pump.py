@@ -28,6 +28,8 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
+from ._forks import generation
+
 __all__ = ["Pump"]
 
 #: Messages read before the loop gets a turn.
@@ -87,6 +89,7 @@ class Pump:
     """
 
     __slots__ = (
+        "_generation",
         "_hub",
         "_is_closed",
         "_is_router",
@@ -116,6 +119,7 @@ class Pump:
         self._on_end = on_end
         self._limit = outbox
         self._is_router = sock.type == zmq.ROUTER
+        self._generation = generation()
         self._hub = gevent.get_hub()
         self._watcher = self._hub.loop.io(_get(sock, _FD), 1)
         self._outbox: dict[bytes, _Queue] = {}
@@ -143,6 +147,11 @@ class Pump:
         if self._started and not self._scheduled and not self.is_paused:
             self._schedule()
         return True
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process is a forked child and the socket its parent's: it must not be used, nor closed."""
+        return self._generation != generation()
 
     def start(self) -> None:
         """Begin to read. Also looks at once, since an edge may have passed before."""
@@ -249,6 +258,9 @@ class Pump:
 
     def _run(self) -> None:
         self._scheduled = False
+        if self._generation != generation():
+            self._watcher.stop()
+            return
         if not self._started:
             return
         try:
@@ -298,6 +310,9 @@ class Pump:
             self._retry = None
 
     def _on_retry(self) -> None:
+        if self.is_inherited:
+            self._stop_retry()
+            return
         try:
             self.flush()
         except BaseException:  # noqa: BLE001 - see _run

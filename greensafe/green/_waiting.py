@@ -94,6 +94,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         if default_timeout is UNSET:
             default_timeout = getattr(ctx_or_socket, "default_timeout", None)
         self._default_timeout = to_seconds(default_timeout)
+        begin_anew = getattr(ctx_or_socket, "_own", None)
+        if begin_anew is not None:
+            begin_anew()  # a Context of ours that was made before a fork
         super().__init__(ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold)  # type: ignore[call-overload]
         if self.type in (zmq.REQ, zmq.REP):
             self._lockstep = Lockstep(self.type == zmq.REQ)

@@ -25,6 +25,7 @@ from gevent.hub import Hub
 from zmq.backend import Socket as Backend
 
 from ..deadlines import start_timer
+from ._forks import generation
 
 __all__ = ["Waiter", "Waits"]
 
@@ -78,9 +79,10 @@ class Waits:
     The socket is handed to every method instead of being kept: no reference cycle, so a dropped socket is closed at once.
     """
 
-    __slots__ = ("hub", "queue", "ready_calls", "scheduled", "watcher")
+    __slots__ = ("generation", "hub", "queue", "ready_calls", "scheduled", "watcher")
 
     def __init__(self) -> None:
+        self.generation = generation()
         self.queue: list[Waiter] = []
         self.hub: Hub | None = None
         self.watcher: Any = None
@@ -112,7 +114,13 @@ class Waits:
                 timer.close()
 
     def add(self, sock: zmq.Socket[Any], waiter: Waiter) -> None:
-        """Queue a waiter. Raises RuntimeError if greenlets of another thread's hub wait on this socket."""
+        """Queue a waiter.
+
+        Raises:
+            RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
+        """
+        if self.generation != generation():
+            raise RuntimeError("this socket was made before a fork: the child has to make its own")
         hub = gevent.get_hub()
         if hub is not self.hub:
             self._move(sock, hub)
@@ -157,12 +165,12 @@ class Waits:
         self.watcher = hub.loop.io(_get(sock, FD), 1)
 
     def _close_watcher(self) -> None:
-        if self.watcher is not None:
-            # A hub that was destroyed has taken its loop with it: libev would complain, libuv use freed memory.
-            if self.hub is not None and self.hub.loop is not None:
-                self.watcher.stop()
-                self.watcher.close()
-            self.watcher = None
+        # A hub that was destroyed has taken its loop with it: libev would complain, libuv use freed memory.
+        has_loop = self.hub is not None and self.hub.loop is not None
+        if self.watcher is not None and has_loop and self.generation == generation():
+            self.watcher.stop()
+            self.watcher.close()
+        self.watcher = None
 
     def _is_anyone_ready(self, events: int) -> bool:
         return any(waiter.asleep and waiter.mask & events and not waiter.stubborn for waiter in self.queue)
@@ -172,6 +180,9 @@ class Waits:
         self._on_readable(sock)
 
     def _on_readable(self, sock: zmq.Socket[Any]) -> None:
+        if self.generation != generation():
+            self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
+            return
         for waiter in list(self.queue):
             if waiter.asleep and waiter.mask & events_of(sock):
                 waiter.wake()

@@ -3,13 +3,12 @@
 `zmq_ctx_term` waits until every socket is closed and every lingering message is gone. Called in the hub's thread it stops the
 whole program, so here it runs in the hub's threadpool (waiters meanwhile get ContextTerminated) and the calling greenlet waits.
 Servers and clients that live in the context are closed first, or it would wait for them for ever. At interpreter exit what is
-pending gets half a second.
+pending gets half a second. In a forked child the context begins anew at its first use.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
 import weakref
 from typing import Any
 
@@ -18,14 +17,19 @@ import zmq
 from gevent.hub import Hub
 from gevent.monkey import get_original
 from zmq import Context as _Plain
+from zmq.backend import Context as Backend
 
 from ..deadlines import to_seconds
+from ._forks import generation, own_loop
 from .socket import Socket
 
-__all__ = ["Context", "check_context", "close_first"]
+__all__ = ["Context", "check_context", "close_first", "own"]
 
 #: Milliseconds that messages still queued may take to leave when the interpreter exits and nobody closed anything.
 EXIT_LINGER = 500
+
+#: What a context that begins anew keeps.
+_OPTIONS = (zmq.IO_THREADS, zmq.MAX_SOCKETS, zmq.IPV6, zmq.BLOCKY, zmq.MAX_MSGSZ)
 
 _open_contexts: weakref.WeakSet[Context] = weakref.WeakSet()
 
@@ -41,12 +45,12 @@ class Context(zmq.Context[Socket]):
     _instance: Any = None
     _default_timeout: float | None = None
     _is_exiting = False
-    _pid: int
+    _generation: int
     _owners: weakref.WeakKeyDictionary[Any, Hub]
 
     def __init__(self, io_threads: int | zmq.Context[Any] = 1, shadow: zmq.Context[Any] | int = 0) -> None:
         super().__init__(io_threads, shadow)  # type: ignore[call-overload]
-        self._pid = os.getpid()
+        self._generation = generation()
         self._owners = weakref.WeakKeyDictionary()
         _open_contexts.add(self)
 
@@ -66,6 +70,9 @@ class Context(zmq.Context[Socket]):
         """
         if self.closed:
             return
+        if self._generation != generation():
+            super().term()  # the parent's, which pyzmq leaves alone
+            return
         hub = gevent.get_hub()
         for owner, home in list(self._owners.items()):
             if home is hub:
@@ -77,10 +84,25 @@ class Context(zmq.Context[Socket]):
         else:
             hub.threadpool.spawn(super().term).get()
 
+    def _own(self) -> None:
+        """In a forked child, replace libzmq's context, whose threads have stayed in the parent."""
+        if self._generation == generation() or self.closed:
+            return
+        if self._shadow:
+            raise RuntimeError("this Context is a shadow of one that was made before a fork: shadow it again in the child")
+        own_loop()
+        options = {option: self.get(option) for option in _OPTIONS}
+        Backend.__init__(self, options[zmq.IO_THREADS])
+        for option, value in options.items():
+            self.set(option, value)
+        self._sockets = weakref.WeakSet()
+        self._owners = weakref.WeakKeyDictionary()
+        self._generation = generation()
+
     def __del__(self) -> None:
         # In whichever greenlet the collector runs, hub included: nothing may wait here. All sockets are gone already, as each
         # holds its context. A native thread sees the lingering messages off.
-        if not self._shadow and not self.closed and not self._is_exiting:
+        if not self._shadow and not self.closed and not self._is_exiting and self._generation == generation():
             zmq.sugar.context.warn(f"Unclosed context {self}", ResourceWarning, stacklevel=2, source=self)  # type: ignore[attr-defined]
             get_original("_thread", "start_new_thread")(super().term, ())
 
@@ -89,6 +111,17 @@ def check_context(context: object) -> None:
     """Raise TypeError unless `context` is one of pyzmq's or ours, or None."""
     if context is not None and not isinstance(context, _Plain):
         raise TypeError(f"context is a greensafe.Context, or None for the shared one, not {type(context).__name__}")
+
+
+def own(context: zmq.Context[Any]) -> zmq.Context[Any]:
+    """Return the context, begun anew if it was made before a fork: with its options, and without the parent's sockets.
+
+    Raises:
+        RuntimeError: It is a shadow of the parent's context, or not one of ours, and cannot be begun anew.
+    """
+    if isinstance(context, Context):
+        context._own()
+    return context
 
 
 def close_first(context: zmq.Context[Any], owner: Any) -> None:
@@ -100,8 +133,8 @@ def close_first(context: zmq.Context[Any], owner: Any) -> None:
 def _abandon_at_exit() -> None:
     """Let the process end within a second, whatever is pending and whoever still waits."""
     Context._is_exiting = True
-    pid = os.getpid()
-    contexts = [each for each in _open_contexts if each._pid == pid and not each._shadow and not each.closed]
+    now = generation()
+    contexts = [each for each in _open_contexts if each._generation == now and not each._shadow and not each.closed]
     closing = [sock for context in contexts for sock in list(context._sockets) if not sock.closed]
     for sock in closing:
         linger = sock.getsockopt(zmq.LINGER)

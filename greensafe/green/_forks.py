@@ -1,0 +1,39 @@
+"""Was this object made before a fork, in another process?
+
+A forked child has the parent's sockets but not libzmq's threads, and shares the descriptors by which both are woken. So it must
+never touch the parent's sockets: not even reading EVENTS, which would eat what the parent is waiting for. What a child needs it
+opens itself: contexts and clients do that at their first use, servers at `start`; sockets cannot, and say so.
+"""
+
+from __future__ import annotations
+
+import os
+
+import gevent
+
+__all__ = ["generation", "own_loop"]
+
+_generation = 0
+_reinit_done = 0
+
+
+def generation() -> int:
+    """How often this process and its ancestors were forked; what was made with another number is the parent's."""
+    return _generation
+
+
+def own_loop() -> None:
+    """Give this process an event loop of its own, if gevent has not done so already."""
+    global _reinit_done
+    if _reinit_done != _generation:
+        _reinit_done = _generation
+        gevent.reinit()
+
+
+def _on_fork() -> None:
+    global _generation
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_on_fork)

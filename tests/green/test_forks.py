@@ -1,0 +1,88 @@
+"""What was made before a fork, used in the child: a program as gunicorn --preload makes them, run as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import run_python
+
+PROGRAM = """
+import os, sys
+PATCH
+import gevent
+import greensafe as zmq
+
+def reply(request):
+    return b"%d: " % os.getpid() + request.body
+
+server = zmq.Server("ipc://FOLDER/s", reply, deadline=30)
+client = zmq.Client("ipc://FOLDER/s", timeout=10)
+context = zmq.Context()
+context.default_timeout = 10
+inherited = context.socket(zmq.REQ)
+inherited.connect("ipc://FOLDER/s")
+if "started" in sys.argv:
+    server.start()
+    assert client.request(b"warm") == b"%d: warm" % os.getpid()
+    inherited.send(b"warm")
+    assert inherited.recv() == b"%d: warm" % os.getpid()
+parent = os.getpid()
+children = []
+for number in range(2):
+    child = os.fork()
+    if not child:
+        try:
+            assert client.request(b"child") == b"%d: child" % parent
+            assert client.request(b"child") == b"%d: child" % parent
+            req = context.socket(zmq.REQ)
+            req.connect("ipc://FOLDER/s")
+            req.send(b"socket")
+            assert req.recv() == b"%d: socket" % parent
+            try:
+                inherited.recv(timeout=1)
+            except RuntimeError as error:
+                assert "fork" in str(error)
+            except zmq.ZMQError as error:
+                assert error.errno == zmq.EFSM
+            else:
+                raise AssertionError("the parent's socket was used")
+            own = zmq.Server("ipc://FOLDER/%d" % os.getpid(), reply, deadline=30)
+            with own, zmq.Client(own.endpoint, timeout=10) as mine:
+                assert mine.request(b"own") == b"%d: own" % os.getpid()
+            req.close()
+            client.close()
+            server.stop()
+            context.destroy(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+server.start()
+for child in children:
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        gevent.sleep(0.005)
+    print(os.waitstatus_to_exitcode(status))
+assert client.request(b"still") == b"%d: still" % parent
+inherited.send(b"still")
+assert inherited.recv() == b"%d: still" % parent
+server.stop()
+print("parent fine")
+"""
+
+
+@pytest.mark.parametrize("patch", ["", "from gevent import monkey; monkey.patch_all()"])
+@pytest.mark.parametrize("state", ["started", "fresh"])
+@pytest.mark.parametrize("loop", ["libev", "libuv-cffi"])
+def test_used_in_a_forked_child(tmp_path: Path, patch: str, state: str, loop: str) -> None:
+    """Clients and contexts open their own sockets in the child, a server is not started there, and the parent feels nothing."""
+    if loop != "libev":
+        pytest.importorskip("cffi")
+    program = PROGRAM.replace("PATCH", patch).replace("FOLDER", str(tmp_path))
+    result = run_python(program, state, env={"GEVENT_LOOP": loop} if loop != "libev" else None)
+    assert result.out.split("\n")[:3] == ["0", "0", "parent fine"], result.out + result.err
