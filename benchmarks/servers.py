@@ -29,6 +29,7 @@ def bare(endpoint: str) -> None:
     """A ROUTER loop without any safety."""
     threading.Thread(target=_tell, daemon=True).start()
     sock = zmq.Context().socket(zmq.ROUTER)
+    sock.set_hwm(0)  # at the default of 1000 a plain ROUTER drops answers without a word when its client is that far behind
     sock.bind(endpoint)
     print("ready", flush=True)
     while True:
@@ -42,6 +43,7 @@ def green(endpoint: str) -> None:
 
     threading.Thread(target=_tell, daemon=True).start()
     sock: Any = zmq.green.Context().socket(zmq.ROUTER)
+    sock.set_hwm(0)
     sock.bind(endpoint)
     print("ready", flush=True)
 
