@@ -140,37 +140,47 @@ class PeerError(GreensafeError, zmq.error.ZMQError, ConnectionError):  # type: i
     Attributes:
         endpoint: The peer's endpoint, if known.
         maybe_executed: False only if the request provably was not delivered.
+        request_id: The request's id in hex, if it had one.
     """
 
     _errno = errno.EHOSTUNREACH
 
-    def __init__(self, message: str, *, endpoint: str | None = None, maybe_executed: bool = True) -> None:
+    def __init__(
+        self, message: str, *, endpoint: str | None = None, maybe_executed: bool = True, request_id: str | None = None
+    ) -> None:
         GreensafeError.__init__(self, message)
         self.message = message
         self.endpoint = endpoint
         self.maybe_executed = maybe_executed
+        self.request_id = request_id
         self.errno = self._errno
         self.strerror = message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_peer_error, (type(self), self.message, self.endpoint, self.maybe_executed)
+        return _rebuild_peer_error, (type(self), self.message, self._details())
+
+    def _details(self) -> dict[str, Any]:
+        return {"endpoint": self.endpoint, "maybe_executed": self.maybe_executed, "request_id": self.request_id}
 
     def __str__(self) -> str:
         return self.message
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.message!r}, endpoint={self.endpoint!r}, maybe_executed={self.maybe_executed!r})"
+        details = ", ".join(f"{name}={value!r}" for name, value in self._details().items())
+        return f"{type(self).__name__}({self.message!r}, {details})"
 
 
-def _rebuild_peer_error(kind: type[PeerError], message: str, endpoint: str | None, maybe_executed: bool) -> PeerError:
-    return kind(message, endpoint=endpoint, maybe_executed=maybe_executed)
+def _rebuild_peer_error(kind: type[PeerError], message: str, details: dict[str, Any]) -> PeerError:
+    return kind(message, **details)
 
 
 class Unreachable(PeerError):
     """Raised when nobody is there: nothing was delivered."""
 
-    def __init__(self, message: str, *, endpoint: str | None = None, maybe_executed: bool = False) -> None:
-        super().__init__(message, endpoint=endpoint, maybe_executed=maybe_executed)
+    def __init__(
+        self, message: str, *, endpoint: str | None = None, maybe_executed: bool = False, request_id: str | None = None
+    ) -> None:
+        super().__init__(message, endpoint=endpoint, maybe_executed=maybe_executed, request_id=request_id)
 
 
 class Disconnected(PeerError):
@@ -178,9 +188,29 @@ class Disconnected(PeerError):
 
 
 class PeerSilent(PeerError):
-    """Raised when a peer's heartbeats have stopped."""
+    """Raised when a peer gives no more signs of life although its connection stands.
+
+    Attributes:
+        silent: What is silent: "link" (nothing comes through), "process" (its machine answers, it does not) or "hub" (its
+            process answers, its event loop does not turn, or it is gone behind a proxy); None if that cannot be told.
+    """
 
     _errno = errno.ETIMEDOUT
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        endpoint: str | None = None,
+        maybe_executed: bool = True,
+        request_id: str | None = None,
+        silent: str | None = None,
+    ) -> None:
+        super().__init__(message, endpoint=endpoint, maybe_executed=maybe_executed, request_id=request_id)
+        self.silent = silent
+
+    def _details(self) -> dict[str, Any]:
+        return {**super()._details(), "silent": self.silent}
 
 
 class Refused(PeerError):
