@@ -28,9 +28,9 @@ from .errors import (
 )
 from .green import *  # noqa: F403
 from .green import __all__ as _green_names
+from .request import LATER as LATER, Request as Request
 from .server import Server as Server, serve as serve
 from .supervision import supervise as supervise, supervised as supervised
-from .watchdog import LATER as LATER, Request as Request
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,8 @@ from .errors import (
     Unreachable as Unreachable,
 )
 from .green import *  # noqa: F403
+from .request import LATER as LATER, Request as Request
 from .server import Server as Server, serve as serve
 from .supervision import supervise as supervise, supervised as supervised
-from .watchdog import LATER as LATER, Request as Request
 
 __version__: str

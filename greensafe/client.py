@@ -1,22 +1,28 @@
-"""How do any number of greenlets ask servers and each get their own answer, or an error in time?
+"""How do any number of greenlets ask servers, and each get its own answer or an error that says what happened to the server?
 
-One plain DEALER per endpoint, driven by a pump; every request carries an id of its own in its envelope, so answers may come
-in any order, late ones are told apart, and nobody waits for somebody else's.
+One channel per endpoint, one table of open requests; every request carries an id of its own in its envelope, so answers may
+come in any order, late ones are told apart, and nobody waits for somebody else's.
 
 Rules:
 
-* A request goes to the endpoint with the fewest in flight.
-* A limit that runs out ends the wait, not the connection: a late reply is counted and dropped.
+* A request goes to the usable channel with the fewest in flight. While there is none it waits here: nobody being there yet is
+  no error (wait=True), a server that refuses is.
+* A request whose connection is lost ends with the error, unless it may be sent again (`retries`): what was not run may, what
+  may have run only if it is idempotent or its server journals. Retries are a share of all requests (`sansio.backoff.Budget`).
+* What a server has rejected, or what was not handed over, was not run: it goes elsewhere without an error, if there is a place.
+* A limit that runs out ends the wait, not the connection: the server is told (CANCEL), a late reply is counted and dropped.
 * A reply that has arrived is delivered, also to a caller whose limit ends in the same instant.
 
-It does not know how servers are found, and in this version not whether they are alive: without a limit a request waits until
-its server answers.
+It does not know how a connection is made, watched and lost; see `channel`.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import random
+import sys
+import weakref
 from collections.abc import Sequence
 from time import monotonic
 from types import TracebackType
@@ -26,35 +32,77 @@ import gevent
 import zmq
 from gevent.hub import Hub
 
+from .channel import Channel, Loss, Trouble
 from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_seconds
-from .endpoints import check_endpoint, explained
-from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
-from .green._pump import Pump
+from .endpoints import check_endpoint
+from .errors import (
+    Cancelled,
+    GreensafeError,
+    OperationTimeout,
+    PeerSilent,
+    Refused,
+    RemoteError,
+    RemoteProtocolError,
+    Unreachable,
+)
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
-from .sansio.exchange import Requester, Resolution
-from .watchdog import CALLER_LIMIT
+from .sansio.backoff import Budget, delay
+from .sansio.envelope import CALLER_LIMIT, MAX_METADATA, Kind
+from .sansio.liveness import LOOKS
+from .sansio.requester import Asked, Requester, Resolution
 
-__all__ = ["Client"]
+__all__ = ["HEARTBEAT", "Client"]
 
-#: Milliseconds that requests still queued may take to leave when the client is closed: nobody waits for their answers.
-CLOSE_LINGER = 0
+#: Seconds of silence after which a server is taken for dead, by default.
+HEARTBEAT = 5.0
 
+#: The shortest that is not a mistake: a peer may be busy for a moment.
+SHORTEST_HEARTBEAT = 0.05
+
+#: Seconds between two looks at the connections if there is no such limit.
+LOOK = 1.0
+
+#: Milliseconds that what tells servers of a client's end may take to leave.
+CLOSE_LINGER = 100
 
 #: Seconds by which a server may see the caller's limit run out before the caller does.
 SKEW = 0.05
 
 
 class _Call:
-    """One waiting greenlet, and what came for it."""
+    """One waiting greenlet, its request, and what came for it."""
 
-    __slots__ = ("asleep", "is_timed_out", "outcome", "switch")
+    __slots__ = (
+        "asked",
+        "asleep",
+        "avoids",
+        "channel",
+        "error",
+        "idempotent",
+        "is_timed_out",
+        "outcome",
+        "pause",
+        "switch",
+        "tries",
+    )
 
-    def __init__(self, switch: Any) -> None:
+    asked: Asked
+
+    def __init__(self, switch: Any, idempotent: bool) -> None:
         self.switch = switch
+        self.idempotent = idempotent
         self.asleep = False
         self.is_timed_out = False
         self.outcome: Resolution | GreensafeError | None = None
+        self.channel: Channel | None = None
+        self.tries = 0
+        #: The timer of the pause before the next try.
+        self.pause: Any = None
+        #: Channels whose servers have rejected it.
+        self.avoids: tuple[Channel, ...] = ()
+        #: What the last try ended with.
+        self.error: GreensafeError | None = None
 
     def is_answered(self) -> bool:
         return self.outcome is not None
@@ -64,16 +112,11 @@ class _Call:
             self.asleep = False
             self.switch()
 
-
-class _Channel:
-    """The connection to one endpoint."""
-
-    __slots__ = ("endpoint", "inflight", "pump")
-
-    def __init__(self, endpoint: str, pump: Pump) -> None:
-        self.endpoint = endpoint
-        self.pump = pump
-        self.inflight = 0
+    def stop_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.stop()
+            self.pause.close()
+            self.pause = None
 
 
 class Client:
@@ -82,9 +125,11 @@ class Client:
     Args:
         endpoints: One or more, such as "tcp://127.0.0.1:5555". Nobody has to be there yet.
         timeout: Seconds that a request waits unless it says otherwise; None for no limit.
-        retries: 0; retries are not part of this version.
-        wait: True; a request waits until a server is there (within its limit).
-        context: The Context to use; by default the shared one.
+        retries: How often a request may be sent again after an error, where that is safe.
+        wait: Whether a request waits until a server is there (within its limit); False: it raises Unreachable at once.
+        heartbeat: Seconds of silence after which a server is taken for dead (PeerSilent), also while requests take long. None:
+            no heartbeats; then a frozen or cut-off server is not noticed.
+        context: The Context to use, with its options for sockets (CURVE keys, say); by default the shared one.
 
     Raises:
         TypeError, ValueError: An argument is not usable; the text says which.
@@ -97,6 +142,7 @@ class Client:
         timeout: Any = None,
         retries: int = 0,
         wait: bool = True,
+        heartbeat: Any = HEARTBEAT,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         if not endpoints:
@@ -104,76 +150,84 @@ class Client:
         for endpoint in endpoints:
             check_endpoint(endpoint)
         check_context(context)
-        if retries != 0 or wait is not True:
-            raise ValueError("this version has no retries and no wait=False yet: leave them at retries=0, wait=True")
+        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+            raise ValueError(f"retries is a whole number from 0, not {retries!r}")
         self._endpoints = endpoints
         self._timeout = to_seconds(timeout)
+        self._retries = retries
+        self._waits_for_servers = bool(wait)
+        self._heartbeat = _check_heartbeat(heartbeat)
         self._context = context or Context.instance()
         self._closed = False
         self._begin()
 
-    def request(self, body: bytes, timeout: Timeout = UNSET, idempotent: bool = False) -> bytes:
+    def request(self, body: bytes, timeout: Timeout = UNSET, idempotent: bool = False, metadata: bytes = b"") -> bytes:
         """Send one frame and wait for the answer, one frame.
 
         Args:
             body: The request.
-            timeout: Seconds for all of it; None for no limit; by default the client's. A deadline scope holds as well.
-            idempotent: Whether running it twice does no harm; without retries it makes no difference.
+            timeout: Seconds for all of it, retries included; None for no limit; by default the client's. A deadline scope
+                holds as well.
+            idempotent: Whether running it twice does no harm: then it is sent again (`retries`) also if it may have run.
+            metadata: Bytes for `Request.metadata`, such as a W3C traceparent. Proxies and plain servers pass it through.
 
         Raises:
-            OperationTimeout: `timeout` ran out. The request may have run, or may still.
+            OperationTimeout: `timeout` ran out. The request may have run; a greensafe server is told to stop it.
             DeadlineExceeded: By the enclosing scope, the same.
+            Unreachable: wait=False, and nobody is there. Nothing was delivered.
+            Disconnected: The connection that carried the request is gone.
+            PeerSilent: The server gives no more signs of life; `.silent` says what is silent.
+            Refused: The server refuses this client, or is none; trying again cannot help.
             RemoteError: A greensafe server answered with an error.
             RemoteProtocolError: The reply has several frames: use request_multipart.
             Cancelled: The client was closed meanwhile, or its context was terminated.
         """
-        frames = self.request_multipart([body], timeout, idempotent)
+        frames = self.request_multipart([body], timeout, idempotent, metadata)
         if len(frames) != 1:
             raise RemoteProtocolError(f"the reply has {len(frames)} frames: use request_multipart, which returns all of them")
         return frames[0]
 
-    def request_multipart(self, frames: Sequence[bytes], timeout: Timeout = UNSET, idempotent: bool = False) -> list[bytes]:
+    def request_multipart(
+        self, frames: Sequence[bytes], timeout: Timeout = UNSET, idempotent: bool = False, metadata: bytes = b""
+    ) -> list[bytes]:
         """Send a message of one or more frames and wait for the answer, a list of frames. See `request` for the rest."""
         body = _check_body(frames)
+        if metadata:
+            _check_metadata(metadata)
         if self._closed:
             raise Cancelled("the client is closed")
-        if self._channels[0].pump.is_inherited:
+        if self._channels[0].is_inherited:
             self._begin()
         if gevent.get_hub() is not self._hub:
             raise RuntimeError("this Client belongs to another thread: make one per thread")
         limit = self._timeout if timeout is UNSET else to_seconds(timeout)
-        start = monotonic()
-        at = None if limit is None else start + limit
+        now = monotonic()
+        at = None if limit is None else now + limit
         check(at is not None)
         if limit == 0:
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
-        call = _Call(gevent.getcurrent().switch)
+        call = _Call(gevent.getcurrent().switch, idempotent)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
-        channel = min(self._channels, key=lambda each: each.inflight) if len(self._channels) > 1 else self._channels[0]
-        message = self._requester.open(request_id, body, start, at, call, _told())
-        channel.inflight += 1
+        call.asked = self._requester.open(request_id, body, at, call, _told(), metadata)
+        self._budget.earn()
         try:
-            channel.pump.start()
-            channel.pump.send(message)
-            return self._wait(call, request_id, channel, at, limit)
+            self._place(call, now)
+            return self._wait(call, at, limit)
         finally:
-            message.clear()  # if it has not left yet it need not leave any more
-            self._requester.abandon(request_id)
-            channel.inflight -= 1
-            self._rest(channel)
+            self._leave(call)
 
     def close(self) -> None:
-        """Close the connections. Requests that wait get Cancelled."""
+        """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers."""
         if self._closed:
             return
         self._closed = True
-        for call in self._requester.abandon_all():
-            call.outcome = Cancelled("the client or its context was closed")
-            self._hub.loop.run_callback(call.wake)
-        self._disarm()
+        has_told = [self._tell_cancelled(asked.owner) for asked in self._requester.asked()]
+        for asked in self._requester.abandon_all():
+            asked.owner.outcome = Cancelled("the client or its context was closed")
+            self._hub.loop.run_callback(asked.owner.wake)
+        self._stop_timers()
         for channel in self._channels:
-            if not channel.pump.is_inherited:
-                channel.pump.close(CLOSE_LINGER)
+            channel.close(CLOSE_LINGER if any(has_told) else 0)
 
     def __enter__(self) -> Self:
         return self
@@ -183,48 +237,166 @@ class Client:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        inflight = sum(channel.inflight for channel in self._channels)
-        return f"<Client {state} {' '.join(self._endpoints)} inflight={inflight} late={self._requester.late}>"
+        return (
+            f"<Client {state} {' '.join(self._endpoints)} up={sum(channel.is_up for channel in self._channels)}"
+            f" inflight={len(self._requester)} late={self._requester.late}>"
+        )
 
-    # Inside.
+    # Where requests go.
+
+    def _place(self, call: _Call, now: float) -> None:
+        """Hand a request over, or have it wait until a channel can take it."""
+        channel = self._pick(call)
+        if channel is None:
+            self._waiting[call] = None
+            for each in self._channels:
+                each.wake()
+            if call in self._waiting:
+                self._end_hopeless()
+        else:
+            self._hand_over(call, channel, now)
+        self._look_out()
+
+    def _pick(self, call: _Call) -> Channel | None:
+        """The usable channel with the fewest requests in flight.
+
+        With retries, one of which nothing was heard yet gets a single request: the others need no retry if it is dead.
+        """
+        best: Channel | None = None
+        for channel in self._channels:
+            connection = channel.connection
+            if not channel.is_up or connection.is_draining or (call.avoids and channel in call.avoids):
+                continue
+            if self._retries and connection.sent and not connection.is_heard:
+                continue
+            if best is None or channel.load < best.load:
+                best = channel
+        return best
+
+    def _hand_over(self, call: _Call, channel: Channel, now: float) -> None:
+        call.channel = channel
+        channel.wake()
+        channel.send(call.asked, now)
+
+    def _place_waiting(self) -> None:
+        now = monotonic()
+        for call in list(self._waiting):
+            channel = self._pick(call)
+            if channel is None and not call.avoids:
+                return  # nor is there a place for those behind it
+            if channel is not None and call in self._waiting:
+                del self._waiting[call]
+                self._hand_over(call, channel, now)
+
+    def _end_hopeless(self) -> None:
+        """End the requests that wait if no channel can be expected to take them."""
+        found = self._hopeless()
+        if found is not None:
+            channel, trouble = found
+            for call in list(self._waiting):
+                del self._waiting[call]
+                self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, False), True)
+
+    def _hopeless(self) -> tuple[Channel, Trouble] | None:
+        """Why nobody can be expected, None as long as somebody can."""
+        found: tuple[Channel, Trouble] | None = None
+        for channel in self._channels:
+            trouble = _DRAINING if channel.is_up and channel.connection.is_draining else channel.trouble
+            if trouble is None:
+                return None
+            if self._waits_for_servers and trouble.kind not in _FINAL:
+                return None
+            found = found or (channel, trouble)
+        return found
+
+    def _retry_or_end(self, call: _Call, error: GreensafeError, is_safe: bool) -> None:
+        if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
+            call.tries += 1
+            call.avoids = ()
+            call.pause = start_timer(self._hub, delay(call.tries, random.random()), lambda: self._on_paused(call))
+        else:
+            call.outcome = error
+            self._wake(call)
+
+    def _on_paused(self, call: _Call) -> None:
+        call.stop_pause()
+        self._place(call, monotonic())
+
+    # What channels tell.
+
+    def on_up(self, channel: Channel) -> None:
+        self._place_waiting()
+
+    def on_down(self, channel: Channel) -> None:
+        if self._waiting:
+            self._end_hopeless()
+
+    def on_lost(self, channel: Channel, loss: Loss) -> None:
+        now = monotonic()
+        for asked in loss.unsent:
+            self._place(asked.owner, now)
+        for asked in loss.lost:
+            call: _Call = asked.owner
+            error = loss.trouble.error(channel.endpoint, asked.request_id, True)
+            self._retry_or_end(call, error, call.idempotent or loss.is_journaled)
+        if self._waiting:
+            self._place_waiting()
+
+    def on_answer(self, channel: Channel, answer: Resolution) -> None:
+        call: _Call = answer.asked.owner
+        if answer.kind == Kind.REJECTED:
+            self._on_rejected(call, channel, answer)
+        else:
+            call.outcome = answer
+            self._wake(call)
+        if self._waiting:
+            self._place_waiting()
+
+    def on_end(self) -> None:
+        self.close()
+
+    def is_wanted(self, channel: Channel) -> bool:
+        return bool(self._waiting)
+
+    def _on_rejected(self, call: _Call, channel: Channel, answer: Resolution) -> None:
+        """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""
+        error = _error_in(answer)
+        call.avoids = (*call.avoids, channel)
+        is_stopping = isinstance(error, RemoteError) and error.code == "UNAVAILABLE"
+        if is_stopping:
+            channel.connection.is_draining = True
+        if is_stopping and self._waits_for_servers:
+            call.avoids = ()
+            self._place(call, monotonic())
+        elif self._pick(call) is not None:
+            self._place(call, monotonic())
+        else:
+            self._retry_or_end(call, error, True)
+
+    # A request's wait.
 
     def _begin(self) -> None:
         """Open the connections: at first, and anew in a forked child, where those at hand are the parent's."""
         own(self._context)
         self._hub: Hub = gevent.get_hub()
-        self._requester = Requester()
+        self._requester = Requester(self._heartbeat)
+        self._budget = Budget()
+        self._waiting: dict[_Call, None] = {}
         self._timer: Any = None
         self._timer_at = float("inf")
+        self._looks: Any = None
         self._prefix = os.urandom(8)
         self._numbers = itertools.count(1)
-        self._channels: list[_Channel] = []
+        self._channels: list[Channel] = []
         try:
             for endpoint in self._endpoints:
-                self._channels.append(_Channel(endpoint, self._open(endpoint)))
+                self._channels.append(Channel(endpoint, self._context, self._requester, self._heartbeat, self))
             close_first(self._context, self)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, endpoint: str) -> Pump:
-        sock = zmq.Socket(self._context, zmq.DEALER)
-        try:
-            with explained(endpoint):
-                sock.connect(endpoint)
-            # No limit of its own: each message belongs to a greenlet that waits, and is taken back when it gives up.
-            return Pump(sock, self._on_message, self.close, outbox=None)
-        except BaseException:
-            sock.close(0)
-            raise
-
-    def _rest(self, channel: _Channel) -> None:
-        """Nothing of an idle client keeps the loop going, or the client alive once it is dropped."""
-        if not channel.inflight and not self._closed:
-            channel.pump.stop()
-        if not len(self._requester):
-            self._disarm()
-
-    def _wait(self, call: _Call, request_id: bytes, channel: _Channel, at: float | None, limit: float | None) -> list[bytes]:
+    def _wait(self, call: _Call, at: float | None, limit: float | None) -> list[bytes]:
         """Sleep until the answer has come or a limit ends it."""
         if at is not None and at < self._timer_at:
             self._arm(at)
@@ -234,7 +406,8 @@ class Client:
                     check(at is not None)
                     self._sleep(call)
                 except DeadlineSignal as signal:
-                    channel.pump.drain()
+                    if call.channel is not None:
+                        call.channel.drain()
                     if not call.is_answered():
                         raise
                     signal.put_back()
@@ -247,7 +420,7 @@ class Client:
                 call.outcome = None
                 call.is_timed_out = True
             if call.is_timed_out:
-                raise OperationTimeout(limit, "request", channel.endpoint)
+                raise self._timeout_of(call, limit)
 
     def _sleep(self, call: _Call) -> None:
         call.asleep = True
@@ -256,25 +429,48 @@ class Client:
         finally:
             call.asleep = False
 
+    def _leave(self, call: _Call) -> None:
+        """Nobody waits for this request any more: nothing of it stays, here or on the server."""
+        call.stop_pause()
+        if call.asked.is_open:
+            self._tell_cancelled(call)
+            self._requester.abandon(call.asked)
+            self._waiting.pop(call, None)
+        call.asked.frames.clear()  # if it has not left yet it need not leave any more
+        if not len(self._requester):
+            self._rest()
+
+    def _tell_cancelled(self, call: _Call) -> bool:
+        note = self._requester.cancel(call.asked)
+        if note is None or call.channel is None:
+            return False
+        call.channel.tell(note)
+        return True
+
+    def _rest(self) -> None:
+        """Nothing of an idle client keeps the loop going, or the client alive once it is dropped."""
+        self._disarm()
+        if not self._closed:
+            for channel in self._channels:
+                channel.rest()
+
+    def _timeout_of(self, call: _Call, limit: float | None) -> OperationTimeout:
+        channel = call.channel or self._channels[0]
+        error = OperationTimeout(limit, "request", channel.endpoint)
+        if call.asked.connection is None and channel.trouble is not None:
+            error.add_note(f"it was not sent: {channel.trouble.message}")
+        return error
+
     def _frames(self, outcome: Resolution, at: float | None) -> list[bytes] | None:
         """The reply's frames; the server's error is raised. None: the caller's own limit, known to the server, is over."""
-        if not outcome.error:
+        if outcome.kind != Kind.ERROR:
             return outcome.body
-        error = RemoteError.from_reply(outcome.body[0]) if len(outcome.body) == 1 else None
-        if error is None:
-            raise RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {outcome.body[0][:80]!r}")
-        if error.type == CALLER_LIMIT:
+        error = _error_in(outcome)
+        if isinstance(error, RemoteError) and error.type == CALLER_LIMIT:
             _outlast(at)
             if at is not None and monotonic() >= at:
                 return None
         raise error
-
-    def _on_message(self, frames: list[bytes]) -> None:
-        resolution = self._requester.receive(frames)
-        if resolution is not None:
-            call: _Call = resolution.owner
-            call.outcome = resolution
-            self._wake(call)
 
     def _wake(self, call: _Call) -> None:
         """Straight from a callback; from a greenlet only by way of the hub, which alone is sure to come back."""
@@ -282,6 +478,8 @@ class Client:
             call.wake()
         elif call.asleep:
             self._hub.loop.run_callback(call.wake)
+
+    # Time.
 
     def _arm(self, at: float) -> None:
         self._disarm()
@@ -298,13 +496,63 @@ class Client:
     def _on_timer(self) -> None:
         self._disarm()
         for channel in self._channels:
-            channel.pump.drain()
-        for expired in self._requester.tick(monotonic()):
-            expired.owner.is_timed_out = True
-            self._wake(expired.owner)
+            channel.drain()
+        for asked in self._requester.tick(monotonic()):
+            asked.owner.is_timed_out = True
+            self._wake(asked.owner)
         at = self._requester.next_deadline()
         if at is not None and at < self._timer_at:
             self._arm(at)
+
+    def _look_out(self) -> None:
+        """Look at the connections from time to time as long as requests are open."""
+        if self._looks is None:
+            interval = LOOK if self._heartbeat is None else max(self._heartbeat / LOOKS, TICK)
+            self._looks = self._hub.loop.timer(interval, interval, ref=False)
+            self._looks.start(_look, weakref.ref(self), self._looks)
+
+    def _on_look(self) -> None:
+        if not len(self._requester):
+            self._stop_looking()
+            return
+        now = monotonic()
+        for channel in self._channels:
+            channel.look(now)
+
+    def _stop_looking(self) -> None:
+        if self._looks is not None:
+            self._looks.stop()
+            self._looks.close()
+            self._looks = None
+
+    def _stop_timers(self) -> None:
+        self._disarm()
+        self._stop_looking()
+
+
+_DRAINING = Trouble(Unreachable, "the server there is stopping")
+
+#: What waiting does not help against.
+_FINAL = frozenset({Refused, PeerSilent})
+
+
+def _look(client: weakref.ref[Client], timer: Any) -> None:
+    found = client()
+    if found is None:
+        timer.stop()
+        timer.close()
+        return
+    try:
+        found._on_look()
+    except BaseException:  # noqa: BLE001 - an exception that leaves a callback stops its timer for good
+        found._hub.handle_error(found, *sys.exc_info())
+
+
+def _error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
+    error = RemoteError.from_reply(answer.body[0]) if len(answer.body) == 1 else None
+    if error is not None:
+        return error
+    return RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {answer.body[0][:80]!r}")
 
 
 def _outlast(at: float | None) -> None:
@@ -320,6 +568,22 @@ def _told() -> float | None:
     """Until when the scopes around the caller let it wait."""
     scope = deadline.current()
     return None if scope is None else scope.effective_at
+
+
+def _check_heartbeat(heartbeat: Any) -> float | None:
+    seconds = to_seconds(heartbeat)
+    if seconds is not None and seconds < SHORTEST_HEARTBEAT:
+        raise ValueError(
+            f"heartbeat is a number of seconds from {SHORTEST_HEARTBEAT}, or None for no heartbeats, not {heartbeat!r}"
+        )
+    return seconds
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, bytes):
+        raise TypeError(f"metadata is bytes, not {type(metadata).__name__}")
+    if len(metadata) > MAX_METADATA:
+        raise ValueError(f"metadata of {len(metadata)} bytes: {MAX_METADATA} fit into a request's header")
 
 
 def _check_body(frames: Any) -> list[bytes]:

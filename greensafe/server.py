@@ -6,7 +6,8 @@ that the caller owns see `supervision`.)
 Rules:
 
 * Nothing here waits for a handler, a client or a full pipe: the pump's callbacks and the watchdog's timer do all the work.
-* `max_inflight` requests run at a time; beyond that nothing is read, so clients feel backpressure.
+* `max_inflight` requests run at a time. The next ones are read all the same, so that their clients hear that they are not
+  forgotten, and kept; when much is kept nothing is read any more and clients feel backpressure.
 * Signal handlers are installed by `serve` and `serve_forever` only, in the main thread, and put back.
 
 It does not know what a request is about, nor how the watchdog decides.
@@ -15,6 +16,7 @@ It does not know what a request is about, nor how the watchdog decides.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,8 +32,10 @@ from .deadlines import move_on, shield, to_seconds
 from .endpoints import check_endpoint, explained
 from .errors import RemoteError
 from .green._pump import Pump
-from .green.context import Context, check_context, close_first, own
-from .watchdog import Handler, OnError, Watchdog, check_handler, check_limits, check_options
+from .green._vanished import Vanished
+from .green.context import Context, check_context, close_first, plain_socket
+from .options import Handler, OnError, check_handler, check_limits, check_options
+from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
 
@@ -53,8 +57,9 @@ class Server:
         handler: Called with each Request in a greenlet of its own; returns the answer (see Request).
         deadline: Seconds that a handler has before its client is answered DEADLINE_EXCEEDED; None, in writing, for no limit.
         grace: Seconds between the deadline and the kill.
-        max_inflight: Requests handled at a time; beyond it nothing is read.
+        max_inflight: Requests handled at a time; those beyond it wait, up to 10,000 or 64 MiB, then nothing is read.
         on_error: Called with (request, error) before an error goes to a plain client; returns what to send instead, or None.
+        cancel_vanished: Stop the handlers of a client whose connection is gone (tcp and ipc; behind a proxy, the proxy's).
         journal: None; journals are not part of this version.
         context: The Context to use; by default the shared one.
 
@@ -71,6 +76,7 @@ class Server:
         grace: Any = 1.0,
         max_inflight: int = 1000,
         on_error: OnError | None = None,
+        cancel_vanished: bool = False,
         journal: None = None,
         context: zmq.Context[Any] | None = None,
     ) -> None:
@@ -84,6 +90,8 @@ class Server:
         self._limit, self._grace = check_limits(deadline, grace)
         self._max_inflight = max_inflight
         self._on_error = on_error
+        self._cancel_vanished = bool(cancel_vanished)
+        self._vanished: Vanished | None = None
         self._context = context
         self._pump: Pump | None = None
         self._watchdog: Watchdog | None = None
@@ -120,8 +128,8 @@ class Server:
             raise RuntimeError("the server is stopping: start it again when stop() has returned")
         if self._pump is not None:
             return
-        context = own(self._context or Context.instance())
-        sock = zmq.Socket(context, zmq.ROUTER)
+        context = self._context or Context.instance()
+        sock = plain_socket(context, zmq.ROUTER)
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -140,9 +148,13 @@ class Server:
             self._pump.send,
             limit=self._limit,
             grace=self._grace,
+            max_inflight=self._max_inflight,
+            instance=os.urandom(16),
             on_error=self._on_error,
             on_room=self._on_room,
         )
+        if self._cancel_vanished:
+            self._vanished = Vanished(sock, self._watchdog.cancel_from)
         self._pump.start()
 
     def stop(self, timeout: Any = STOP_TIMEOUT) -> None:
@@ -159,6 +171,8 @@ class Server:
             return
         # Not unbound first: that would end the connections it accepted, and their answers with them.
         self._stopping = True
+        assert self._watchdog is not None
+        self._watchdog.drain()
         at = None if limit is None else monotonic() + limit
         try:
             # Another call of stop may have ended it meanwhile, and start may have made a new pump.
@@ -201,33 +215,35 @@ class Server:
         counts = self._watchdog.responder
         return (
             f"<Server {state} {self.endpoint or self._bind_to} inflight={counts.inflight} answered={counts.answered}"
-            f" zombies={counts.zombies} malformed={counts.malformed}>"
+            f" cancelled={counts.cancelled} zombies={counts.zombies} malformed={counts.malformed}>"
         )
 
     def _on_message(self, frames: list[bytes]) -> None:
         assert self._watchdog is not None and self._pump is not None
+        if self._vanished is not None:
+            self._vanished.note(frames[0], self._pump.source)
         self._watchdog.accept(frames)
-        if self._watchdog.load >= self._max_inflight:
+        if self._watchdog.is_full:
             self._pump.is_paused = True
 
     def _on_room(self) -> None:
         if self._watchdog is None or self._pump is None:
             return  # a handler that has outlived its server
-        if self._pump.is_paused and self._watchdog.load < self._max_inflight:
+        if self._pump.is_paused and not self._watchdog.is_full:
             self._pump.resume()
-        if self._stopping and not self._watchdog.load:
+        if self._stopping and not self._watchdog.load and not self._watchdog.backlog:
             self._idle.set()
 
     def _forget_parent(self) -> None:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
         if self._pump is not None and self._pump.is_inherited:
-            self._pump = self._watchdog = self.endpoint = None
+            self._pump = self._watchdog = self._vanished = self.endpoint = None
             self._stopping = False
             self._stopped.set()
 
     def _is_busy(self) -> bool:
         assert self._watchdog is not None and self._pump is not None
-        return self._watchdog.load > 0 or self._pump.queued > 0 or self._pump.has_input
+        return self._watchdog.load > 0 or self._watchdog.backlog > 0 or self._pump.queued > 0 or self._pump.has_input
 
     def _close(self) -> None:
         pump, watchdog = self._pump, self._watchdog
@@ -241,6 +257,9 @@ class Server:
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
         self._pump = None
         self._stopping = False
+        if self._vanished is not None:
+            self._vanished.close()
+            self._vanished = None
         pump.close(int(FLUSH * 1000))
         watchdog.close()
         self._stopped.set()

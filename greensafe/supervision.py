@@ -10,6 +10,7 @@ A REP keeps the envelope to itself, so the watchdog is shown a made-up one, whic
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,9 @@ from .deadlines import DeadlineSignal
 from .errors import RemoteError
 from .green._waits import Waiter
 from .green.socket import Socket
-from .watchdog import Handler, OnError, Request, Watchdog, check_handler, check_limits, check_options
+from .options import Handler, OnError, check_handler, check_limits, check_options
+from .request import Request
+from .watchdog import Watchdog
 
 __all__ = ["supervise", "supervised"]
 
@@ -53,7 +56,7 @@ def supervise(
     Args:
         sock: A bound or connected greensafe REP or ROUTER; nobody else may receive from it meanwhile.
         handler, deadline, grace, on_error: As for Server.
-        max_inflight: For a ROUTER: requests handled at a time; beyond it nothing is read.
+        max_inflight: For a ROUTER: requests handled at a time; see Server.
 
     Raises:
         TypeError, ValueError: An argument is not usable.
@@ -65,7 +68,16 @@ def supervise(
     check_options(max_inflight, on_error)
     room = Event()
     is_rep = sock.type == zmq.REP
-    watchdog = Watchdog(handler, _sender(sock, room.set), limit=limit, grace=after, on_error=on_error, on_room=room.set)
+    watchdog = Watchdog(
+        handler,
+        _sender(sock, room.set),
+        limit=limit,
+        grace=after,
+        max_inflight=max_inflight,
+        instance=_instance_of(sock),
+        on_error=on_error,
+        on_room=room.set,
+    )
     stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
     try:
         while not sock.closed:
@@ -73,7 +85,7 @@ def supervise(
             if frames is None:
                 return
             _accept(watchdog, frames, stopped)
-            while not sock.closed and (watchdog.responder.inflight if is_rep else watchdog.load >= max_inflight):
+            while not sock.closed and (watchdog.responder.inflight if is_rep else watchdog.is_full):
                 _wait_for_room(sock, room)
     finally:
         watchdog.abort_all(stopped)
@@ -127,16 +139,30 @@ class supervised:
         limit, grace = check_limits(deadline, 1.0)
         check_options(1, on_error)
         self._sock = sock
-        self._watchdog = Watchdog(_no_handler, _sender(sock), limit=limit, grace=grace, on_error=on_error)
+        self._watchdog = Watchdog(
+            _no_handler, _sender(sock), limit=limit, grace=grace, instance=_instance_of(sock), on_error=on_error
+        )
         self._request: Request | None = None
 
     def __enter__(self) -> Request:
-        frames = _receive(self._sock)
-        if frames is None:
-            raise zmq.ZMQError(zmq.ENOTSOCK)
-        self._request = request = self._watchdog.open(frames)
+        request = self._next()
+        self._request = request
         request.deadline._attach(gevent.getcurrent())
         return request
+
+    def _next(self) -> Request:
+        """The next request that is worth running; what else arrives is dealt with."""
+        while True:
+            frames = _receive(self._sock)
+            if frames is None:
+                raise zmq.ZMQError(zmq.ENOTSOCK)
+            request = self._watchdog.open(frames)
+            if request is not None:
+                if not request.replied:
+                    self._watchdog.begin(request)
+                    self._watchdog.greet(request)
+                    return request
+                self._watchdog.finish(request)  # overdue when it came
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         request = self._request
@@ -160,6 +186,12 @@ class supervised:
                 self._watchdog.raised(request, error)
         finally:
             self._watchdog.finish(request)
+
+
+def _instance_of(sock: Socket) -> bytes:
+    """What tells clients this socket from one that is made later: the same for all its requests."""
+    instance: bytes = sock.__dict__.setdefault("_instance", os.urandom(16))
+    return instance
 
 
 def _no_handler(request: Request) -> None:

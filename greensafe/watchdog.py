@@ -3,9 +3,12 @@
 A `Watchdog` runs each request in a greenlet of its own and answers for it when the handler raises, hangs, returns nonsense or
 is killed. Rules:
 
-* Everything that happens to a request is an event of `sansio.exchange.Responder`; the first answer wins, the rest is counted.
+* Everything that happens to a request is an event of `sansio.responder.Responder`; the first answer wins, the rest is counted.
 * One timer for all requests. At its deadline a request is answered DEADLINE_EXCEEDED and its handler gets the signal; after
   `grace` more seconds it is killed; what survives that is a zombie, and killed again every `grace` seconds.
+* `max_inflight` handlers run at a time. What comes beyond that is kept, in order, and its clients are told that it is worked
+  on. Its caller's limit runs meanwhile: what is overdue before its turn, or was so when it came, is answered and not run. The
+  server's own limit is for the handler, and runs from its start.
 * This is the one place where BaseException is caught: SystemExit or KeyboardInterrupt in a handler end that handler alone.
 
 It does not know how frames travel: `send` is given, and `accept` is called in the hub by whoever receives.
@@ -13,144 +16,30 @@ It does not know how frames travel: `send` is given, and `accept` is called in t
 
 from __future__ import annotations
 
-import json
 import logging
 import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Any
 
 import gevent
 from gevent.hub import Hub
 
-from .deadlines import DeadlineSignal, deadline, start_timer, to_seconds
-from .errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from .sansio.exchange import Exchange, Expire, Kill, Responder, Zombie
+from .deadlines import DeadlineSignal, deadline, start_timer
+from .errors import Cancelled, LocalProtocolError, RemoteError, RemoteProtocolError
+from .options import Handler, OnError
+from .request import LATER, Request, as_frames, error_for
+from .sansio.envelope import CALLER_LIMIT, Kind
+from .sansio.exchange import Exchange
+from .sansio.responder import Cancel, Effect, Expire, Kill, Responder, Send, Zombie
 
-__all__ = ["LATER", "Handler", "OnError", "Request", "Watchdog", "check_handler", "check_limits", "check_options", "error_for"]
+__all__ = ["Watchdog"]
 
 log = logging.getLogger(__name__)
 
-
-class Later:
-    """The type of `LATER`."""
-
-    def __repr__(self) -> str:
-        return "greensafe.LATER"
-
-
-#: What a handler returns when it, or somebody it handed the request to, will answer by `request.reply`.
-LATER: Final = Later()
-
-#: The code of an error that came about because the caller's own limit, not the server's, ran out.
-CALLER_LIMIT = "CallerLimit"
-
-
-class InvalidBodyError(RemoteProtocolError, ValueError):
-    """Raised when a request's body is not what the handler asked for; let out of the handler it answers INVALID_ARGUMENT."""
-
-
-class Request:
-    """One request, as its handler sees it.
-
-    Attributes:
-        frames: The body, a list of bytes; never empty.
-        deadline: The scope in which the handler runs; it ends when the answer is overdue.
-        attempt: 1; more when a journal runs the request again.
-    """
-
-    __slots__ = ("__weakref__", "_exchange", "_watchdog", "deadline", "frames")
-
-    attempt: Final = 1
-
-    def __init__(self, watchdog: Watchdog, exchange: Exchange, scope: deadline) -> None:
-        self._watchdog = watchdog
-        self._exchange = exchange
-        self.frames: list[bytes] = exchange.envelope.body
-        self.deadline = scope
-
-    @property
-    def body(self) -> bytes:
-        """The first frame of the body."""
-        return self.frames[0]
-
-    @property
-    def id(self) -> str:
-        """The client's id of this request in hex; for a plain client, which sends none, a number of this server's."""
-        header = self._exchange.envelope.header
-        return str(self._exchange.key) if header is None else header.request_id.hex()
-
-    @property
-    def client(self) -> bytes:
-        """The routing id of the connection that the request came by; the same for all on a REP, which keeps it to itself."""
-        return self._exchange.envelope.route[0]
-
-    @property
-    def metadata(self) -> bytes:
-        """What the client's header carries beyond the protocol; b"" for a plain client."""
-        header = self._exchange.envelope.header
-        return b"" if header is None else header.metadata
-
-    @property
-    def replied(self) -> bool:
-        """Whether the answer has been given, by the handler or for it."""
-        return self._exchange.is_answered
-
-    def json(self) -> Any:
-        """Decode the body.
-
-        Raises:
-            InvalidBodyError: A ValueError; if the handler lets it out, the client is answered INVALID_ARGUMENT.
-        """
-        try:
-            return json.loads(self.frames[0])
-        except (ValueError, RecursionError) as error:
-            raise InvalidBodyError(f"the request's body is not JSON: {error}") from error
-
-    def reply(self, *frames: bytes) -> None:
-        """Answer with these frames, now, from any greenlet of the server's thread.
-
-        Raises:
-            LocalProtocolError: The request has been answered already, by the handler or by the watchdog; nothing is sent.
-            TypeError: A frame is not bytes; nothing is sent, and the request can still be answered.
-        """
-        self._watchdog.answer(self._exchange, _check_frames(frames))
-
-    def reply_json(self, obj: object) -> None:
-        """Answer with one frame of JSON. Errors as in `reply`, and what json.dumps raises."""
-        self.reply(json.dumps(obj).encode())
-
-    def error(self, code: str, message: str) -> None:
-        """Answer with an error; `code` is one of `errors.CODES`. Errors as in `reply`."""
-        self._watchdog.fail(self, RemoteError(code, message))
-
-    def __repr__(self) -> str:
-        return f"<Request {self.id} {self._exchange.state.name.lower()} {len(self.frames)} frames>"
-
-
-Handler = Callable[[Request], Any]
-OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
-
-
-def error_for(error: BaseException) -> RemoteError:
-    """What a client is told about an exception that a handler let out. Never raises, whatever the exception is."""
-    try:
-        return _told(error)
-    except BaseException:  # noqa: BLE001 - its __str__ or its class may fail in any way, and must not cost the client its answer
-        return RemoteError("INTERNAL", "the handler failed with an exception that cannot be shown")
-
-
-def _told(error: BaseException) -> RemoteError:
-    kind = str(type(error).__name__)
-    if isinstance(error, RemoteError):
-        return error
-    if isinstance(error, InvalidBodyError):
-        return RemoteError("INVALID_ARGUMENT", str(error), "InvalidBodyError")
-    if isinstance(error, gevent.GreenletExit):
-        return RemoteError("ABORTED", "the handler was killed", kind)
-    if isinstance(error, MemoryError):
-        return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
-    return RemoteError("INTERNAL", str(error), kind)
+#: Requests kept beyond those that run, and the bytes of their bodies; then `is_full` says so.
+BACKLOG = 10_000
+BACKLOG_BYTES = 64 * 2**20
 
 
 class Watchdog:
@@ -162,9 +51,11 @@ class Watchdog:
         send: Takes the frames of an answer, envelope included; must not block.
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
+        max_inflight: Handlers that run at a time.
+        instance: 16 bytes that tell this server from the one that was there before.
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
             or None; or answers by itself.
-        on_room: Called whenever `load` has become less.
+        on_room: Called whenever `load` or `backlog` has become less.
     """
 
     def __init__(
@@ -174,56 +65,105 @@ class Watchdog:
         *,
         limit: float | None,
         grace: float,
+        max_inflight: int = 1000,
+        instance: bytes = bytes(16),
         on_error: OnError | None = None,
         on_room: Callable[[], None] | None = None,
     ) -> None:
-        self.responder = Responder(grace=grace)
+        self.responder = Responder(grace=grace, instance=instance)
         self._handler = handler
         self._send = send
         self._limit = limit
+        self._max_inflight = max_inflight
         self._on_error = on_error
         self._on_room = on_room
         self._hub: Hub = gevent.get_hub()
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
+        self._kept: dict[int, Request] = {}  # in order of arrival
+        self._kept_bytes = 0
+        self._is_starting = False
         self._timer: Any = None
         self._timer_at = float("inf")
 
     @property
     def load(self) -> int:
-        """Requests that are not over: unanswered, or answered by a handler that still runs. Zombies do not count."""
-        return len(self._owed) - self.responder.zombies
+        """Requests whose handlers were started and that are not over. Zombies do not count."""
+        return len(self._owed) - len(self._kept) - self.responder.zombies
+
+    @property
+    def backlog(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._kept)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be accepted for the time being."""
+        return len(self._kept) >= BACKLOG or self._kept_bytes >= BACKLOG_BYTES
 
     def accept(self, frames: list[bytes]) -> None:
-        """Start the handler for a message as a ROUTER received it; called in the hub.
+        """Deal with a message as a ROUTER received it; called in the hub. A request's handler is started when it is its turn.
 
         A malformed message is counted and logged, and affects nothing else.
         """
+        request = self.open(frames)
+        if request is None:
+            return
+        exchange = request._exchange
+        if exchange.is_answered:
+            self._guarded(self.finish, request)
+        elif self._kept or self.load > self._max_inflight:
+            self._keep(request)
+        else:
+            self._start(request)
+        self.greet(request)
+
+    def open(self, frames: list[bytes]) -> Request | None:
+        """Take a message in; a request is watched over, who handles it is up to the caller. None: it was no request.
+
+        A request that was overdue when it came is answered already.
+        """
+        now = monotonic()
         try:
-            request = self.open(frames)
+            received = self.responder.receive(frames, now)
         except RemoteProtocolError as error:
             log.warning("malformed request dropped: %s", error)
-            return
-        self._greenlets[request._exchange.key] = greenlet = gevent.Greenlet(self._run, request)
-        # Straight from the hub, so the handler cannot be killed before it starts.
-        greenlet.switch()
+            return None
+        if not isinstance(received, Exchange):
+            if received is not None:
+                self._guarded(self._apply, received)
+            self._rearm()
+            return None
+        scope = deadline(at=received.at)
+        received.owner = scope
+        self._owed[received.key] = received
+        request = Request(self, received, scope)
+        if received.at is not None and received.at <= now:
+            self._guarded(self._answer_overdue, received)
+        self._rearm()
+        return request
 
-    def open(self, frames: list[bytes]) -> Request:
-        """Take a message in and watch over it; who handles it is up to the caller. RemoteProtocolError if it is malformed."""
-        exchange = self.responder.receive(frames, monotonic(), self._limit)
-        scope = deadline(at=exchange.at)
-        exchange.owner = scope
-        self._owed[exchange.key] = exchange
-        if exchange.at is not None and exchange.at < self._timer_at:
-            self._arm(exchange.at)
-        return Request(self, exchange, scope)
+    def begin(self, request: Request) -> None:
+        """Its handling is about to start: this server's limit holds from here."""
+        exchange = request._exchange
+        self.responder.begin(exchange, monotonic(), self._limit)
+        request.deadline.at = exchange.at
+        self._rearm()
 
-    def answer(self, exchange: Exchange, body: Sequence[bytes], *, error: bool = False) -> None:
+    def greet(self, request: Request) -> None:
+        """Tell a greensafe client what it wants to know at once of its request, and of this server."""
+        exchange = request._exchange
+        if exchange.caller is not None:
+            for notice in (self.responder.greeting(exchange), self.responder.drain_notice(exchange)):
+                if notice is not None:
+                    self._send(notice)
+
+    def answer(self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY) -> None:
         """Open the reply gate and send; LocalProtocolError if it was opened before."""
-        self._send(self.responder.answer(exchange, body, error=error))
+        self._send(self.responder.answer(exchange, body, kind))
         self._settle(exchange)
 
-    def fail(self, request: Request, error: RemoteError) -> None:
+    def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR) -> None:
         """Answer with an error, as the kind of client understands it.
 
         Whatever on_error raises, the client is answered; what is no Exception is raised again afterwards.
@@ -235,22 +175,21 @@ class Watchdog:
         try:
             if self._on_error is not None and exchange.envelope.header is None:
                 frames = self._on_error(request, error)
-                body = body if frames is None else _as_frames(frames)
+                body = body if frames is None else as_frames(frames)
         except Exception:
             log.exception("on_error failed for %r: the standard error is sent", request)
         finally:
             if not exchange.is_answered:
-                self.answer(exchange, body, error=True)
+                self.answer(exchange, body, kind)
 
     def refuse(self, frames: list[bytes], error: RemoteError) -> None:
         """Answer a message without running a handler."""
-        try:
-            request = self.open(frames)
-        except RemoteProtocolError as malformed:
-            log.warning("malformed request dropped: %s", malformed)
+        request = self.open(frames)
+        if request is None:
             return
         try:
-            self.fail(request, error)
+            if not request.replied:
+                self.fail(request, error, Kind.REJECTED)
         finally:
             self.finish(request)
 
@@ -258,8 +197,23 @@ class Watchdog:
         """The program has answered on its own socket: open the gate without sending."""
         self.responder.answer(request._exchange, [b""])
 
+    def cancel_from(self, routing_id: bytes) -> None:
+        """Stop the handlers of the requests that came by a connection which is gone."""
+        now = monotonic()
+        for exchange in list(self._owed.values()):
+            if exchange.envelope.route[0] == routing_id and not exchange.is_answered:
+                self._guarded(self._apply, self.responder.cancel(exchange, now))
+        self._rearm()
+
+    def drain(self) -> None:
+        """Tell clients to send further requests elsewhere; those that come nevertheless are handled as ever."""
+        for notice in self.responder.drain():
+            self._guarded(self._apply, notice)
+
     def abort_all(self, error: RemoteError) -> None:
         """Answer whatever is still owed with `error` and kill the handlers that still run."""
+        for request in list(self._kept.values()):
+            self._guarded(self._drop, request, error)
         for exchange in list(self._owed.values()):
             if not exchange.is_answered:
                 self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
@@ -269,6 +223,39 @@ class Watchdog:
     def close(self) -> None:
         """Stop the timer. Handlers that still run are not watched any more."""
         self._disarm()
+
+    # A request's turn.
+
+    def _start(self, request: Request) -> None:
+        self.begin(request)
+        self._greenlets[request._exchange.key] = greenlet = gevent.Greenlet(self._run, request)
+        # Straight from the hub, so the handler cannot be killed before it starts.
+        greenlet.switch()
+
+    def _keep(self, request: Request) -> None:
+        self._kept[request._exchange.key] = request
+        self._kept_bytes += sum(map(len, request.frames))
+
+    def _take(self, key: int) -> Request | None:
+        request = self._kept.pop(key, None)
+        if request is not None:
+            self._kept_bytes -= sum(map(len, request.frames))
+        return request
+
+    def _drop(self, request: Request, error: RemoteError) -> None:
+        """Answer a request that was not run, and will not be."""
+        self._take(request._exchange.key)
+        try:
+            self.fail(request, error, Kind.REJECTED)
+        finally:
+            self.finish(request)
+
+    def _start_kept(self) -> None:
+        self._is_starting = False
+        while self._kept and self.load < self._max_inflight:
+            request = self._take(next(iter(self._kept)))
+            assert request is not None
+            self._start(request)
 
     # A handler's life.
 
@@ -303,7 +290,7 @@ class Watchdog:
                 log.error("handler of %r returned an answer to a request that is answered already: dropped", request)
                 self.responder.duplicates += 1
             else:
-                self.answer(exchange, _as_frames(result))
+                self.answer(exchange, as_frames(result))
 
     def raised(self, request: Request, error: BaseException) -> None:
         """An exception ended the handling: answer for it, unless it was answered before."""
@@ -334,6 +321,9 @@ class Watchdog:
             self._tell_room()
 
     def _tell_room(self) -> None:
+        if self._kept and not self._is_starting:
+            self._is_starting = True
+            self._hub.loop.run_callback(self._start_kept)
         if self._on_room is not None:
             self._on_room()
 
@@ -352,10 +342,12 @@ class Watchdog:
 
     # Time.
 
-    def _arm(self, at: float) -> None:
-        self._disarm()
-        self._timer = start_timer(self._hub, at - monotonic(), self._on_timer)
-        self._timer_at = at
+    def _rearm(self) -> None:
+        soonest = self.responder.soonest
+        if soonest < self._timer_at:
+            self._disarm()
+            self._timer = start_timer(self._hub, soonest - monotonic(), self._on_timer)
+            self._timer_at = soonest
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -370,28 +362,46 @@ class Watchdog:
             for effect in self.responder.tick(monotonic()):
                 self._guarded(self._apply, effect)
         finally:
-            at = self.responder.next_deadline()
-            if at is not None and at < self._timer_at:
-                self._arm(at)
+            self.responder.next_deadline()
+            self._rearm()
 
-    def _apply(self, effect: Expire | Kill | Zombie) -> None:
-        exchange = effect.exchange
-        greenlet = self._greenlets.get(exchange.key)
-        if isinstance(effect, Expire):
-            if not exchange.is_answered:
-                self._answer_overdue(exchange)
-            exchange.owner._expire()
-        elif greenlet is not None:
+    def _apply(self, effect: Effect) -> None:
+        if isinstance(effect, Send):
+            self._send(effect.frames)
+        elif isinstance(effect, Cancel):
+            self._stop(effect.exchange)
+        elif isinstance(effect, Expire):
+            self._expire(effect.exchange)
+        elif (greenlet := self._greenlets.get(effect.exchange.key)) is not None:
             if isinstance(effect, Zombie):
                 log.error("a handler has survived its deadline and a kill: %r", greenlet)
                 self._tell_room()
             else:
+                assert isinstance(effect, Kill)
                 self._kill(greenlet)
 
+    def _stop(self, exchange: Exchange) -> None:
+        """The client does not want the answer any more."""
+        error = RemoteError("CANCELLED", "the client has cancelled its request", "Cancelled")
+        kept = self._take(exchange.key)
+        if not exchange.is_answered:
+            self.answer(exchange, [error.to_reply()], Kind.ERROR)
+        if kept is not None:
+            self.finish(kept)
+        else:
+            exchange.owner.cancel(Cancelled("the client has cancelled its request"))
+
+    def _expire(self, exchange: Exchange) -> None:
+        kept = self._take(exchange.key)
+        if not exchange.is_answered:
+            self._answer_overdue(exchange)
+        if kept is not None:
+            self.finish(kept)
+        else:
+            exchange.owner._expire()
+
     def _answer_overdue(self, exchange: Exchange) -> None:
-        header = exchange.envelope.header
-        by_caller = header is not None and header.remaining_ms is not None and exchange.is_limited_by_caller
-        kind = CALLER_LIMIT if by_caller else "DeadlineExceeded"
+        kind = CALLER_LIMIT if exchange.is_limited_by_caller else "DeadlineExceeded"
         self.fail(
             Request(self, exchange, exchange.owner),
             RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind),
@@ -400,48 +410,3 @@ class Watchdog:
     def _kill(self, greenlet: gevent.Greenlet) -> None:
         if not greenlet.dead:
             greenlet.kill(block=False)
-
-
-def check_handler(handler: object) -> None:
-    """Raise TypeError unless `handler` can be called."""
-    if not callable(handler):
-        raise TypeError(f"handler is a function of one request, not {type(handler).__name__}")
-
-
-def check_limits(limit: Any, grace: Any) -> tuple[float | None, float]:
-    """Check a server's `deadline` and `grace`, both in seconds; the first may be None."""
-    seconds = to_seconds(limit)
-    if seconds is not None and seconds <= 0:
-        raise ValueError(f"deadline is a number of seconds above 0, or None for no limit, not {limit!r}")
-    after = to_seconds(grace)
-    if after is None or after <= 0:
-        raise ValueError(f"grace is a number of seconds above 0, after which a handler that goes on is killed, not {grace!r}")
-    return seconds, after
-
-
-def check_options(max_inflight: Any, on_error: Any) -> None:
-    """Check what servers and supervise take besides."""
-    if not isinstance(max_inflight, int) or isinstance(max_inflight, bool) or max_inflight < 1:
-        raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
-    if on_error is not None and not callable(on_error):
-        raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")
-
-
-def _as_frames(result: object) -> list[bytes]:
-    """What a handler returned, as frames; TypeError names what it was."""
-    if isinstance(result, (bytes, bytearray, memoryview)):
-        return [bytes(result)]
-    if isinstance(result, (list, tuple)):
-        return _check_frames(result)
-    raise TypeError(
-        f"a handler returns bytes, a list of bytes, None after request.reply(), or greensafe.LATER, not {type(result).__name__}"
-    )
-
-
-def _check_frames(frames: Sequence[Any]) -> list[bytes]:
-    if not frames:
-        raise TypeError("an answer has at least one frame; b'' is an empty one")
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, (bytes, bytearray, memoryview)):
-            raise TypeError(f"frame {index} of the answer is {type(frame).__name__}, not bytes: encode it first")
-    return [bytes(frame) for frame in frames]

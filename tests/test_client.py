@@ -18,6 +18,7 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import Cancelled, Client, DeadlineExceeded, OperationTimeout, RemoteError, Request, Server, deadline
+from greensafe.sansio.envelope import Kind, ServerHeader
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -183,8 +184,10 @@ def test_close_ends_the_waits(context: zmq.Context, endpoint: str) -> None:
         (TypeError, (), {}),
         (TypeError, (b"tcp://127.0.0.1:1",), {}),
         (TypeError, ("tcp://127.0.0.1:1",), {"timeout": "1"}),
-        (ValueError, ("tcp://127.0.0.1:1",), {"retries": 1}),
-        (ValueError, ("tcp://127.0.0.1:1",), {"wait": False}),
+        (ValueError, ("tcp://127.0.0.1:1",), {"retries": -1}),
+        (ValueError, ("tcp://127.0.0.1:1",), {"retries": True}),
+        (ValueError, ("tcp://127.0.0.1:1",), {"heartbeat": 0}),
+        (TypeError, ("tcp://127.0.0.1:1",), {"heartbeat": "1"}),
         (ValueError, ("nonsense",), {}),
         (ValueError, ("tcp://127.0.0.1:1", "nonsense"), {}),
         (ValueError, ("tcp://127.0.0.1:99999",), {}),
@@ -193,7 +196,7 @@ def test_close_ends_the_waits(context: zmq.Context, endpoint: str) -> None:
 )
 def test_wrong_arguments(context: zmq.Context, kind: type[Exception], args: Any, options: Any) -> None:
     """A wrong argument is an error that names it, and leaves nothing behind."""
-    with pytest.raises(kind, match=r"endpoint|limit|retries|addr|port"):
+    with pytest.raises(kind, match=r"endpoint|limit|retries|heartbeat|addr|port"):
         Client(*args, context=context, **options)
 
 
@@ -245,17 +248,17 @@ def test_garbage_from_a_server(context: zmq.Context) -> None:
     with Client(router.last_endpoint.decode(), context=context) as client:
         asked = gevent.spawn(client.request, b"x")
         rid, header, empty, body = router.recv_multipart()
-        for frames in ([b""], [b"x"], [b"", b"x"], [header], [header, b""], [header, b"x", b"y"], [b"\0" * 28, b"", b"x"]):
+        for frames in ([b""], [b"x"], [b"", b"x"], [header], [header, b""], [header, b"x", b"y"], [b"\0" * 34, b"", b"x"]):
             router.send_multipart([rid, *frames])
+        for kind in (Kind.WORKING, Kind.PONG, 0xFF):
+            router.send_multipart([rid, ServerHeader(kind, header[8:24], bytes(16), hops=7).encode(), b"", b"not an id"])
         router.send_multipart([rid, header, empty, b"answer " + body])
         router.send_multipart([rid, header, empty, b"twice"])
         assert asked.get() == b"answer x"
         bad = gevent.spawn(client.request, b"y")
         rid, header, empty, body = router.recv_multipart()
         wait_until(lambda: "late=1" in repr(client))
-        error = bytearray(header)
-        error[5] = 0x82
-        router.send_multipart([rid, bytes(error), empty, b"not JSON"])
+        router.send_multipart([rid, ServerHeader(Kind.ERROR, header[8:24], bytes(16)).encode(), empty, b"not JSON"])
         with pytest.raises(zmq.RemoteProtocolError, match="not JSON"):
             bad.get()
 

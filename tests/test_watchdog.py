@@ -12,7 +12,9 @@ import pytest
 from helpers import LONG, MS, wait_until
 
 from greensafe import LATER, LocalProtocolError, RemoteError, Request
-from greensafe.watchdog import Handler, Watchdog, error_for
+from greensafe.options import Handler
+from greensafe.request import error_for
+from greensafe.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")
 

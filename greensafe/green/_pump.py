@@ -52,6 +52,8 @@ _FD = int(zmq.FD)
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
+_POLLOUT = int(zmq.POLLOUT)
+_SRCFD = int(zmq.SRCFD)
 _MORE = _NOBLOCK | _SNDMORE
 
 #: What libzmq says of a socket that cannot be used any more.
@@ -80,21 +82,26 @@ class Pump:
         sock: A plain ROUTER (with ROUTER_MANDATORY) or DEALER, which belongs to the pump from now on.
         on_message: Called in the hub with the frames of each message.
         on_end: Called when the context is terminated or somebody else has closed the socket; the pump has stopped by then.
+        on_gone: Called when all is read and nobody is there to send to, which without a high-water mark means that the peer is
+            gone: what an inproc socket has instead of a monitor.
         outbox: Bytes kept for a peer whose pipe is full; None for no limit.
 
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
         unreachable: Messages thrown away because their peer is gone (EHOSTUNREACH) or the socket is.
         is_paused: No message is read while this is set, so peers feel backpressure; `resume` clears it.
+        source: The descriptor by which the message came that `on_message` is called with; -1 on inproc.
     """
 
     __slots__ = (
+        "_first",
         "_generation",
         "_hub",
         "_is_closed",
         "_is_router",
         "_limit",
         "_on_end",
+        "_on_gone",
         "_on_message",
         "_outbox",
         "_retry",
@@ -113,10 +120,12 @@ class Pump:
         on_message: Callable[[list[bytes]], None],
         on_end: Callable[[], object],
         outbox: int | None = OUTBOX,
+        on_gone: Callable[[], object] | None = None,
     ) -> None:
         self._sock = sock
         self._on_message = on_message
         self._on_end = on_end
+        self._on_gone = on_gone
         self._limit = outbox
         self._is_router = sock.type == zmq.ROUTER
         self._generation = generation()
@@ -130,6 +139,16 @@ class Pump:
         self.is_paused = False
         self.dropped = 0
         self.unreachable = 0
+        self._first: zmq.Frame | None = None
+
+    @property
+    def source(self) -> int:
+        if self._first is None:
+            return -1
+        try:
+            return int(self._first.get(_SRCFD))
+        except zmq.ZMQError:
+            return -1
 
     @property
     def queued(self) -> int:
@@ -194,12 +213,22 @@ class Pump:
         if not self._scheduled and self._started:
             self._schedule()
 
+    def unsent(self) -> list[list[bytes]]:
+        """The messages that wait, as they were handed to `send`."""
+        return [frames for queue in self._outbox.values() for frames, _ in queue.messages]
+
     def drain(self) -> None:
-        """Read what has arrived, here and now."""
+        """Read what has arrived, here and now, up to a batch."""
         try:
             self._read()
         except zmq.ZMQError:
             self._schedule()  # the same error is met there, and dealt with
+
+    def drain_all(self) -> None:
+        """Read everything that has arrived, here and now."""
+        self.is_paused = False
+        while not self._is_closed and self.has_input:
+            self.drain()
 
     def refuse(self, refuse: Callable[[list[bytes]], None]) -> None:
         """Read all that has arrived, paused or not, and hand it to `refuse` instead; for a socket that is about to close."""
@@ -271,6 +300,8 @@ class Pump:
                 self._read()
                 if self._started and not self._scheduled and not self.is_paused and _get(self._sock, _EVENTS) & _POLLIN:
                     self._schedule()
+            if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
+                self._on_gone()
         except zmq.ZMQError as error:
             if error.errno not in _ENDED:
                 self._hub.handle_error(self, *sys.exc_info())
@@ -289,6 +320,7 @@ class Pump:
                 frame = _recv(sock, _NOBLOCK, False)
             except zmq.Again:
                 return
+            self._first = frame
             frames = [frame.bytes]
             while frame.more:
                 frame = _recv(sock, _NOBLOCK, False)
@@ -297,6 +329,7 @@ class Pump:
                 self._on_message(frames)
             except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
                 self._hub.handle_error(self, *sys.exc_info())
+            self._first = None
 
     def _start_retry(self) -> None:
         if self._retry is None:

@@ -23,7 +23,7 @@ from ..deadlines import to_seconds
 from ._forks import generation, own_loop
 from .socket import Socket
 
-__all__ = ["Context", "check_context", "close_first", "own"]
+__all__ = ["Context", "check_context", "close_first", "own", "plain_socket"]
 
 #: Milliseconds that messages still queued may take to leave when the interpreter exits and nobody closed anything.
 EXIT_LINGER = 500
@@ -122,6 +122,19 @@ def own(context: zmq.Context[Any]) -> zmq.Context[Any]:
     if isinstance(context, Context):
         context._own()
     return context
+
+
+def plain_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
+    """A socket for a pump, with the options that the context has for its sockets, such as CURVE keys, where they apply."""
+    sock = zmq.Socket(own(context), kind)
+    for option, value in context.sockopts.items():
+        try:
+            sock.setsockopt(option, value)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EINVAL:  # an option of other types of socket
+                sock.close(0)
+                raise
+    return sock
 
 
 def close_first(context: zmq.Context[Any], owner: Any) -> None:

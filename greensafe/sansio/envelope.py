@@ -8,14 +8,19 @@ The header is the last frame before that delimiter. In network byte order:
     offset  size  field
          0     4  magic 89 47 53 0A (0x89 'G' 'S' '\\n')
          4     1  version: 1
-         5     1  kind, see Kind
+         5     1  kind, see Kind; below 0x80 a client's, from 0x80 a server's
          6     2  length of the whole frame in bytes
          8    16  request id
-        24     4  remaining time in ms, rounded up; FF FF FF FF for no limit
-        28     -  metadata, up to the end of the frame
 
-It is valid if and only if the magic fits, the version and the kind are known and the length is the frame's. Any other frame in
-that place is somebody's id. See docs/protocol.md.
+    a client's                                          a server's
+        24     4  remaining time in ms, rounded up;         24    16  the server's instance: random at each start
+                  FF FF FF FF for no limit                  40    16  its journal; zeros for none
+        28     4  patience in ms; 0 for no WORKING          56     2  hops: routing ids before the header
+        32     2  flags, see GREET                          58     -  metadata, up to the end of the frame
+        34     -  metadata, up to the end of the frame
+
+It is valid if and only if the magic fits, the version is 1, the length is the frame's and at least that of its half of the
+table, and the metadata fits into either half. Any other frame in that place is somebody's id. See docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -27,20 +32,51 @@ from collections.abc import Sequence
 
 from ..errors import RemoteProtocolError
 
-__all__ = ["HEADER_SIZE", "MAGIC", "VERSION", "Envelope", "Header", "Kind", "split"]
+__all__ = [
+    "CALLER_LIMIT",
+    "GREET",
+    "HEADER_SIZE",
+    "MAGIC",
+    "MAX_METADATA",
+    "NO_JOURNAL",
+    "SERVER_HEADER_SIZE",
+    "VERSION",
+    "Envelope",
+    "Header",
+    "Kind",
+    "ServerHeader",
+    "decode",
+    "remaining_ms",
+    "split",
+]
 
 MAGIC = b"\x89GS\n"
 VERSION = 1
 
-_FORMAT = struct.Struct("!4sBBH16sI")
+_CLIENT = struct.Struct("!4sBBH16sIIH")
+_SERVER = struct.Struct("!4sBBH16s16s16sH")
 
-#: Bytes of a header without metadata.
-HEADER_SIZE = _FORMAT.size
+#: Bytes of a client's header and of a server's, without metadata.
+HEADER_SIZE = _CLIENT.size
+SERVER_HEADER_SIZE = _SERVER.size
 
-#: Bytes of metadata that fit: the length field has 16 bits.
-MAX_METADATA = 0xFFFF - HEADER_SIZE
+#: Bytes of metadata that fit into either: the length field has 16 bits.
+MAX_METADATA = 0xFFFF - SERVER_HEADER_SIZE
+
+#: A flag of a request: say WORKING at once, unless the answer is there at once.
+GREET = 0x0001
+
+#: The type of the error that answers a request whose own limit, not the server's, has run out.
+CALLER_LIMIT = "CallerLimit"
+
+#: What a server without a journal says in its place.
+NO_JOURNAL = bytes(16)
 
 _NO_LIMIT = 0xFFFFFFFF
+_MAX_MS = _NO_LIMIT - 1
+
+#: The kinds from here on are servers'.
+_SERVERS = 0x80
 
 
 class Kind(enum.IntEnum):
@@ -58,61 +94,128 @@ class Kind(enum.IntEnum):
     DRAINING = 0x86
 
 
-_KINDS = {int(kind): kind for kind in Kind}
-
-
 class Header:
-    """The header of one message.
+    """What a client says of a message.
 
     Attributes:
-        kind: What the message is.
+        kind: What the message is: a Kind, or another number below 0x80.
         request_id: 16 bytes, the client's.
         remaining_ms: Milliseconds that the client goes on waiting, None for no limit.
+        patience_ms: Milliseconds of silence after which it takes the server for dead; 0: it wants no WORKING.
+        flags: GREET, or 0. Other bits mean nothing yet.
         metadata: Bytes that are passed through.
     """
 
-    __slots__ = ("kind", "metadata", "remaining_ms", "request_id")
+    __slots__ = ("flags", "kind", "metadata", "patience_ms", "remaining_ms", "request_id")
 
-    def __init__(self, kind: Kind, request_id: bytes, remaining_ms: int | None = None, metadata: bytes = b"") -> None:
+    def __init__(
+        self,
+        kind: int,
+        request_id: bytes,
+        remaining_ms: int | None = None,
+        patience_ms: int = 0,
+        flags: int = 0,
+        metadata: bytes = b"",
+    ) -> None:
         self.kind = kind
         self.request_id = request_id
         self.remaining_ms = remaining_ms
+        self.patience_ms = patience_ms
+        self.flags = flags
         self.metadata = metadata
 
     def encode(self) -> bytes:
         """The frame. ValueError if the id has not 16 bytes or the metadata is too long."""
-        if len(self.request_id) != 16:
-            raise ValueError(f"a request id has 16 bytes, not {len(self.request_id)}")
-        if len(self.metadata) > MAX_METADATA:
-            raise ValueError(f"metadata of {len(self.metadata)} bytes: {MAX_METADATA} fit into a header")
-        remaining = _NO_LIMIT if self.remaining_ms is None else min(max(self.remaining_ms, 0), _NO_LIMIT - 1)
+        _check(self.request_id, self.metadata)
+        remaining = _NO_LIMIT if self.remaining_ms is None else min(max(self.remaining_ms, 0), _MAX_MS)
+        patience = min(self.patience_ms, _MAX_MS)
         length = HEADER_SIZE + len(self.metadata)
-        return _FORMAT.pack(MAGIC, VERSION, self.kind, length, self.request_id, remaining) + self.metadata
-
-    @classmethod
-    def decode(cls, frame: bytes) -> Header | None:
-        """The header in a frame, or None if it is not a valid one."""
-        if not frame.startswith(MAGIC) or len(frame) < HEADER_SIZE:
-            return None
-        _, version, number, length, request_id, remaining = _FORMAT.unpack_from(frame)
-        kind = _KINDS.get(number)
-        if version != VERSION or kind is None or length != len(frame):
-            return None
-        return cls(kind, request_id, None if remaining == _NO_LIMIT else remaining, frame[HEADER_SIZE:])
+        return _CLIENT.pack(MAGIC, VERSION, self.kind, length, self.request_id, remaining, patience, self.flags) + self.metadata
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Header):
-            return NotImplemented
-        return self._fields() == other._fields()
+        return self._fields() == other._fields() if isinstance(other, Header) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._fields())
 
-    def _fields(self) -> tuple[Kind, bytes, int | None, bytes]:
-        return self.kind, self.request_id, self.remaining_ms, self.metadata
+    def _fields(self) -> tuple[object, ...]:
+        return self.kind, self.request_id, self.remaining_ms, self.patience_ms, self.flags, self.metadata
 
     def __repr__(self) -> str:
-        return f"<Header {self.kind.name} {self.request_id.hex()} remaining={self.remaining_ms} ms>"
+        return f"<Header {_name(self.kind)} {self.request_id.hex()} remaining={self.remaining_ms} ms>"
+
+
+class ServerHeader:
+    """What a server says of a message.
+
+    Attributes:
+        kind: What the message is: a Kind, or another number from 0x80.
+        request_id: 16 bytes, the client's.
+        instance: 16 bytes, other ones each time a server is started.
+        journal: 16 bytes of its journal, NO_JOURNAL without one.
+        hops: Routing ids that stood before the request's header: 1 if nobody is between the two.
+        metadata: The request's.
+    """
+
+    __slots__ = ("hops", "instance", "journal", "kind", "metadata", "request_id")
+
+    def __init__(
+        self,
+        kind: int,
+        request_id: bytes,
+        instance: bytes,
+        journal: bytes = NO_JOURNAL,
+        hops: int = 1,
+        metadata: bytes = b"",
+    ) -> None:
+        self.kind = kind
+        self.request_id = request_id
+        self.instance = instance
+        self.journal = journal
+        self.hops = hops
+        self.metadata = metadata
+
+    def encode(self) -> bytes:
+        """The frame. ValueError if one of the ids has not 16 bytes or the metadata is too long."""
+        _check(self.request_id, self.metadata)
+        _check(self.instance)
+        _check(self.journal)
+        length = SERVER_HEADER_SIZE + len(self.metadata)
+        return (
+            _SERVER.pack(MAGIC, VERSION, self.kind, length, self.request_id, self.instance, self.journal, self.hops)
+            + self.metadata
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self._fields() == other._fields() if isinstance(other, ServerHeader) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._fields())
+
+    def _fields(self) -> tuple[object, ...]:
+        return self.kind, self.request_id, self.instance, self.journal, self.hops, self.metadata
+
+    def __repr__(self) -> str:
+        return f"<ServerHeader {_name(self.kind)} {self.request_id.hex()} of {self.instance.hex()} hops={self.hops}>"
+
+
+def decode(frame: bytes) -> Header | ServerHeader | None:
+    """The header in a frame, or None if it is not a valid one."""
+    size = len(frame)
+    if size < HEADER_SIZE or not frame.startswith(MAGIC):
+        return None
+    if frame[5] < _SERVERS:
+        _, version, kind, length, request_id, remaining, patience, flags = _CLIENT.unpack_from(frame)
+        if version != VERSION or length != size or size > HEADER_SIZE + MAX_METADATA:
+            return None
+        limit = None if remaining == _NO_LIMIT else remaining
+        return Header(kind, request_id, limit, patience, flags, frame[HEADER_SIZE:])
+    if size < SERVER_HEADER_SIZE:
+        return None
+    _, version, kind, length, request_id, instance, journal, hops = _SERVER.unpack_from(frame)
+    if version != VERSION or length != size:
+        return None
+    return ServerHeader(kind, request_id, instance, journal, hops, frame[SERVER_HEADER_SIZE:])
 
 
 def remaining_ms(now: float, at: float | None) -> int | None:
@@ -125,16 +228,21 @@ class Envelope:
 
     Attributes:
         route: The frames up to and including the delimiter, as they came.
-        header: The header, if the frame before the delimiter is one.
+        header: The client's header, if the frame before the delimiter is one; a server's, which is out of place here, too.
         body: The frames after the delimiter, at least one.
     """
 
     __slots__ = ("body", "header", "route")
 
-    def __init__(self, route: list[bytes], header: Header | None, body: list[bytes]) -> None:
+    def __init__(self, route: list[bytes], header: Header | ServerHeader | None, body: list[bytes]) -> None:
         self.route = route
         self.header = header
         self.body = body
+
+    @property
+    def origin(self) -> tuple[bytes, ...]:
+        """The routing ids: where the message came from, and all of them by the same way."""
+        return tuple(self.route[: -1 if self.header is None else -2])
 
 
 def split(frames: Sequence[bytes]) -> Envelope:
@@ -153,5 +261,19 @@ def split(frames: Sequence[bytes]) -> Envelope:
     body = list(frames[delimiter + 1 :])
     if not body:
         raise RemoteProtocolError("a message without a body: nothing follows the empty frame")
-    header = Header.decode(frames[delimiter - 1]) if delimiter > 1 else None
+    header = decode(frames[delimiter - 1]) if delimiter > 1 else None
     return Envelope(list(frames[: delimiter + 1]), header, body)
+
+
+def _check(some_id: bytes, metadata: bytes = b"") -> None:
+    if len(some_id) != 16:
+        raise ValueError(f"an id has 16 bytes, not {len(some_id)}")
+    if len(metadata) > MAX_METADATA:
+        raise ValueError(f"metadata of {len(metadata)} bytes: {MAX_METADATA} fit into a header")
+
+
+def _name(kind: int) -> str:
+    return Kind(kind).name if kind in _KINDS else f"kind {kind:#04x}"
+
+
+_KINDS = frozenset(Kind)

@@ -1,0 +1,523 @@
+"""How is one endpoint reached, and what has happened to the connection to it?
+
+A `Channel` has a plain DEALER, driven by a pump, and says when requests can be handed over, why not, and which were lost.
+
+    down --handshake--> up --lost--> down, with a new socket
+
+Rules:
+
+* A request is handed to libzmq only while the channel is up. So what was not handed over was provably not delivered.
+* When the connection is lost the DEALER is thrown away (LINGER 0) and a new one made: nothing that is still queued in it may be
+  delivered behind the back of a caller who was told of the loss.
+* libzmq says DISCONNECTED, then hands over what it had read, then says CONNECT_RETRIED: so everything is read once more after
+  the event that follows, and only then is a request lost. Where none follows (a peer that broke the protocol), after `SETTLE`.
+* Signs of life of a TCP connection are counted in the kernel (see `sansio.liveness`); elsewhere libzmq's heartbeats are used,
+  whose end looks like a lost connection. inproc has neither, and no monitor: there a peer that is gone cannot be sent to.
+* Never IMMEDIATE=1 or RECONNECT_IVL<=0: both throw replies away that have been received.
+
+It does not know which request goes to which channel, nor whether one is sent again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import sys
+from time import monotonic
+from typing import Any, NamedTuple, Protocol
+
+import gevent
+import zmq
+from gevent.monkey import get_original
+
+from .deadlines import start_timer
+from .endpoints import explained
+from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from .green._pump import Pump
+from .green.context import plain_socket
+from .green.monitor import ConnectionEvent, Monitor
+from .sansio.backoff import delay
+from .sansio.liveness import LOOKS, Pulse, Sample
+from .sansio.requester import Asked, Connection, Requester, Resolution
+
+__all__ = ["Channel", "Loss", "Owner", "Trouble"]
+
+log = logging.getLogger(__name__)
+
+#: Seconds after which what a lost connection had read is taken for handed over if no event says so.
+SETTLE = 0.01
+
+#: A connection that was lost within this many seconds of its beginning is made again only after a pause.
+SHORT_LIVED = 1.0
+
+#: Seconds that a connection may stand before a peer that has sent bytes, but made no handshake that libzmq announces, is taken
+#: for one of ZMTP 2.
+SHY = 0.2
+
+_TCP_INFO = 11
+_TCP_INFO_SIZE = 148
+
+#: Where in Linux's struct tcp_info (linux/tcp.h) stand: unacked; bytes_acked and bytes_received; notsent_bytes.
+_UNACKED, _ACKED, _RECEIVED, _WAITING = slice(24, 28), slice(120, 128), slice(128, 136), slice(144, 148)
+
+_NO_DETAIL = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_FINAL = frozenset({zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL})
+
+_EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+
+
+class Trouble(NamedTuple):
+    """Why requests cannot be handed over, or were lost; the error for each is made of it."""
+
+    kind: type[PeerError]
+    message: str
+    silent: str | None = None
+
+    def error(self, endpoint: str, request_id: bytes, maybe_executed: bool) -> PeerError:
+        details: dict[str, Any] = {"silent": self.silent} if self.kind is PeerSilent else {}
+        return self.kind(
+            f"{endpoint}: {self.message}",
+            endpoint=endpoint,
+            maybe_executed=maybe_executed,
+            request_id=request_id.hex(),
+            **details,
+        )
+
+
+class Loss(NamedTuple):
+    """What the end of a connection, or of a server behind it, has cost.
+
+    Attributes:
+        trouble: What happened.
+        lost: The requests that may have been run: open, and off any connection.
+        unsent: Those that were provably not handed over.
+        is_journaled: The server kept a journal: what is sent again is not run twice.
+    """
+
+    trouble: Trouble
+    lost: list[Asked]
+    unsent: list[Asked]
+    is_journaled: bool
+
+
+class Owner(Protocol):
+    """Who is told, in the hub or in a greenlet that drains."""
+
+    def on_up(self, channel: Channel) -> None:
+        """Requests can be handed over."""
+
+    def on_down(self, channel: Channel) -> None:
+        """An attempt to connect has failed; `channel.trouble` says how. Nothing was handed over."""
+
+    def on_lost(self, channel: Channel, loss: Loss) -> None:
+        """The connection is gone, or a server behind it."""
+
+    def on_answer(self, channel: Channel, answer: Resolution) -> None:
+        """A request has its answer, or was rejected."""
+
+    def on_end(self) -> None:
+        """The context was terminated."""
+
+    def is_wanted(self, channel: Channel) -> bool:
+        """Whether anybody waits for the channel to be up."""
+
+
+class Channel:
+    """The connection to one endpoint, again and again.
+
+    Args:
+        endpoint: Where to connect.
+        context: Whose options hold for the socket, too.
+        requester: The client's table.
+        limit: Seconds of silence after which the peer is taken for dead; None for no heartbeats at all.
+        owner: Who is told.
+
+    Raises:
+        zmq.ZMQError: The endpoint is malformed; nothing is left behind.
+
+    Attributes:
+        connection: What is known of the present one.
+        is_up: Whether requests can be handed over.
+        trouble: How the last attempt to connect ended, None if none has ended since the channel was up.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_context",
+        "_descriptor",
+        "_failing_since",
+        "_has_failed",
+        "_is_closed",
+        "_is_connected",
+        "_is_dying",
+        "_limit",
+        "_losses",
+        "_monitor",
+        "_opened_at",
+        "_owner",
+        "_pulse",
+        "_pump",
+        "_reopen",
+        "_requester",
+        "_settle",
+        "_was_silent",
+        "connection",
+        "endpoint",
+        "is_up",
+        "trouble",
+    )
+
+    def __init__(
+        self, endpoint: str, context: zmq.Context[Any], requester: Requester, limit: float | None, owner: Owner
+    ) -> None:
+        self.endpoint = endpoint
+        self._context = context
+        self._requester = requester
+        self._limit = limit
+        self._owner = owner
+        self._pulse = None if limit is None or endpoint.startswith("inproc:") else Pulse(limit)
+        self._pump: Pump | None = None
+        self._monitor: Monitor | None = None
+        self._settle: Any = None
+        self._reopen: Any = None
+        self._losses = 0
+        self._failing_since: float | None = None
+        self._was_silent = False
+        self._is_closed = False
+        self.trouble: Trouble | None
+        self._open()
+
+    @property
+    def load(self) -> int:
+        """Requests handed over and not answered."""
+        return len(self.connection.sent)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process is a forked child and the socket its parent's."""
+        return self._pump is not None and self._pump.is_inherited
+
+    def send(self, asked: Asked, now: float) -> None:
+        """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
+        assert self._pump is not None
+        self._pump.send(self._requester.send(asked, self.connection, now))
+
+    def tell(self, frames: list[bytes]) -> None:
+        """Send what is no request."""
+        if self._pump is not None and self.is_up:
+            self._pump.send(frames)
+
+    def wake(self) -> None:
+        """Somebody waits for an answer, or for the connection: read, connect, keep the loop running."""
+        if self._is_closed:
+            return
+        kind = None if self.trouble is None else self.trouble.kind
+        if kind is PeerSilent:
+            self.trouble = None  # libzmq tries again, and that is worth waiting for
+        elif kind is Refused and self._pump is not None and monotonic() - self._opened_at > SHORT_LIVED:
+            self._shut(0)  # libzmq does not try again by itself
+        if self._pump is None and self._reopen is None:
+            self._open_again()
+        if self._pump is not None:
+            self._pump.start()
+
+    def rest(self) -> None:
+        """Nobody waits any more: nothing here keeps the loop running."""
+        if self._pump is not None:
+            self._pump.stop()
+        self._stop_reopening()
+
+    def drain(self) -> None:
+        """Read what has arrived."""
+        if self._pump is not None:
+            self._pump.drain_all()
+
+    def look(self, now: float) -> None:
+        """Look for signs of life; called `LOOKS` times within the limit while requests wait."""
+        if self._is_connected and not self.is_up and self._is_legacy(now):
+            self._set_up()
+        if self._pulse is None or not self.connection.sent or not self.is_up:
+            if self._pulse is not None:
+                self._pulse.rest()
+            return
+        late = self._pulse.is_late(now)
+        self.drain()
+        if late:
+            self._requester.forgive(self.connection, now)
+        silent = self._pulse.look(self._sample(), late)
+        if silent is not None:
+            self._lose(_SILENT[silent])
+        elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
+            self._lose(_SILENT["hub" if self._counts else "server"])
+        elif unheard:
+            for asked in unheard:  # its server is gone behind a proxy; those of others are not
+                self._requester.unsend(asked)
+            self._owner.on_lost(self, Loss(_SILENT["hub"], unheard, [], self.connection.is_journaling))
+
+    def close(self, linger: int) -> None:
+        """Close; what is queued may leave for `linger` milliseconds more."""
+        self._is_closed = True
+        self.is_up = False
+        self._stop_settling()
+        self._stop_reopening()
+        self._shut(linger)
+
+    # Connecting.
+
+    def _open(self) -> None:
+        self.connection = Connection()
+        self.is_up = False
+        self.trouble = None
+        self._is_dying = False
+        self._is_connected = False
+        self._has_failed = False
+        self._descriptor = -1
+        self._opened_at = monotonic()
+        sock = plain_socket(self._context, zmq.DEALER)
+        try:
+            self._set_options(sock)
+            is_inproc = self.endpoint.startswith("inproc:")
+            self._monitor = None if is_inproc else self._watch(sock)
+            with explained(self.endpoint):
+                sock.connect(self.endpoint)
+            self._pump = Pump(
+                sock, self._on_message, self._owner.on_end, outbox=None, on_gone=self._on_gone if is_inproc else None
+            )
+        except BaseException:
+            if self._monitor is not None:
+                self._monitor.close()
+            sock.close(0)
+            raise
+        if self._monitor is None:
+            self.is_up = True  # nobody tells: libzmq keeps what is sent until somebody is there
+
+    def _set_options(self, sock: zmq.Socket[Any]) -> None:
+        if self.endpoint.startswith("inproc:"):
+            sock.set_hwm(0)  # then nothing but a peer that is gone can be in the way of a send
+        if self._limit is None or self._pulse is None:
+            return
+        limit = max(LOOKS, round(self._limit * 1000))
+        sock.setsockopt(zmq.HEARTBEAT_IVL, limit // LOOKS)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 0 if self._counts else limit)
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, limit)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, limit)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the kernel counts what a connection carries."""
+        return self.endpoint.startswith("tcp:") and sys.platform == "linux"
+
+    def _watch(self, sock: zmq.Socket[Any]) -> Monitor | None:
+        try:
+            return Monitor(sock, self._on_event, _EVENTS)
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            log.warning("%s: no descriptor is left for a monitor: a lost connection will not be noticed", self.endpoint)
+            return None
+
+    def _shut(self, linger: int) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        if self._pump is not None and not self._pump.is_inherited:
+            self._pump.close(linger)
+        self._pump = None
+
+    def _set_up(self) -> None:
+        if not self.is_up:
+            self.is_up = True
+            self.trouble = self._failing_since = None
+            self._owner.on_up(self)
+
+    # What libzmq tells.
+
+    def _on_event(self, event: ConnectionEvent) -> None:
+        kind = event.kind
+        if self._is_dying:
+            self._lose(_LOST)
+        elif kind == zmq.EVENT_CONNECTED:
+            self._descriptor = event.value
+            self._is_connected = True
+        elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._was_silent = False
+            self._set_up()
+        elif kind == zmq.EVENT_DISCONNECTED:
+            self._on_disconnected()
+        elif kind in _FINAL:
+            self._fail(_refusal(event))
+        elif kind == _NO_DETAIL and not self.is_up:
+            self._has_failed = True
+            self._fail(self._bad_handshake(event))
+        elif kind == zmq.EVENT_CLOSED:
+            self._fail(_NOBODY)
+
+    def _bad_handshake(self, event: ConnectionEvent) -> Trouble:
+        """It may be a server that dies as it starts, or somebody who will never answer: time tells."""
+        if event.value == errno.EAGAIN:
+            return _NO_ANSWER
+        now = monotonic()
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        is_hopeless = self._limit is not None and now - self._failing_since >= self._limit
+        return _NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else _NO_HANDSHAKE
+
+    def _on_disconnected(self) -> None:
+        self._is_connected = False
+        if self.is_up:
+            self._is_dying = True
+            self._settle = start_timer(gevent.get_hub(), SETTLE, self._on_settled)
+        elif self._has_failed:
+            self._has_failed = False
+        elif self.trouble is None or self.trouble.kind is not Refused:
+            self._fail(_WRONG_TYPE)  # neither up nor failed: libzmq does not say so, nor try again
+
+    def _on_settled(self) -> None:
+        self._settle = None
+        self._lose(_LOST)
+
+    def _fail(self, trouble: Trouble) -> None:
+        self.trouble = trouble
+        self._owner.on_down(self)
+
+    def _on_gone(self) -> None:
+        self._lose(_LOST)
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        answer = self._requester.receive(frames, self.connection, monotonic())
+        if answer is not None:
+            note = self._requester.ack(answer, self.connection)
+            if note is not None:
+                self.tell(note)
+            self._owner.on_answer(self, answer)
+
+    # The end of a connection.
+
+    def _lose(self, trouble: Trouble) -> None:
+        self._stop_settling()
+        self._is_dying = False
+        self.is_up = False  # whoever is woken by what is read now must not send on this socket
+        self.drain()
+        if self._is_closed:
+            return
+        loss = self._count(trouble)
+        self._shut(0)
+        self._was_silent = trouble.kind is PeerSilent
+        self._losses = 1 if monotonic() - self._opened_at > SHORT_LIVED else self._losses + 1
+        self.connection = Connection()
+        self._owner.on_lost(self, loss)
+        if not self._is_closed and self._pump is None and self._owner.is_wanted(self):
+            self._connect_again()
+
+    def _count(self, trouble: Trouble) -> Loss:
+        kept = set() if self._pump is None else {id(frames) for frames in self._pump.unsent()}
+        lost = self._requester.lose(self.connection)
+        unsent = [asked for asked in lost if id(asked.frames) in kept]
+        lost = [asked for asked in lost if id(asked.frames) not in kept]
+        return Loss(trouble, lost, unsent, self.connection.is_journaling)
+
+    def _connect_again(self) -> None:
+        if self._losses <= 1:
+            self._open_again()
+        elif self._reopen is None:
+            pause = delay(self._losses, random.random())
+            self._reopen = start_timer(gevent.get_hub(), pause, self._on_reopen)
+
+    def _on_reopen(self) -> None:
+        self._stop_reopening()
+        if not self._is_closed and self._pump is None:
+            self._open_again()
+
+    def _open_again(self) -> None:
+        try:
+            self._open()
+        except zmq.ZMQError:
+            log.exception("%s: cannot be connected to again", self.endpoint)
+            self._fail(_NOBODY)
+            return
+        assert self._pump is not None
+        self._pump.start()
+        if self.is_up:
+            self._owner.on_up(self)
+
+    def _stop_settling(self) -> None:
+        if self._settle is not None:
+            self._settle.stop()
+            self._settle.close()
+            self._settle = None
+
+    def _stop_reopening(self) -> None:
+        if self._reopen is not None:
+            self._reopen.stop()
+            self._reopen.close()
+            self._reopen = None
+
+    def _is_legacy(self, now: float) -> bool:
+        if now - self._opened_at < SHY or self._was_silent:
+            return False
+        sample = self._sample()
+        return sample.received > 0 if self._counts and sample is not None else True
+
+    def _sample(self) -> Sample | None:
+        """What the kernel has counted, None if it does not. A descriptor that is another's by now gives wrong numbers only."""
+        if not self._counts or self._descriptor < 0:
+            return None
+        try:
+            sock = get_original("socket", "socket")(fileno=self._descriptor)
+        except OSError:
+            return None
+        try:
+            info = sock.getsockopt(6, _TCP_INFO, _TCP_INFO_SIZE)
+        except OSError:
+            return None
+        finally:
+            sock.detach()
+        if len(info) < _TCP_INFO_SIZE:
+            return None  # a kernel before 4.6
+        received, acked, waiting, unacked = (
+            int.from_bytes(info[field], sys.byteorder) for field in (_RECEIVED, _ACKED, _WAITING, _UNACKED)
+        )
+        return Sample(received, acked, waiting, unacked)
+
+
+_LOST = Trouble(Disconnected, "the connection that carried the request is gone")
+_NOBODY = Trouble(Unreachable, "nobody can be reached there")
+_NO_HANDSHAKE = Trouble(
+    Unreachable, "somebody is there, but the handshake fails: is it a ZeroMQ server, and are the CURVE keys right?"
+)
+_NO_ANSWER = Trouble(
+    PeerSilent,
+    "the connection stands, but nobody answers the handshake: the process is stopped, or not a ZeroMQ server",
+    "process",
+)
+_WRONG_TYPE = Trouble(Refused, "the socket there is of a type that does not answer requests: it has to be a REP or ROUTER")
+_SILENT = {
+    "link": Trouble(PeerSilent, "nothing comes through: the network is cut, or the machine is down", "link"),
+    "process": Trouble(PeerSilent, "its machine answers, but its process does not: it is stopped", "process"),
+    "hub": Trouble(
+        PeerSilent,
+        "the server no longer says that it works on the request: its event loop is blocked, or it is gone behind a proxy",
+        "hub",
+    ),
+    "server": Trouble(
+        PeerSilent,
+        "the server no longer says that it works on the request: its event loop is blocked, or its process is stopped",
+    ),
+}
+
+
+def _refusal(event: ConnectionEvent) -> Trouble:
+    if event.kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return Trouble(Refused, f"the server refuses this client's credentials (ZAP status {event.value})")
+    return Trouble(
+        Refused, "the handshake breaks the protocol: the two sides use different security mechanisms, or other types"
+    )

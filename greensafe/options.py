@@ -1,0 +1,40 @@
+"""Can a server be run with these arguments, and if not, what is wrong with them?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .deadlines import to_seconds
+from .errors import RemoteError
+from .request import Request
+
+__all__ = ["Handler", "OnError", "check_handler", "check_limits", "check_options"]
+
+Handler = Callable[[Request], Any]
+OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
+
+
+def check_handler(handler: object) -> None:
+    """Raise TypeError unless `handler` can be called."""
+    if not callable(handler):
+        raise TypeError(f"handler is a function of one request, not {type(handler).__name__}")
+
+
+def check_limits(limit: Any, grace: Any) -> tuple[float | None, float]:
+    """Check a server's `deadline` and `grace`, both in seconds; the first may be None."""
+    seconds = to_seconds(limit)
+    if seconds is not None and seconds <= 0:
+        raise ValueError(f"deadline is a number of seconds above 0, or None for no limit, not {limit!r}")
+    after = to_seconds(grace)
+    if after is None or after <= 0:
+        raise ValueError(f"grace is a number of seconds above 0, after which a handler that goes on is killed, not {grace!r}")
+    return seconds, after
+
+
+def check_options(max_inflight: Any, on_error: Any) -> None:
+    """Check what servers and supervise take besides."""
+    if not isinstance(max_inflight, int) or isinstance(max_inflight, bool) or max_inflight < 1:
+        raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
+    if on_error is not None and not callable(on_error):
+        raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")

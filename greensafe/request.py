@@ -1,0 +1,164 @@
+"""What does a handler see of a request, how does it answer, and what is a client told about an exception?
+
+It does not know who watches over the request: answers go through a `Gate`, which opens once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import gevent
+
+from .deadlines import deadline
+from .errors import RemoteError, RemoteProtocolError
+from .sansio.envelope import Header
+from .sansio.exchange import Exchange
+
+__all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for"]
+
+
+class Later:
+    """The type of `LATER`."""
+
+    def __repr__(self) -> str:
+        return "greensafe.LATER"
+
+
+#: What a handler returns when it, or somebody it handed the request to, will answer by `request.reply`.
+LATER: Final = Later()
+
+
+class InvalidBodyError(RemoteProtocolError, ValueError):
+    """Raised when a request's body is not what the handler asked for; let out of the handler it answers INVALID_ARGUMENT."""
+
+
+class Gate(Protocol):
+    """Who sends answers, and sees to it that there is one."""
+
+    def answer(self, exchange: Exchange, body: Sequence[bytes]) -> None:
+        """Send the answer; LocalProtocolError if there was one."""
+
+    def fail(self, request: Request, error: RemoteError) -> None:
+        """Send an error as the answer; LocalProtocolError if there was one."""
+
+
+class Request:
+    """One request, as its handler sees it.
+
+    Attributes:
+        frames: The body, a list of bytes; never empty.
+        deadline: The scope in which the handler runs; it ends when the answer is overdue.
+        attempt: 1; more when a journal runs the request again.
+    """
+
+    __slots__ = ("__weakref__", "_exchange", "_gate", "deadline", "frames")
+
+    attempt: Final = 1
+
+    def __init__(self, gate: Gate, exchange: Exchange, scope: deadline) -> None:
+        self._gate = gate
+        self._exchange = exchange
+        self.frames: list[bytes] = exchange.envelope.body
+        self.deadline = scope
+
+    @property
+    def body(self) -> bytes:
+        """The first frame of the body."""
+        return self.frames[0]
+
+    @property
+    def id(self) -> str:
+        """The client's id of this request in hex; for a plain client, which sends none, a number of this server's."""
+        header = self._exchange.envelope.header
+        return str(self._exchange.key) if header is None else header.request_id.hex()
+
+    @property
+    def client(self) -> bytes:
+        """The routing id of the connection that the request came by; the same for all on a REP, which keeps it to itself."""
+        return self._exchange.envelope.route[0]
+
+    @property
+    def metadata(self) -> bytes:
+        """What the client's header carries beyond the protocol; b"" for a plain client."""
+        header = self._exchange.envelope.header
+        return header.metadata if isinstance(header, Header) else b""
+
+    @property
+    def replied(self) -> bool:
+        """Whether the answer has been given, by the handler or for it."""
+        return self._exchange.is_answered
+
+    def json(self) -> Any:
+        """Decode the body.
+
+        Raises:
+            InvalidBodyError: A ValueError; if the handler lets it out, the client is answered INVALID_ARGUMENT.
+        """
+        try:
+            return json.loads(self.frames[0])
+        except (ValueError, RecursionError) as error:
+            raise InvalidBodyError(f"the request's body is not JSON: {error}") from error
+
+    def reply(self, *frames: bytes) -> None:
+        """Answer with these frames, now, from any greenlet of the server's thread.
+
+        Raises:
+            LocalProtocolError: The request has been answered already, by the handler or by the watchdog; nothing is sent.
+            TypeError: A frame is not bytes; nothing is sent, and the request can still be answered.
+        """
+        self._gate.answer(self._exchange, check_frames(frames))
+
+    def reply_json(self, obj: object) -> None:
+        """Answer with one frame of JSON. Errors as in `reply`, and what json.dumps raises."""
+        self.reply(json.dumps(obj).encode())
+
+    def error(self, code: str, message: str) -> None:
+        """Answer with an error; `code` is one of `errors.CODES`. Errors as in `reply`."""
+        self._gate.fail(self, RemoteError(code, message))
+
+    def __repr__(self) -> str:
+        return f"<Request {self.id} {self._exchange.state.name.lower()} {len(self.frames)} frames>"
+
+
+def error_for(error: BaseException) -> RemoteError:
+    """What a client is told about an exception that a handler let out. Never raises, whatever the exception is."""
+    try:
+        return _told(error)
+    except BaseException:  # noqa: BLE001 - its __str__ or its class may fail in any way, and must not cost the client its answer
+        return RemoteError("INTERNAL", "the handler failed with an exception that cannot be shown")
+
+
+def _told(error: BaseException) -> RemoteError:
+    kind = str(type(error).__name__)
+    if isinstance(error, RemoteError):
+        return error
+    if isinstance(error, InvalidBodyError):
+        return RemoteError("INVALID_ARGUMENT", str(error), "InvalidBodyError")
+    if isinstance(error, gevent.GreenletExit):
+        return RemoteError("ABORTED", "the handler was killed", kind)
+    if isinstance(error, MemoryError):
+        return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
+    return RemoteError("INTERNAL", str(error), kind)
+
+
+def as_frames(result: object) -> list[bytes]:
+    """What a handler returned, as frames; TypeError names what it was."""
+    if isinstance(result, (bytes, bytearray, memoryview)):
+        return [bytes(result)]
+    if isinstance(result, (list, tuple)):
+        return check_frames(result)
+    raise TypeError(
+        f"a handler returns bytes, a list of bytes, None after request.reply(), or greensafe.LATER, not {type(result).__name__}"
+    )
+
+
+def check_frames(frames: Sequence[Any]) -> list[bytes]:
+    """An answer's frames as bytes; TypeError names the one that cannot be sent."""
+    if not frames:
+        raise TypeError("an answer has at least one frame; b'' is an empty one")
+    for index, frame in enumerate(frames):
+        if not isinstance(frame, (bytes, bytearray, memoryview)):
+            raise TypeError(f"frame {index} of the answer is {type(frame).__name__}, not bytes: encode it first")
+    return [bytes(frame) for frame in frames]

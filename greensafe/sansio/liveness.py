@@ -1,0 +1,89 @@
+"""Has a peer fallen silent, and what of it: its process, or the link to it?
+
+A `Pulse` looks, a few times within the limit, at what a TCP connection counts. Its peer's libzmq answers every ZMTP PING from a
+thread of its own, so a peer that is alive is heard of, whatever its program does. Rules:
+
+* Bytes received are a sign of life. A single frame that takes minutes to arrive is one all the time (libzmq's own heartbeat
+  timeout counts whole frames and kills such a connection: libzmq#2709).
+* So are bytes that the peer's kernel acknowledges while more wait to be sent: it cannot answer a PING that stands behind a long
+  frame. While nothing waits they prove nothing: the kernel of a stopped process acknowledges PINGs, too.
+* A look that comes late judges nothing: this process was itself stopped or blocked, and what came meanwhile is still unread.
+
+Time and counts are arguments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["LOOKS", "WORDLESS", "Pulse", "Sample"]
+
+#: Looks within the limit, PINGs, and WORKINGs of a server.
+LOOKS = 5
+
+#: Looks without a sign of life that make the verdict. The last sign may be as old as one look more, so it falls within 4 of 5
+#: looks: before the one on a server that says WORKING no more (`WORDLESS`), so that a stopped process is not taken for that.
+SILENT_LOOKS = 3
+WORDLESS = 0.8
+
+
+class Sample(NamedTuple):
+    """What a TCP connection has counted.
+
+    Attributes:
+        received: Bytes that have arrived.
+        acked: Bytes sent that the peer's kernel has acknowledged.
+        waiting: Bytes that wait to be sent.
+        unacked: Segments sent that are not acknowledged.
+    """
+
+    received: int
+    acked: int
+    waiting: int
+    unacked: int
+
+
+class Pulse:
+    """The signs of life of one connection.
+
+    Args:
+        limit: Seconds of silence after which the peer is taken for dead.
+    """
+
+    __slots__ = ("_before", "_last", "_silent", "interval")
+
+    def __init__(self, limit: float) -> None:
+        self.interval = limit / LOOKS
+        self._last: float | None = None
+        self._before: Sample | None = None
+        self._silent = 0
+
+    def rest(self) -> None:
+        """Nobody waits for this peer: what happens until the next look is not judged."""
+        self._last = self._before = None
+        self._silent = 0
+
+    def is_late(self, now: float) -> bool:
+        """Whether this look comes so late that it can judge nothing; asked once for each look, before `look`."""
+        last, self._last = self._last, now
+        return last is not None and now - last > 2 * self.interval
+
+    def look(self, sample: Sample | None, late: bool) -> str | None:
+        """Judge: None, "process" (its machine answers, it does not) or "link" (nothing comes through).
+
+        Args:
+            sample: What is counted now, None if nobody counts.
+            late: What `is_late` has said of this look.
+        """
+        before, self._before = self._before, sample
+        if late or sample is None or before is None or _is_alive(before, sample):
+            self._silent = 0
+            return None
+        self._silent += 1
+        if self._silent < SILENT_LOOKS:
+            return None
+        return "link" if sample.unacked else "process"
+
+
+def _is_alive(before: Sample, now: Sample) -> bool:
+    return now.received != before.received or (before.waiting > 0 and now.acked != before.acked)

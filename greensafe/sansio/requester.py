@@ -1,0 +1,311 @@
+"""Who waits for an answer, over which connection was it asked, and what is known of who answers?
+
+The request table of the client's role: a `Requester` sees to it that each request resolves exactly once and never with
+another's reply. (The server's table is `responder`.) A request is *waiting* until it is handed to a connection, then *sent*;
+when its connection is lost it waits again, and the caller decides for how long.
+
+What a `Connection` is known for ends with it: whether a greensafe server answers there, whether anybody stands in between,
+and whether that server drains. Until a server's header has come back nothing but requests may be sent on it, since a plain REP
+would run anything else as a request.
+
+It does not know sockets, clocks or greenlets: `now` is an argument, what is to be done is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..errors import LocalProtocolError
+from .due import DueQueue
+from .envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode, remaining_ms
+from .liveness import WORDLESS
+
+__all__ = ["Asked", "Connection", "Requester", "Resolution"]
+
+#: The kinds that end a request.
+_ENDS = frozenset({Kind.REPLY, Kind.ERROR, Kind.REJECTED, Kind.REQUEST})
+
+#: Bytes of a request's id.
+_ID = 16
+
+
+class Asked:
+    """One request on the client's side.
+
+    Attributes:
+        request_id: 16 bytes.
+        body: Its frames.
+        at: When it expires here, None for never.
+        told: Until when the server is told to try, if that is earlier than `at`.
+        metadata: Bytes that the server gets and returns.
+        owner: The shell's own object.
+        frames: What was sent last, empty before.
+        connection: Where it was sent, None while it waits.
+        is_heard: The server has said that it works on it.
+        heard_at: When it was sent or heard of last.
+        is_open: Not resolved, given up or expired.
+    """
+
+    __slots__ = (
+        "at",
+        "body",
+        "connection",
+        "frames",
+        "heard_at",
+        "is_heard",
+        "is_open",
+        "metadata",
+        "owner",
+        "request_id",
+        "told",
+    )
+
+    def __init__(
+        self, request_id: bytes, body: Sequence[bytes], at: float | None, told: float | None, metadata: bytes, owner: Any
+    ) -> None:
+        self.request_id = request_id
+        self.body = body
+        self.at = at
+        self.told = told
+        self.metadata = metadata
+        self.owner = owner
+        self.frames: list[bytes] = []
+        self.connection: Connection | None = None
+        self.is_heard = False
+        self.heard_at = 0.0
+        self.is_open = True
+
+
+class Connection:
+    """What is known of one connection, from its beginning to its loss.
+
+    Attributes:
+        sent: The open requests that were sent on it, by id.
+        is_heard: Something valid has come back on it.
+        is_known: A greensafe server has answered on it.
+        is_direct: Nobody is between the two: what holds for the connection holds for the server.
+        is_draining: The server wants further requests to go elsewhere.
+        instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
+    """
+
+    __slots__ = ("instance", "is_direct", "is_draining", "is_heard", "is_known", "journal", "sent")
+
+    def __init__(self) -> None:
+        self.sent: dict[bytes, Asked] = {}
+        self.is_heard = False
+        self.is_known = False
+        self.is_direct = False
+        self.is_draining = False
+        self.instance = b""
+        self.journal = b""
+
+    @property
+    def is_journaling(self) -> bool:
+        """Whether the server that answered last keeps a journal."""
+        return self.journal not in (b"", NO_JOURNAL)
+
+    def learn(self, header: ServerHeader) -> None:
+        """Take in what every message of a server tells."""
+        self.is_known = True
+        self.is_direct = header.hops == 1
+        self.instance = header.instance
+        self.journal = header.journal
+
+
+class Resolution(NamedTuple):
+    """A request's answer.
+
+    Attributes:
+        asked: The request.
+        body: The frames of the answer, at least one.
+        kind: REPLY; ERROR: a greensafe server says that it is an error; REJECTED: the same, and it was not run: the request
+            waits again; REQUEST: a plain REP answered, which returns the header as it was.
+        journal: Of the server that answered; b"" for a plain REP.
+    """
+
+    asked: Asked
+    body: list[bytes]
+    kind: int
+    journal: bytes
+
+
+class Requester:
+    """The client's table.
+
+    Args:
+        patience: Seconds of silence after which a server is taken for dead, which servers are told; None for no such limit.
+
+    Attributes:
+        late: Answers to requests that are not open: given up, answered before, or never asked.
+        malformed: Messages without delimiter, body or header.
+        ignored: Messages that mean nothing here: kinds that are unknown, or a client's.
+    """
+
+    __slots__ = ("_due", "_open", "_patience_ms", "ignored", "late", "malformed", "patience")
+
+    def __init__(self, patience: float | None = None) -> None:
+        self.patience = patience
+        self._patience_ms = 0 if patience is None else max(1, round(patience * 1000))
+        self._open: dict[bytes, Asked] = {}
+        self._due: DueQueue[Asked] = DueQueue(_is_due)
+        self.late = 0
+        self.malformed = 0
+        self.ignored = 0
+
+    def __len__(self) -> int:
+        """Requests that are open."""
+        return len(self._open)
+
+    def asked(self) -> list[Asked]:
+        """The requests that are open."""
+        return list(self._open.values())
+
+    def open(
+        self,
+        request_id: bytes,
+        body: Sequence[bytes],
+        at: float | None,
+        owner: Any,
+        told: float | None = None,
+        metadata: bytes = b"",
+    ) -> Asked:
+        """A new request, which waits; see Asked for the arguments.
+
+        Raises:
+            LocalProtocolError: The id is in use; nothing is changed.
+        """
+        if request_id in self._open:
+            raise LocalProtocolError(f"requester: open does not fit request {request_id.hex()}, which is open already")
+        asked = Asked(request_id, body, at, told, metadata, owner)
+        self._open[request_id] = asked
+        if at is not None:
+            self._due.push(at, asked)
+        return asked
+
+    def send(self, asked: Asked, connection: Connection, now: float) -> list[bytes]:
+        """Hand a waiting request to a connection; returns the frames for the DEALER, `[header, b"", *body]`.
+
+        Who is not known, or is known by way of others, is asked to greet: only that tells who will answer this request.
+        """
+        at, told = asked.at, asked.told
+        limit = at if told is None else told if at is None else min(at, told)
+        flags = 0 if connection.is_direct else GREET
+        header = Header(
+            Kind.REQUEST, asked.request_id, remaining_ms(now, limit), self._patience_ms, flags, asked.metadata
+        ).encode()
+        asked.connection = connection
+        asked.is_heard = False
+        asked.heard_at = now
+        connection.sent[asked.request_id] = asked
+        asked.frames = [header, b"", *asked.body]
+        return asked.frames
+
+    def receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
+        """Take in what the DEALER received; None if it resolves nothing. Never raises, whatever the frames are."""
+        header = decode(frames[0]) if len(frames) >= 3 and frames[1] == b"" else None
+        if header is None:
+            self.malformed += 1
+            return None
+        connection.is_heard = True
+        if isinstance(header, ServerHeader):
+            connection.learn(header)
+        if header.kind in _ENDS:
+            return self._resolve(header, frames)
+        if header.kind == Kind.WORKING:
+            self._hear(frames[2], now)
+        elif header.kind == Kind.DRAINING:
+            connection.is_draining = True
+        else:
+            self.ignored += 1
+        return None
+
+    def _resolve(self, header: Header | ServerHeader, frames: Sequence[bytes]) -> Resolution | None:
+        asked = self._open.get(header.request_id)
+        if asked is None or asked.connection is None:
+            self.late += 1
+            return None
+        if header.kind == Kind.REJECTED:
+            self.unsend(asked)
+        else:
+            self.abandon(asked)
+        journal = header.journal if isinstance(header, ServerHeader) else b""
+        return Resolution(asked, list(frames[2:]), header.kind, journal)
+
+    def _hear(self, ids: bytes, now: float) -> None:
+        for start in range(0, len(ids) - _ID + 1, _ID):
+            asked = self._open.get(ids[start : start + _ID])
+            if asked is not None:
+                asked.is_heard = True
+                asked.heard_at = now
+
+    def abandon(self, asked: Asked) -> bool:
+        """Forget a request that nobody waits for any more; False if it was not open."""
+        if not asked.is_open:
+            return False
+        asked.is_open = False
+        del self._open[asked.request_id]
+        self.unsend(asked)
+        return True
+
+    def unsend(self, asked: Asked) -> None:
+        """Take a request off its connection: if it is open it waits again."""
+        if asked.connection is not None:
+            asked.connection.sent.pop(asked.request_id, None)
+            asked.connection = None
+
+    def cancel(self, asked: Asked) -> list[bytes] | None:
+        """What tells the server that nobody waits for a sent request any more; None if it must not, or need not, be told."""
+        return self._note(Kind.CANCEL, asked.request_id, asked.connection) if asked.is_open else None
+
+    def ack(self, answer: Resolution, connection: Connection) -> list[bytes] | None:
+        """What tells a server that journals that its answer has arrived; None for any other."""
+        if answer.journal in (b"", NO_JOURNAL):
+            return None
+        return self._note(Kind.ACK, answer.asked.request_id, connection)
+
+    def _note(self, kind: Kind, request_id: bytes, connection: Connection | None) -> list[bytes] | None:
+        if connection is None or not connection.is_known:
+            return None
+        return [Header(kind, request_id).encode(), b"", b""]
+
+    def lose(self, connection: Connection) -> list[Asked]:
+        """The connection is gone: returns the open requests that were sent on it. They wait again, until they are abandoned."""
+        lost = list(connection.sent.values())
+        for asked in lost:
+            self.unsend(asked)
+        return lost
+
+    def silent(self, connection: Connection, now: float) -> list[Asked]:
+        """The sent requests of which nothing was heard for too long, though their server is one that says WORKING."""
+        patience = self.patience
+        if patience is None or not connection.is_known:
+            return []
+        since = now - WORDLESS * patience
+        return [
+            asked for asked in connection.sent.values() if asked.heard_at <= since and (asked.is_heard or connection.is_direct)
+        ]
+
+    def forgive(self, connection: Connection, now: float) -> None:
+        """Begin to count the silence anew: this process was itself not there to hear."""
+        for asked in connection.sent.values():
+            asked.heard_at = now
+
+    def abandon_all(self) -> list[Asked]:
+        """Forget all open requests; returns them."""
+        given_up = list(self._open.values())
+        for asked in given_up:
+            self.abandon(asked)
+        return given_up
+
+    def tick(self, now: float) -> list[Asked]:
+        """The requests whose limit has come by `now`; they are still open."""
+        return self._due.pop_due(now)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is to be called next, None for not at all."""
+        return self._due.next_at()
+
+
+def _is_due(asked: Asked, at: float) -> bool:
+    return asked.is_open

@@ -1,0 +1,344 @@
+"""Who is owed an answer, and what is next?
+
+The request table of the server's role: a `Responder` sees to it that each request gets exactly one answer, that its handler is
+signalled, killed and finally called a zombie in time, and that its client hears meanwhile that it is worked on. (The client's
+table is `requester`.)
+
+It does not know sockets, clocks or greenlets: `now` is an argument, what is to be done is returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..errors import LocalProtocolError, RemoteError, RemoteProtocolError
+from .due import DueQueue
+from .envelope import GREET, NO_JOURNAL, Envelope, Header, Kind, ServerHeader, split
+from .exchange import Event, Exchange, State
+from .liveness import LOOKS
+
+__all__ = ["Cancel", "Effect", "Expire", "Kill", "Responder", "Send", "Zombie"]
+
+#: Seconds between two WORKING for one client, at least, however short its patience.
+SHORTEST_PULSE = 0.05
+
+#: Seconds between two kills of a handler that survives them, at least: however short the grace, a zombie must not cost more
+#: than the requests.
+AGAIN = 0.1
+
+_PROMISE, _FINISH, _ANSWER = Event.PROMISE, Event.FINISH, Event.ANSWER
+
+
+class Expire(NamedTuple):
+    """The deadline has come: answer, if an answer is owed, and signal the handler, if it runs."""
+
+    exchange: Exchange
+
+
+class Cancel(NamedTuple):
+    """The client does not want the answer any more: answer CANCELLED and stop the handler; `Responder.cancel` was done."""
+
+    exchange: Exchange
+
+
+class Kill(NamedTuple):
+    """The grace is over and the handler still runs: kill it."""
+
+    exchange: Exchange
+
+
+class Zombie(NamedTuple):
+    """The handler has survived a kill; said once."""
+
+    exchange: Exchange
+
+
+class Send(NamedTuple):
+    """Frames for the ROUTER that are nobody's answer."""
+
+    frames: list[bytes]
+
+
+Effect = Expire | Cancel | Kill | Zombie | Send
+
+
+class _Caller:
+    """A client that sends headers, as far as its requests are open.
+
+    Attributes:
+        origin: Its routing ids.
+        open: Its unanswered requests by their ids; of two with the same id the later one.
+        pulse: Seconds between two WORKING, infinity if it wants none.
+        due: When the next one is.
+        is_told: It knows that this server drains.
+    """
+
+    __slots__ = ("due", "is_told", "open", "origin", "pulse")
+
+    def __init__(self, origin: tuple[bytes, ...]) -> None:
+        self.origin = origin
+        self.open: dict[bytes, Exchange] = {}
+        self.pulse = math.inf
+        self.due = math.inf
+        self.is_told = False
+
+
+class Responder:
+    """The server's table.
+
+    Args:
+        grace: Seconds between the deadline and the kill, and, if it is more than `AGAIN`, between kills.
+        instance, journal: 16 bytes each, see ServerHeader.
+
+    Attributes:
+        inflight: Requests that are owed an answer.
+        running: Handlers that have not ended.
+        zombies: Those among them that have survived a kill.
+        answered: Requests that were answered.
+        cancelled: Requests whose clients did not want the answer any more.
+        malformed: Messages refused by `receive`.
+        ignored: CANCEL and ACK for requests that are not open.
+        duplicates: Answers refused because there was one already.
+        soonest: The time of what is due next, or earlier; infinity for nothing. `next_deadline` makes it exact.
+        is_draining: Clients that send requests are told to send the next ones elsewhere.
+    """
+
+    __slots__ = (
+        "_callers",
+        "_due",
+        "_grace",
+        "_instance",
+        "_journal",
+        "_key",
+        "_pulses",
+        "answered",
+        "cancelled",
+        "duplicates",
+        "ignored",
+        "inflight",
+        "is_draining",
+        "malformed",
+        "running",
+        "soonest",
+        "zombies",
+    )
+
+    def __init__(self, *, grace: float, instance: bytes = bytes(16), journal: bytes = NO_JOURNAL) -> None:
+        self._grace = grace
+        self._instance = instance
+        self._journal = journal
+        self._key = 0
+        self._due: DueQueue[Exchange] = DueQueue(_is_due)
+        self._pulses: DueQueue[_Caller] = DueQueue(_is_pulse)
+        self._callers: dict[tuple[bytes, ...], _Caller] = {}
+        self.inflight = 0
+        self.running = 0
+        self.zombies = 0
+        self.answered = 0
+        self.cancelled = 0
+        self.malformed = 0
+        self.ignored = 0
+        self.duplicates = 0
+        self.soonest = math.inf
+        self.is_draining = False
+
+    def receive(self, frames: Sequence[bytes], now: float) -> Exchange | Effect | None:
+        """Take in a message as a ROUTER received it.
+
+        Returns:
+            For a request an Exchange, whose handler counts as running from here, and whose caller's limit, if it is told in the
+            header, holds from here. For anything else what is to be done, or None.
+
+        Raises:
+            RemoteProtocolError: It is malformed, or a server's message. It is counted, and nothing else is changed.
+        """
+        try:
+            envelope = split(frames)
+            if isinstance(envelope.header, ServerHeader):
+                raise RemoteProtocolError(f"{envelope.header!r}: that is for a client, not for a server")
+        except RemoteProtocolError:
+            self.malformed += 1
+            raise
+        header = envelope.header
+        if header is None or header.kind == Kind.REQUEST:
+            return self._open(envelope, header, now)
+        if header.kind == Kind.CANCEL:
+            return self._cancelled(envelope, header, now)
+        if header.kind == Kind.PING:
+            return Send(self._say(Kind.PONG, envelope.origin, header.request_id, envelope.body, header.metadata))
+        if header.kind == Kind.ACK:
+            self.ignored += 1
+            return None
+        self.malformed += 1
+        unknown = RemoteError("UNIMPLEMENTED", f"{header!r}: this server does not know that kind", "UnknownKind").to_reply()
+        return Send(self._say(Kind.ERROR, envelope.origin, header.request_id, [unknown], header.metadata))
+
+    def begin(self, exchange: Exchange, now: float, limit: float | None) -> None:
+        """Its handler is about to start: from here the server's own limit in seconds holds, if it is the earlier one."""
+        if limit is not None and (exchange.at is None or now + limit < exchange.at):
+            exchange.is_limited_by_caller = False
+            self._set_due(exchange, now + limit)
+
+    def _open(self, envelope: Envelope, header: Header | None, now: float) -> Exchange:
+        self._key += 1
+        exchange = Exchange(self._key, envelope)
+        self.inflight += 1
+        self.running += 1
+        if header is not None:
+            if header.remaining_ms is not None:
+                exchange.is_limited_by_caller = True
+                self._set_due(exchange, now + header.remaining_ms / 1000)
+            self._add(exchange, envelope.origin, header, now)
+        return exchange
+
+    def _set_due(self, exchange: Exchange, at: float) -> None:
+        exchange.at = at
+        self._due.push(at, exchange)
+        if at < self.soonest:
+            self.soonest = at
+
+    def _add(self, exchange: Exchange, origin: tuple[bytes, ...], header: Header, now: float) -> None:
+        caller = self._callers.get(origin)
+        if caller is None:
+            self._callers[origin] = caller = _Caller(origin)
+        caller.open[header.request_id] = exchange
+        exchange.caller = caller
+        if header.patience_ms:
+            pulse = max(header.patience_ms / 1000 / LOOKS, SHORTEST_PULSE)
+            if pulse < caller.pulse or caller.due == math.inf:
+                caller.pulse = min(pulse, caller.pulse)
+                caller.due = now + caller.pulse
+                self._pulses.push(caller.due, caller)
+                self.soonest = min(self.soonest, caller.due)
+
+    def _cancelled(self, envelope: Envelope, header: Header, now: float) -> Cancel | None:
+        caller = self._callers.get(envelope.origin)
+        exchange = None if caller is None else caller.open.get(header.request_id)
+        if exchange is None:
+            self.ignored += 1
+            return None
+        return self.cancel(exchange, now)
+
+    def cancel(self, exchange: Exchange, now: float) -> Cancel:
+        """The client of an unanswered request does not want the answer any more; returns what is to be done."""
+        self.cancelled += 1
+        exchange.is_expired = True
+        self._set_due(exchange, now + self._grace)
+        return Cancel(exchange)
+
+    def cancel_all_of(self, routing_id: bytes, now: float) -> list[Cancel]:
+        """Cancel what came by one connection, which is gone: `routing_id` is the last hop's."""
+        gone = [caller for origin, caller in self._callers.items() if origin[0] == routing_id]
+        return [self.cancel(exchange, now) for caller in gone for exchange in list(caller.open.values())]
+
+    def greeting(self, exchange: Exchange) -> list[bytes] | None:
+        """What is said at once about a request that is not answered at once: frames of a WORKING, or None."""
+        header = exchange.envelope.header
+        if not isinstance(header, Header) or not header.flags & GREET or exchange.is_answered:
+            return None
+        return self._say(Kind.WORKING, exchange.envelope.origin, header.request_id, [header.request_id])
+
+    def drain(self) -> list[Send]:
+        """Have clients told to send further requests elsewhere: those with open ones now, the others as they ask."""
+        self.is_draining = True
+        return [Send(told) for caller in self._callers.values() if (told := self._tell(caller)) is not None]
+
+    def drain_notice(self, exchange: Exchange) -> list[bytes] | None:
+        """What the client of a new request is told while this server drains: frames, or None."""
+        return self._tell(exchange.caller) if self.is_draining and exchange.caller is not None else None
+
+    def _tell(self, caller: _Caller) -> list[bytes] | None:
+        if caller.is_told:
+            return None
+        caller.is_told = True
+        return self._say(Kind.DRAINING, caller.origin, bytes(16), [b""])
+
+    def answer(self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY) -> list[bytes]:
+        """The frames of the one answer, for the ROUTER.
+
+        Args:
+            exchange: The request.
+            body: At least one frame.
+            kind: REPLY, ERROR, or REJECTED for an error of a request that was not run; a plain client is not told.
+
+        Raises:
+            LocalProtocolError: There was an answer already. It is counted; nothing is to be sent.
+        """
+        try:
+            exchange.move(_ANSWER)
+        except LocalProtocolError:
+            self.duplicates += 1
+            raise
+        self.inflight -= 1
+        self.answered += 1
+        envelope = exchange.envelope
+        header = envelope.header
+        caller = exchange.caller
+        if header is None or caller is None:
+            return [*envelope.route, *body]
+        if caller.open.get(header.request_id) is exchange:
+            del caller.open[header.request_id]
+            if not caller.open and caller.due == math.inf:
+                self._callers.pop(caller.origin, None)
+        return self._say(kind, caller.origin, header.request_id, body, header.metadata)
+
+    def promise(self, exchange: Exchange) -> None:
+        """The handler has returned LATER: the end of its greenlet does not mean that the answer is missing."""
+        exchange.move(_PROMISE)
+
+    def finish(self, exchange: Exchange) -> bool:
+        """The handler has ended. True: it owes an answer that nobody will give unless the caller does."""
+        exchange.move(_FINISH)
+        exchange.is_running = False
+        self.running -= 1
+        if exchange.kills > 1:
+            self.zombies -= 1
+        return exchange.state is State.ABANDONED
+
+    def tick(self, now: float) -> list[Effect]:
+        """What is to be done by `now`, in the order of the times; then what clients are to be told."""
+        effects: list[Effect] = []
+        for exchange in self._due.pop_due(now):
+            if not exchange.is_expired:
+                exchange.is_expired = True
+                effects.append(Expire(exchange))
+            else:
+                exchange.kills += 1
+                if exchange.kills == 2:
+                    self.zombies += 1
+                    effects.append(Zombie(exchange))
+                effects.append(Kill(exchange))
+            if exchange.is_running:
+                self._set_due(exchange, now + (self._grace if exchange.kills == 0 else max(self._grace, AGAIN)))
+        for caller in self._pulses.pop_due(now):
+            if caller.open:
+                caller.due = now + caller.pulse
+                self._pulses.push(caller.due, caller)
+                effects.append(Send(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
+            else:
+                # Only now, so that a client that asks one thing after another is not forgotten after each.
+                self._callers.pop(caller.origin, None)
+                caller.due = math.inf
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is to be called next, None for not at all."""
+        times = [at for at in (self._due.next_at(), self._pulses.next_at()) if at is not None]
+        self.soonest = min(times, default=math.inf)
+        return min(times, default=None)
+
+    def _say(
+        self, kind: Kind, origin: Sequence[bytes], request_id: bytes, body: Sequence[bytes], metadata: bytes = b""
+    ) -> list[bytes]:
+        header = ServerHeader(kind, request_id, self._instance, self._journal, len(origin), metadata)
+        return [*origin, header.encode(), b"", *body]
+
+
+def _is_due(exchange: Exchange, at: float) -> bool:
+    return exchange.at == at and exchange.state is not State.OVER
+
+
+def _is_pulse(caller: _Caller, at: float) -> bool:
+    return caller.due == at
