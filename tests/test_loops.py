@@ -13,9 +13,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
-@pytest.mark.parametrize("tests", ["test_deadlines.py", "green", "test_handlers.py", "test_server.py", "test_client.py"])
+@pytest.mark.parametrize(
+    "tests", ["test_deadlines.py", "green", "test_handlers.py", "test_server.py", "test_client.py", "testing"]
+)
 def test_on_libuv(tests: str) -> None:
-    """Deadlines, sockets, handlers, servers and clients behave the same on libuv."""
+    """Deadlines, sockets, handlers, servers, clients and faulty links behave the same on libuv."""
     pytest.importorskip("cffi")
     result = run_python(
         "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
