@@ -217,11 +217,15 @@ class Pipe:
 
     def _pass_syn(self) -> None:
         try:
-            self.sink = self._connection.dial()
+            sink = self._connection.dial()
         except OSError:
             self._lose_sink()
             return
-        self.twin.read_from(self.sink)
+        if self.state is State.OVER:
+            reset(sink)  # closed meanwhile: the kill is on its way, but this came first
+            return
+        self.sink = sink
+        self.twin.read_from(sink)
 
     def _lose_sink(self) -> None:
         """Nobody is there to write to. What it sent before comes first: its end is told by who reads from it, if anyone."""

@@ -279,6 +279,13 @@ def test_reset(wire: Wire, end: End) -> None:
     wire.connect()
 
 
+def test_reset_while_it_connects(wire: Wire, end: End) -> None:
+    """The connection to the target may have been made in the very turn of the hub in which all are reset; it is reset too."""
+    client, server = wire.connect()  # the server has accepted before the link knows it
+    wire.link.reset()
+    assert (end(client), end(server)) == (("RST", "RST") if wire.is_tcp else ("FIN", "FIN"))
+
+
 def test_hang_up(wire: Wire, receive: Receive, end: End) -> None:
     """Both sides get what was underway, and then the end."""
     client, server = wire.connect()
