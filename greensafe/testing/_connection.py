@@ -119,8 +119,7 @@ class Pipe:
             self._is_torn = False
             self._queue.clear()
             self._held = 0
-            self.put(Mark.RST)
-            self.twin.put(Mark.RST)
+            self.put(Mark.RST)  # and when it has passed, the twin's reader ends with one for the other side
         self.look_again()
 
     # Reading.

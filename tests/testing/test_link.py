@@ -241,6 +241,21 @@ def test_delay_lets_much_be_underway(wire: Wire, receive: Receive) -> None:
     assert receive(server, len(data)) == data
 
 
+def test_delay_does_not_hold_everything(wire: Wire, in_greenlet: Run, is_silent: IsSilent) -> None:
+    """A sender that is far ahead is held up: what is underway takes room, here 64 MB too much."""
+    client, server = wire.connect()
+    wire.link.delay(NEVER)
+
+    def send() -> None:
+        with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+            client.sendall(bytes(64 << 20))
+
+    sending = in_greenlet(send)
+    assert is_silent(server)
+    assert not sending.ready()
+    wire.link.reset()
+
+
 def test_throttle_is_never_faster(wire: Wire, receive: Receive) -> None:
     """30 kB at 300 kB/s take no less than a tenth of a second, over two connections together."""
     one, to_one = wire.connect()
