@@ -71,15 +71,15 @@ class Bench:
 
     def __init__(self, kind: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._endpoint = f"ipc://{self._folder.name}/s"
-        command = [sys.executable, "-m", "benchmarks.servers", kind, self._endpoint]
+        self.endpoint = f"ipc://{self._folder.name}/s"
+        command = [sys.executable, "-m", "benchmarks.servers", kind, self.endpoint]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._context = zmq.Context()
         self._sock = self._context.socket(zmq.DEALER)
         self._sock.setsockopt(zmq.RCVTIMEO, 20_000)
         self._sock.set_hwm(0)
         self._line()
-        self._sock.connect(self._endpoint)
+        self._sock.connect(self.endpoint)
 
     def _line(self) -> str:
         assert self._process.stdout is not None

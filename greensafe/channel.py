@@ -210,7 +210,7 @@ class Channel:
     def send(self, asked: Asked, now: float) -> None:
         """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
         assert self._pump is not None
-        self._pump.send(self._requester.send(asked, self.connection, now))
+        self._pump.send_soon(self._requester.send(asked, self.connection, now))
 
     def tell(self, frames: list[bytes]) -> None:
         """Send what is no request."""
@@ -502,7 +502,11 @@ _NO_ANSWER = Trouble(
 _WRONG_TYPE = Trouble(Refused, "the socket there is of a type that does not answer requests: it has to be a REP or ROUTER")
 _SILENT = {
     "link": Trouble(PeerSilent, "nothing comes through: the network is cut, or the machine is down", "link"),
-    "process": Trouble(PeerSilent, "its machine answers, but its process does not: it is stopped", "process"),
+    "process": Trouble(
+        PeerSilent,
+        "what is sent arrives, but the process there gives no sign of life: it is stopped, or cut off behind a proxy",
+        "process",
+    ),
     "hub": Trouble(
         PeerSilent,
         "the server no longer says that it works on the request: its event loop is blocked, or it is gone behind a proxy",

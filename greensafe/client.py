@@ -182,7 +182,7 @@ class Client:
             RemoteProtocolError: The reply has several frames: use request_multipart.
             Cancelled: The client was closed meanwhile, or its context was terminated.
         """
-        frames = self.request_multipart([body], timeout, idempotent, metadata)
+        frames = self._ask([body] if type(body) is bytes else _check_body([body]), timeout, idempotent, metadata)
         if len(frames) != 1:
             raise RemoteProtocolError(f"the reply has {len(frames)} frames: use request_multipart, which returns all of them")
         return frames[0]
@@ -191,7 +191,9 @@ class Client:
         self, frames: Sequence[bytes], timeout: Timeout = UNSET, idempotent: bool = False, metadata: bytes = b""
     ) -> list[bytes]:
         """Send a message of one or more frames and wait for the answer, a list of frames. See `request` for the rest."""
-        body = _check_body(frames)
+        return self._ask(_check_body(frames), timeout, idempotent, metadata)
+
+    def _ask(self, body: list[bytes], timeout: Timeout, idempotent: bool, metadata: bytes) -> list[bytes]:
         if metadata:
             _check_metadata(metadata)
         if self._closed:

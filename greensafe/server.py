@@ -146,6 +146,7 @@ class Server:
         self._watchdog = Watchdog(
             self._handler,
             self._pump.send,
+            send_soon=self._pump.send_soon,
             limit=self._limit,
             grace=self._grace,
             max_inflight=self._max_inflight,

@@ -49,6 +49,7 @@ class Watchdog:
         handler: Called with each Request in a greenlet of its own. What it returns is the answer: bytes, or a list of bytes;
             None if it has replied; LATER if somebody will.
         send: Takes the frames of an answer, envelope included; must not block.
+        send_soon: The same for an answer behind which nothing runs that could hold it up; by default `send`.
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         max_inflight: Handlers that run at a time.
@@ -65,6 +66,7 @@ class Watchdog:
         *,
         limit: float | None,
         grace: float,
+        send_soon: Callable[[list[bytes]], None] | None = None,
         max_inflight: int = 1000,
         instance: bytes = bytes(16),
         on_error: OnError | None = None,
@@ -73,6 +75,7 @@ class Watchdog:
         self.responder = Responder(grace=grace, instance=instance)
         self._handler = handler
         self._send = send
+        self._send_soon = send_soon or send
         self._limit = limit
         self._max_inflight = max_inflight
         self._on_error = on_error
@@ -290,7 +293,7 @@ class Watchdog:
                 log.error("handler of %r returned an answer to a request that is answered already: dropped", request)
                 self.responder.duplicates += 1
             else:
-                self.answer(exchange, as_frames(result))
+                self._send_soon(self.responder.answer(exchange, as_frames(result)))
 
     def raised(self, request: Request, error: BaseException) -> None:
         """An exception ended the handling: answer for it, unless it was answered before."""

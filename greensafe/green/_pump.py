@@ -5,9 +5,11 @@ A pump drives a plain ROUTER or DEALER from callbacks in the hub: it reads what 
 
 Rules:
 
-* Any libzmq call may consume the edge of ZMQ_FD, so every send schedules one look at EVENTS in this turn of the loop (many
-  sends share it).
+* Any libzmq call may consume the edge of ZMQ_FD, so every send is followed by one more read in this turn of the loop (many
+  sends share it), and reading ends when libzmq says that nothing is there.
 * At most `BATCH` messages are read before the loop gets a turn.
+* Each send may have to wake libzmq's I/O thread (10 µs and more, most of a request's cost). What `send_soon` sends goes out
+  with the rest of this turn's, at the latest after `SOON` messages or `SOON_SECONDS` of reading: one wake-up for all.
 * A message for a peer whose pipe is full waits in that peer's own queue, and only that peer's: `outbox` bytes at most,
   what is beyond is dropped and counted. `send` never blocks. Whoever empties a list that he has handed to `send` takes the
   message back, if it has not left yet.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -34,6 +37,10 @@ __all__ = ["Pump"]
 
 #: Messages read before the loop gets a turn.
 BATCH = 100
+
+#: Messages that `send_soon` gathers, and seconds for which it does so while messages are read.
+SOON = 32
+SOON_SECONDS = 0.001
 
 #: Bytes that a server keeps for one peer whose pipe is full, beyond its high-water mark: some 60,000 small messages.
 OUTBOX = 16 * 2**20
@@ -107,6 +114,7 @@ class Pump:
         "_retry",
         "_scheduled",
         "_sock",
+        "_soon",
         "_started",
         "_watcher",
         "dropped",
@@ -132,6 +140,7 @@ class Pump:
         self._hub = gevent.get_hub()
         self._watcher = self._hub.loop.io(_get(sock, _FD), 1)
         self._outbox: dict[bytes, _Queue] = {}
+        self._soon: deque[list[bytes]] = deque()
         self._retry: Any = None
         self._scheduled = False
         self._started = False
@@ -152,8 +161,8 @@ class Pump:
 
     @property
     def queued(self) -> int:
-        """Messages that wait for a peer with a full pipe."""
-        return sum(len(queue.messages) for queue in self._outbox.values())
+        """Messages that have not been handed to libzmq, nearly always because their peer's pipe is full."""
+        return len(self._soon) + sum(len(queue.messages) for queue in self._outbox.values())
 
     @property
     def has_input(self) -> bool:
@@ -197,11 +206,37 @@ class Pump:
         self._stop_retry()
         self._watcher.close()
         self._outbox.clear()
+        self._soon.clear()
         self._is_closed = True
         self._sock.close(linger)
 
     def send(self, frames: list[bytes]) -> None:
         """Send now, or as soon as the peer has room. From any greenlet of this hub's thread, the hub included."""
+        if self._soon:
+            self._send_gathered()
+        self._send(frames)
+        if not self._scheduled and self._started:
+            self._schedule()
+
+    def send_soon(self, frames: list[bytes]) -> None:
+        """Send in this turn of the loop, with what else there is. For who is about to leave the hub its turn."""
+        if not self._started:
+            self.send(frames)
+            return
+        self._soon.append(frames)
+        if len(self._soon) >= SOON:
+            self._send_gathered()
+        if not self._scheduled:
+            self._schedule()
+
+    def _send_gathered(self) -> None:
+        soon = self._soon
+        while soon:
+            frames = soon.popleft()
+            if frames:
+                self._send(frames)
+
+    def _send(self, frames: list[bytes]) -> None:
         key = frames[0] if self._is_router else b""
         waiting = self._outbox.get(key) if self._outbox else None
         if waiting is not None:
@@ -210,17 +245,16 @@ class Pump:
             self._outbox[key] = waiting = _Queue()
             self._keep(waiting, frames)
             self._start_retry()
-        if not self._scheduled and self._started:
-            self._schedule()
 
     def unsent(self) -> list[list[bytes]]:
-        """The messages that wait, as they were handed to `send`."""
-        return [frames for queue in self._outbox.values() for frames, _ in queue.messages]
+        """The messages that have not been handed to libzmq, as they were handed to `send`."""
+        return [*self._soon, *(frames for queue in self._outbox.values() for frames, _ in queue.messages)]
 
     def drain(self) -> None:
         """Read what has arrived, here and now, up to a batch."""
         try:
-            self._read()
+            if not self._read():
+                self._schedule()
         except zmq.ZMQError:
             self._schedule()  # the same error is met there, and dealt with
 
@@ -240,7 +274,8 @@ class Pump:
             self.drain()
 
     def flush(self) -> None:
-        """Try again to send what is kept."""
+        """Try again to send what is kept, and what is about to be sent."""
+        self._send_gathered()
         for key, waiting in list(self._outbox.items()):
             messages = waiting.messages
             while messages and (not messages[0][0] or self._try_send(messages[0][0])):
@@ -282,8 +317,9 @@ class Pump:
             self.dropped += 1
 
     def _schedule(self) -> None:
-        self._scheduled = True
-        self._hub.loop.run_callback(self._run)
+        if not self._scheduled:
+            self._scheduled = True
+            self._hub.loop.run_callback(self._run)
 
     def _run(self) -> None:
         self._scheduled = False
@@ -293,13 +329,10 @@ class Pump:
         if not self._started:
             return
         try:
-            if self._outbox:
+            if self._outbox or self._soon:
                 self.flush()
-            events = _get(self._sock, _EVENTS)
-            if events & _POLLIN and not self.is_paused:
-                self._read()
-                if self._started and not self._scheduled and not self.is_paused and _get(self._sock, _EVENTS) & _POLLIN:
-                    self._schedule()
+            if not self.is_paused and not self._read():
+                self._schedule()
             if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
                 self._on_gone()
         except zmq.ZMQError as error:
@@ -311,15 +344,22 @@ class Pump:
         except BaseException:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
             self._hub.handle_error(self, *sys.exc_info())
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Read up to a batch; True if there was no more, or no more is to be read."""
         sock = self._sock
-        for _ in range(BATCH):
+        left = BATCH
+        until = 0.0
+        while left:
             if self.is_paused or self._is_closed:
-                return
+                return True
             try:
                 frame = _recv(sock, _NOBLOCK, False)
             except zmq.Again:
-                return
+                if not self._soon:
+                    return True
+                self._send_gathered()  # which may have consumed an edge: so once more
+                continue
+            left -= 1
             self._first = frame
             frames = [frame.bytes]
             while frame.more:
@@ -330,6 +370,14 @@ class Pump:
             except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
                 self._hub.handle_error(self, *sys.exc_info())
             self._first = None
+            if self._soon:
+                now = monotonic()
+                if not until:
+                    until = now + SOON_SECONDS
+                elif now > until:
+                    self._send_gathered()
+                    until = 0.0
+        return False
 
     def _start_retry(self) -> None:
         if self._retry is None:

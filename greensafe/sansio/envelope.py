@@ -46,6 +46,8 @@ __all__ = [
     "Kind",
     "ServerHeader",
     "decode",
+    "pack",
+    "pack_server",
     "remaining_ms",
     "split",
 ]
@@ -127,10 +129,7 @@ class Header:
     def encode(self) -> bytes:
         """The frame. ValueError if the id has not 16 bytes or the metadata is too long."""
         _check(self.request_id, self.metadata)
-        remaining = _NO_LIMIT if self.remaining_ms is None else min(max(self.remaining_ms, 0), _MAX_MS)
-        patience = min(self.patience_ms, _MAX_MS)
-        length = HEADER_SIZE + len(self.metadata)
-        return _CLIENT.pack(MAGIC, VERSION, self.kind, length, self.request_id, remaining, patience, self.flags) + self.metadata
+        return pack(self.kind, self.request_id, self.remaining_ms, self.patience_ms, self.flags, self.metadata)
 
     def __eq__(self, other: object) -> bool:
         return self._fields() == other._fields() if isinstance(other, Header) else NotImplemented
@@ -180,11 +179,7 @@ class ServerHeader:
         _check(self.request_id, self.metadata)
         _check(self.instance)
         _check(self.journal)
-        length = SERVER_HEADER_SIZE + len(self.metadata)
-        return (
-            _SERVER.pack(MAGIC, VERSION, self.kind, length, self.request_id, self.instance, self.journal, self.hops)
-            + self.metadata
-        )
+        return pack_server(self.kind, self.request_id, self.instance, self.journal, self.hops, self.metadata)
 
     def __eq__(self, other: object) -> bool:
         return self._fields() == other._fields() if isinstance(other, ServerHeader) else NotImplemented
@@ -197,6 +192,20 @@ class ServerHeader:
 
     def __repr__(self) -> str:
         return f"<ServerHeader {_name(self.kind)} {self.request_id.hex()} of {self.instance.hex()} hops={self.hops}>"
+
+
+def pack(kind: int, request_id: bytes, remaining_ms: int | None, patience_ms: int, flags: int, metadata: bytes) -> bytes:
+    """A client's header of arguments that are known to be right; see Header."""
+    remaining = _NO_LIMIT if remaining_ms is None else min(max(remaining_ms, 0), _MAX_MS)
+    patience = min(patience_ms, _MAX_MS)
+    length = HEADER_SIZE + len(metadata)
+    return _CLIENT.pack(MAGIC, VERSION, kind, length, request_id, remaining, patience, flags) + metadata
+
+
+def pack_server(kind: int, request_id: bytes, instance: bytes, journal: bytes, hops: int, metadata: bytes) -> bytes:
+    """A server's header of arguments that are known to be right; see ServerHeader."""
+    length = SERVER_HEADER_SIZE + len(metadata)
+    return _SERVER.pack(MAGIC, VERSION, kind, length, request_id, instance, journal, hops) + metadata
 
 
 def decode(frame: bytes) -> Header | ServerHeader | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..errors import LocalProtocolError
 from .due import DueQueue
-from .envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode, remaining_ms
+from .envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode, pack, remaining_ms
 from .liveness import WORDLESS
 
 __all__ = ["Asked", "Connection", "Requester", "Resolution"]
@@ -191,9 +191,8 @@ class Requester:
         at, told = asked.at, asked.told
         limit = at if told is None else told if at is None else min(at, told)
         flags = 0 if connection.is_direct else GREET
-        header = Header(
-            Kind.REQUEST, asked.request_id, remaining_ms(now, limit), self._patience_ms, flags, asked.metadata
-        ).encode()
+        left = None if limit is None else remaining_ms(now, limit)
+        header = pack(Kind.REQUEST, asked.request_id, left, self._patience_ms, flags, asked.metadata)
         asked.connection = connection
         asked.is_heard = False
         asked.heard_at = now

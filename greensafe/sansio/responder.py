@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import LocalProtocolError, RemoteError, RemoteProtocolError
 from .due import DueQueue
-from .envelope import GREET, NO_JOURNAL, Envelope, Header, Kind, ServerHeader, split
+from .envelope import GREET, NO_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
 from .exchange import Event, Exchange, State
 from .liveness import LOOKS
 
@@ -332,8 +332,8 @@ class Responder:
     def _say(
         self, kind: Kind, origin: Sequence[bytes], request_id: bytes, body: Sequence[bytes], metadata: bytes = b""
     ) -> list[bytes]:
-        header = ServerHeader(kind, request_id, self._instance, self._journal, len(origin), metadata)
-        return [*origin, header.encode(), b"", *body]
+        header = pack_server(kind, request_id, self._instance, self._journal, len(origin), metadata)
+        return [*origin, header, b"", *body]
 
 
 def _is_due(exchange: Exchange, at: float) -> bool:
