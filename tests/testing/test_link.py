@@ -251,8 +251,9 @@ def test_delay_does_not_hold_everything(wire: Wire, in_greenlet: Run, is_silent:
             client.sendall(bytes(64 << 20))
 
     sending = in_greenlet(send)
-    assert is_silent(server)
+    sending.join(300 * MS)  # twice as long as 64 MB would need
     assert not sending.ready()
+    assert is_silent(server)
     wire.link.reset()
 
 
