@@ -37,7 +37,7 @@ from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
 from .green._pump import Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
-from .sansio.backoff import delay
+from .sansio.backoff import LONGEST, delay
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
 
@@ -160,6 +160,7 @@ class Channel:
         "_is_closed",
         "_is_connected",
         "_is_dying",
+        "_is_mute",
         "_limit",
         "_losses",
         "_monitor",
@@ -226,8 +227,8 @@ class Channel:
             self.trouble = None  # libzmq tries again, and that is worth waiting for
         elif kind is Refused and self._pump is not None and monotonic() - self._opened_at > SHORT_LIVED:
             self._shut(0)  # libzmq does not try again by itself
-        if self._pump is None and self._reopen is None:
-            self._open_again()
+        if self._pump is None:
+            self._connect_again()
         if self._pump is not None:
             self._pump.start()
 
@@ -245,6 +246,7 @@ class Channel:
     def look(self, now: float) -> None:
         """Look for signs of life; called `LOOKS` times within the limit while requests wait."""
         if self._is_connected and not self.is_up and self._is_legacy(now):
+            self._is_mute = True
             self._set_up()
         if self._pulse is None or not self.connection.sent or not self.is_up:
             if self._pulse is not None:
@@ -254,7 +256,7 @@ class Channel:
         self.drain()
         if late:
             self._requester.forgive(self.connection, now)
-        silent = self._pulse.look(self._sample(), late)
+        silent = self._pulse.look(None if self._is_mute else self._sample(), late)
         if silent is not None:
             self._lose(_SILENT[silent])
         elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
@@ -280,6 +282,7 @@ class Channel:
         self.trouble = None
         self._is_dying = False
         self._is_connected = False
+        self._is_mute = False  # of ZMTP 2, which knows no PING
         self._has_failed = False
         self._descriptor = -1
         self._opened_at = monotonic()
@@ -426,7 +429,8 @@ class Channel:
         return Loss(trouble, lost, unsent, self.connection.is_journaling)
 
     def _connect_again(self) -> None:
-        if self._losses <= 1:
+        """At once, or after a pause if one connection after the other was lost as soon as it was made."""
+        if self._losses <= 1 or monotonic() - self._opened_at > LONGEST:
             self._open_again()
         elif self._reopen is None:
             pause = delay(self._losses, random.random())

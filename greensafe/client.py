@@ -126,9 +126,11 @@ class Client:
         endpoints: One or more, such as "tcp://127.0.0.1:5555". Nobody has to be there yet.
         timeout: Seconds that a request waits unless it says otherwise; None for no limit.
         retries: How often a request may be sent again after an error, where that is safe.
-        wait: Whether a request waits until a server is there (within its limit); False: it raises Unreachable at once.
+        wait: Whether a request waits until a server is there (within its limit); False: it raises Unreachable at once. (inproc
+            does not tell whether anybody is there: it waits.)
         heartbeat: Seconds of silence after which a server is taken for dead (PeerSilent), also while requests take long. None:
-            no heartbeats; then a frozen or cut-off server is not noticed.
+            no heartbeats; then a frozen or cut-off server is not noticed. It takes a peer that answers ZMTP 3.1's PING, as
+            libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.
         context: The Context to use, with its options for sockets (CURVE keys, say); by default the shared one.
 
     Raises:
@@ -313,12 +315,15 @@ class Client:
 
     def _retry_or_end(self, call: _Call, error: GreensafeError, is_safe: bool) -> None:
         if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
-            call.tries += 1
-            call.avoids = ()
-            call.pause = start_timer(self._hub, delay(call.tries, random.random()), lambda: self._on_paused(call))
+            self._pause(call)
         else:
             call.outcome = error
             self._wake(call)
+
+    def _pause(self, call: _Call) -> None:
+        call.tries += 1
+        call.avoids = ()
+        call.pause = start_timer(self._hub, delay(call.tries, random.random()), lambda: self._on_paused(call))
 
     def _on_paused(self, call: _Call) -> None:
         call.stop_pause()
@@ -364,12 +369,13 @@ class Client:
         """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""
         error = _error_in(answer)
         call.avoids = (*call.avoids, channel)
-        is_stopping = isinstance(error, RemoteError) and error.code == "UNAVAILABLE"
-        if is_stopping:
-            channel.connection.is_draining = True
-        if is_stopping and self._waits_for_servers:
-            call.avoids = ()
-            self._place(call, monotonic())
+        if isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
+            channel.connection.is_draining = channel.connection.is_direct
+            if channel.connection.is_direct:
+                call.avoids = ()
+                self._place(call, monotonic())
+            else:
+                self._pause(call)  # the proxy may choose the same server again
         elif self._pick(call) is not None:
             self._place(call, monotonic())
         else:

@@ -5,7 +5,7 @@ Randomness comes in as an argument.
 
 from __future__ import annotations
 
-__all__ = ["Budget", "delay"]
+__all__ = ["LONGEST", "Budget", "delay"]
 
 #: Seconds before the second try, and at the most.
 FIRST = 0.05

@@ -214,7 +214,7 @@ class Requester:
         if header.kind == Kind.WORKING:
             self._hear(frames[2], now)
         elif header.kind == Kind.DRAINING:
-            connection.is_draining = True
+            connection.is_draining = connection.is_direct  # a proxy goes on, with others
         else:
             self.ignored += 1
         return None
