@@ -107,11 +107,13 @@ class _Proxy:
 
     def _copy(self, source: Any, received: _Traffic, sink: Any, sent: _Traffic) -> None:
         outlets = [sink] if self.capture is None else [sink, self.capture]
+        # A REP has room for a reply only once it has received, and then always: one that is both sides is not waited for.
+        narrow = [outlet for outlet in outlets if not (outlet is source and source.type == zmq.REP)]
         copied = 0
         while True:
             self.flowing.wait()
             source.poll(None, _POLLIN)
-            for outlet in outlets:
+            for outlet in narrow:
                 outlet.poll(None, _POLLOUT)
             try:
                 # Paused, or taken by somebody else, while this waited for room: then nothing is in hand.

@@ -42,6 +42,18 @@ def test_one_direction(context: zmq.Context) -> None:
     device.kill()
 
 
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.DEALER])
+def test_one_socket_as_both_sides(context: zmq.Context, kind: int) -> None:
+    """A socket that is frontend and backend echoes; a REP too, although it has no room for a reply before it has received."""
+    (both,) = _bound(context, kind)
+    device = gevent.spawn(zmq.device, zmq.QUEUE, both, both)
+    req = _connected(context, zmq.REQ if kind == zmq.REP else zmq.DEALER, 0)
+    for frames in ([b"one"], [b"two", b"", b"frames"]):
+        req.send_multipart(frames)
+        assert req.recv_multipart() == frames
+    device.kill()
+
+
 def test_ends_with_its_sockets(context: zmq.Context) -> None:
     """Closing one of the sockets ends the device with the error."""
     front, back = _bound(context, zmq.ROUTER, zmq.DEALER)
