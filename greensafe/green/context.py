@@ -49,6 +49,7 @@ class Context(zmq.Context[Socket]):
     _owners: weakref.WeakKeyDictionary[Any, Hub]
 
     def __init__(self, io_threads: int | zmq.Context[Any] = 1, shadow: zmq.Context[Any] | int = 0) -> None:
+        own_loop()
         super().__init__(io_threads, shadow)  # type: ignore[call-overload]
         self._generation = generation()
         self._owners = weakref.WeakKeyDictionary()
@@ -119,6 +120,7 @@ def own(context: zmq.Context[Any]) -> zmq.Context[Any]:
     Raises:
         RuntimeError: It is a shadow of the parent's context, or not one of ours, and cannot be begun anew.
     """
+    own_loop()
     if isinstance(context, Context):
         context._own()
     return context

@@ -76,6 +76,38 @@ print("parent fine")
 """
 
 
+MADE_IN_THE_CHILD = """
+import os, signal, sys
+import gevent
+import zmq as plain
+import greensafe as zmq
+
+zmq.Context().term()  # the hub's threadpool has a thread, which stays in the parent
+if child := os.fork():
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+else:
+    signal.alarm(30)  # a child that hangs ends itself
+    status = 1
+    try:
+        context = plain.Context() if "plain" in sys.argv else zmq.Context.instance()
+        with zmq.Server("ipc://FOLDER/s", lambda request: request.body, deadline=30, context=context) as server:
+            with zmq.Client(server.endpoint, timeout=10, context=context) as client:
+                assert client.request(b"x") == b"x"
+        assert gevent.get_hub().threadpool.apply(int) == 0
+        context.term()
+        status = 0
+    finally:
+        os._exit(status)
+"""
+
+
+@pytest.mark.parametrize("kind", ["green", "plain"])
+def test_made_in_a_forked_child(tmp_path: Path, kind: str) -> None:
+    """A context, a server and a client first made in a child that os.fork made work there, and the context ends."""
+    result = run_python(MADE_IN_THE_CHILD.replace("FOLDER", str(tmp_path)), kind)
+    assert result.out == "0\n", result.out + result.err
+
+
 @pytest.mark.parametrize("patch", ["", "from gevent import monkey; monkey.patch_all()"])
 @pytest.mark.parametrize("state", ["started", "fresh"])
 @pytest.mark.parametrize("loop", ["libev", "libuv-cffi"])
