@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -60,3 +61,20 @@ def run_python(program: str | Path, *args: str, limit: float = LONG, env: dict[s
     except subprocess.TimeoutExpired as error:
         raise AssertionError(f"{command} did not end within {limit} s: {error.stdout!r} {error.stderr!r}") from None
     return Result(done.returncode, done.stdout, done.stderr, monotonic() - start)
+
+
+@contextmanager
+def running(command: Sequence[str | Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A program that serves, and the first line that it prints; it is killed on leaving."""
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        first = process.stdout.readline().strip().rstrip("\0")
+        assert first, process.stderr.read()
+        yield process, first
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import gevent
 import pytest
-from helpers import LONG, MS, ROOT, run_python
+from helpers import LONG, MS, ROOT, run_python, running
 
 import greensafe as zmq
 from greensafe import Client, Server
@@ -23,23 +22,8 @@ EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.usefixtures("limit")
 
 
-@contextmanager
-def _running(name: str, *args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """An example that serves, and the first line that it prints."""
-    process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / name), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        first = process.stdout.readline().strip().rstrip("\0")
-        assert first, process.stderr.read()
-        yield process, first
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+def _running(name: str, *args: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
+    return running([sys.executable, EXAMPLES / name, *args])
 
 
 def test_hello() -> None:
