@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format test-all slow bench clean
+.PHONY: demo test check format test-all slow compat compat-all bench clean
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -34,11 +34,25 @@ test-all:
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+# pyzmq's own green tests with greensafe in the place of zmq.green; by a second, independent runner as well where one lies beside
+# the checkout.
+ACCEPTANCE := $(wildcard ../shared/acceptance/pyzmq_green)
+
+compat: $(READY)
+	$(BIN)/python tests/compat/run.py $(COMPAT_ARGS)
+ifneq ($(ACCEPTANCE),)
+	PYTHON=$(BIN)/python GREEN_MODULE=greensafe GREEN_DEVIATIONS=$(abspath $(ACCEPTANCE)/deviations.txt) $(ACCEPTANCE)/run.sh
+endif
+
+# In every mode; a few minutes.
+compat-all:
+	$(MAKE) compat COMPAT_ARGS="green monkey libuv all forced"
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv* build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv* .compat build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 	find benchmarks examples greensafe tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp comes last, so a set-up that was interrupted is done again, and a finished one only when its inputs change.
