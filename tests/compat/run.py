@@ -11,7 +11,7 @@ pyzmq's and no part of this project. `substitute.py` puts greensafe (or zmq.gree
     all     every test; those that are not green stay on plain zmq
     forced  every test, and those that are not green are given the module's Context, which pyzmq never does
 
-Needs the extra `compat`. Exits with 1 if a mode had a failure beyond `substitute.DEVIATIONS`.
+Needs the extra `compat`. Exits with 1 if a mode had a failure beyond `substitute.DEVIATIONS`; `substitute.UNFIT` is not run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def suite() -> Path:
 def run(mode: str, module: str) -> int:
     """Run the tests in one mode; pytest's exit status."""
     added = {"COMPAT_MODULE": module, "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-q", "-p", "substitute", "-p", "no:cacheprovider", "-m", CHOSEN, "--disable-warnings"]
+    options = ["-q", "-rx", "-p", "substitute", "-p", "no:cacheprovider", "-m", CHOSEN, "--disable-warnings"]
     # Not by signal: the tests use SIGALRM themselves. So one that hangs ends the run, and its stack is shown.
     options += ["--timeout", str(TEST_TIMEOUT), "--timeout-method", "thread"]
     command = [sys.executable, "-m", "pytest", *options]
