@@ -185,7 +185,7 @@ class Pump:
         """Begin to read. Also looks at once, since an edge may have passed before."""
         if not self._started:
             self._started = True
-            self._watcher.start(self._run)
+            self._watcher.start(self._run, True)
             self._schedule()
 
     def stop(self) -> None:
@@ -319,10 +319,12 @@ class Pump:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._hub.loop.run_callback(self._run)
+            self._hub.loop.run_callback(self._run, False)
 
-    def _run(self) -> None:
-        self._scheduled = False
+    def _run(self, is_woken: bool) -> None:
+        """Called by the watcher (`is_woken`: something has probably arrived), or in the turn after a send."""
+        if not is_woken:
+            self._scheduled = False
         if self._generation != generation():
             self._watcher.stop()
             return
@@ -331,7 +333,7 @@ class Pump:
         try:
             if self._outbox or self._soon:
                 self.flush()
-            if not self.is_paused and not self._read():
+            if not self.is_paused and not self._read(is_woken):
                 self._schedule()
             if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
                 self._on_gone()
@@ -344,21 +346,25 @@ class Pump:
         except BaseException:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
             self._hub.handle_error(self, *sys.exc_info())
 
-    def _read(self) -> bool:
-        """Read up to a batch; True if there was no more, or no more is to be read."""
+    def _read(self, is_likely: bool = False) -> bool:
+        """Read up to a batch; True if there was no more, or no more is to be read.
+
+        To find nothing costs 4.8 µs by recv, which raises, and 2.0 by EVENTS. So EVENTS is asked where nothing is likely: at
+        first, unless `is_likely`, and after a single message.
+        """
         sock = self._sock
         left = BATCH
         until = 0.0
         while left:
             if self.is_paused or self._is_closed:
                 return True
+            if not is_likely and not _get(sock, _EVENTS) & _POLLIN:
+                return True  # what is to be sent soon goes out in the turn that it has asked for
             try:
                 frame = _recv(sock, _NOBLOCK, False)
             except zmq.Again:
-                if not self._soon:
-                    return True
-                self._send_gathered()  # which may have consumed an edge: so once more
-                continue
+                return True
+            is_likely = left < BATCH
             left -= 1
             self._first = frame
             frames = [frame.bytes]
