@@ -52,6 +52,9 @@ SUSPENDED = 0.05
 #: The shortest time in seconds that both loops can tell from none.
 TICK = 0.001
 
+#: The longest time in seconds that a timer is set for: libuv refuses what does not fit into 64 bits of milliseconds.
+LONGEST = 86_400.0
+
 _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -88,10 +91,10 @@ def start_timer(hub: Hub, seconds: float, callback: Callable[[], object]) -> Any
     """Have the loop call `callback` once, in `seconds` (0 or less: in its next turn); stop() and close() what is returned.
 
     Always a new timer: a stopped libev timer goes on with what it had left (gevent#1890). It has the low priority of
-    gevent.Timeout's, so that what is ready wins over a limit. libuv knows whole milliseconds and cuts off the rest, so the
-    callback may come early by up to one and has to look at the clock.
+    gevent.Timeout's, so that what is ready wins over a limit. The callback may come early and has to look at the clock: libuv
+    knows whole milliseconds and cuts off the rest, and no timer is set for more than `LONGEST`.
     """
-    seconds = 0.0 if seconds <= 0 else max(seconds, TICK)
+    seconds = 0.0 if seconds <= 0 else min(max(seconds, TICK), LONGEST)
     timer = hub.loop.timer(seconds, priority=-1)
     timer.start(callback, update=True)
     return timer
@@ -161,6 +164,7 @@ class deadline:
         "_greenlet",
         "_is_cancelled",
         "_outer",
+        "_overtaken_by",
         "_state",
         "_timer",
         "at",
@@ -190,6 +194,8 @@ class deadline:
         self._timer: Any = None
         self._greenlet: Any = None
         self._outer: deadline | None = None
+        #: The outer scope whose signal was thrown while this one was the inner one.
+        self._overtaken_by: deadline | None = None
         self._frame: FrameType | None = None
         self._state = _NEW
 
@@ -208,7 +214,9 @@ class deadline:
         if self.seconds is not None:
             self.at = monotonic() + self.seconds
         self._push(current)
-        if self.at is not None:
+        if self._is_cancelled:
+            self._arm(hub, 0.0)
+        elif self.at is not None:
             self._arm(hub)
         return self
 
@@ -224,11 +232,15 @@ class deadline:
             outer._release()
         if error is None or not isinstance(error, DeadlineSignal) or error.scope is not self:
             return False
+        # Its frames hold the scope and the scope's user: without the traceback no cycle keeps them alive.
+        error.__traceback__ = None
+        overtaken_by = self._overtaken_by
+        if overtaken_by is not None and overtaken_by.delivered and overtaken_by._greenlet is getcurrent():
+            # This signal took the place of an outer one that was on its way through here: that one must not be lost.
+            raise DeadlineSignal(overtaken_by) from None
         self.expired = True
         if self._quiet:
             return True
-        # Its frames hold the scope and the scope's user: without the traceback no cycle keeps them alive.
-        error.__traceback__ = None
         raise self._outcome() from None
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
@@ -273,21 +285,30 @@ class deadline:
         return math.inf if at is None else max(0.0, at - monotonic())
 
     def extend(self, seconds: Any) -> None:
-        """Give the block this many seconds from now, also when its time had run out; None lifts the limit."""
+        """Give the block this many seconds from now, also when its time had run out; None lifts the limit.
+
+        Before the block it changes what the block will have, after it nothing. RuntimeError for a server's scope.
+        """
         limit = to_seconds(seconds)
+        if self._state is _ATTACHED:
+            raise RuntimeError("a server's limit for a request cannot be extended from its handler")
+        if self._state is _LEFT:
+            return
         self.seconds = limit
         self._disarm()
         self.delivered = False
         self._is_cancelled = False
-        if self._state is _ENTERED:
-            self.at = None if limit is None else monotonic() + limit
-            if self.at is not None:
-                self._arm(_get_hub())
-        elif self._state is _ATTACHED:
-            raise RuntimeError("a server's limit for a request cannot be extended from its handler")
+        self._cause = None
+        entered = self._state is _ENTERED
+        self.at = monotonic() + limit if entered and limit is not None else None
+        if self.at is not None:
+            self._arm(_get_hub())
 
     def cancel(self, cause: object = None) -> None:
-        """End the block now. It raises `cause` if that is an exception, otherwise Cancelled(cause)."""
+        """End the block now, or at its first wait if it has not begun; afterwards nothing happens.
+
+        The block raises `cause` if that is an exception, otherwise Cancelled(cause).
+        """
         self._cause = cause
         self._is_cancelled = True
         if self._state in (_ENTERED, _ATTACHED):
@@ -390,11 +411,9 @@ class deadline:
             # A suspended generator: whoever consumes it is not meant, and nothing tells when it goes on.
             self._arm(_get_hub(), SUSPENDED)
             return
-        target = _outermost_due(self)
-        target._disarm()
-        target.delivered = True
+        signal = _delivered(_outermost_due(self), greenlet)
         try:
-            greenlet.throw(DeadlineSignal(target))
+            greenlet.throw(signal)
         except BaseException:  # noqa: BLE001 - out of a raw greenlet; it must not end the hub's callback
             _get_hub().handle_error(greenlet, *sys.exc_info())
 
@@ -441,9 +460,18 @@ def check(limited: bool) -> None:
             due = scope
         scope = None if scope._shields else scope._outer
     if due is not None:
-        due._disarm()
-        due.delivered = True
-        raise DeadlineSignal(due)
+        raise _delivered(due, getcurrent())
+
+
+def _delivered(target: deadline, greenlet: Any) -> DeadlineSignal:
+    """The signal of a scope that is due, put down as delivered; the scopes inside of it know that it came."""
+    target._disarm()
+    target.delivered = True
+    scope: deadline | None = getattr(greenlet, _SCOPE, None)
+    while scope is not None and scope is not target:
+        scope._overtaken_by = target
+        scope = scope._outer
+    return DeadlineSignal(target)
 
 
 def _outermost_due(scope: deadline) -> deadline:

@@ -18,7 +18,7 @@ import gevent.event
 import gevent.queue
 import gevent.socket
 import pytest
-from helpers import LONG, MS
+from helpers import LONG, MS, wait_until
 
 from greensafe import Cancelled, DeadlineExceeded, OperationTimeout, deadline, move_on, shield
 from greensafe.deadlines import DeadlineSignal, check, to_seconds
@@ -124,6 +124,14 @@ def test_a_block_that_finishes_is_no_error() -> None:
     gevent.sleep(2 * MS)  # nothing comes afterwards
 
 
+@pytest.mark.parametrize("seconds", [3e9, 2**63, 1e300])
+def test_limits_beyond_every_clock(seconds: float) -> None:
+    """A limit of centuries is one that never comes, whatever the loop counts in; and it is left like any other."""
+    with deadline(seconds):
+        gevent.sleep(1 * MS)
+    assert _has_no_scope()
+
+
 def test_no_limit() -> None:
     """None and infinity never end a block."""
     with deadline(None) as scope, deadline(math.inf):
@@ -177,6 +185,40 @@ def test_the_outermost_due_scope_wins() -> None:
     assert caught.value.seconds == 2 * MS
     assert outer.expired
     assert not inner.expired
+
+
+@pytest.mark.parametrize("inner_kind", [deadline, move_on])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_an_inner_scope_does_not_eat_the_signal_of_an_outer_one(inner_kind: type[deadline], swallows: bool) -> None:
+    """The inner scope comes due while the outer one's signal is on its way through it: the outer block ends all the same."""
+    with pytest.raises(DeadlineExceeded) as caught, deadline(1 * MS) as outer:
+        with inner_kind(4 * MS) as inner:
+            try:
+                gevent.sleep(LONG)
+            except DeadlineSignal as signal:
+                assert signal.scope is outer
+                if not swallows:
+                    gevent.sleep(LONG)
+            gevent.sleep(LONG)
+        pytest.fail("the inner one ate it")
+    assert caught.value.seconds == 1 * MS
+    assert outer.expired
+    assert not inner.expired
+
+
+def test_a_scope_inside_the_cleanup_of_an_outer_one_ends_by_itself() -> None:
+    """One that was entered after the outer signal came limits the cleanup, which then goes on."""
+    steps = []
+    with pytest.raises(DeadlineExceeded), deadline(1 * MS):
+        try:
+            gevent.sleep(LONG)
+        finally:
+            with move_on(1 * MS) as inner:
+                gevent.sleep(LONG)
+            steps.append(inner.expired)
+            gevent.sleep(1 * MS)
+            steps.append(True)
+    assert steps == [True, True]
 
 
 def test_gevent_timeouts_around_and_inside() -> None:
@@ -307,12 +349,13 @@ def test_not_into_a_greenlet_that_has_left() -> None:
 def test_readiness_beats_the_limit() -> None:
     """What became ready while the hub was blocked past the limit is delivered, not the limit."""
     left, right = gevent.socket.socketpair()
-    event, queue = gevent.event.Event(), gevent.queue.Queue()
+    event, queue, result = gevent.event.Event(), gevent.queue.Queue(), gevent.event.AsyncResult()
     try:
         for wait, make_ready in (
             (lambda: left.recv(1), lambda: right.send(b"x")),
             (event.wait, event.set),
             (queue.get, lambda: queue.put(1)),
+            (result.get, lambda: result.set(1)),
         ):
 
             def block(make_ready: Any = make_ready) -> None:
@@ -383,6 +426,23 @@ def test_left_in_another_greenlet() -> None:
     gevent.sleep(8 * MS)
 
 
+@pytest.mark.parametrize("spawn", [gevent.spawn, gevent.spawn_raw])
+def test_never_left(spawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scope that a greenlet entered and never left dies with it: nothing is raised in main or reported to the hub."""
+    seen: list[Any] = []
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *args: seen.append(args))
+    scopes = [deadline(1 * MS), deadline(2 * MS)]
+
+    def run() -> None:
+        for scope in scopes:
+            scope.__enter__()
+
+    spawn(run)
+    gevent.sleep(5 * MS)
+    assert seen == []
+    assert not any(scope.delivered for scope in scopes)
+
+
 def test_in_the_hub() -> None:
     """In a callback of the loop there is nothing to limit."""
     seen: list[BaseException] = []
@@ -406,16 +466,25 @@ def test_in_the_hub() -> None:
 def test_decorator_makes_a_scope_per_call() -> None:
     """Each call of a decorated function has the whole time, and passes arguments and result through."""
 
-    @deadline(10 * MS)
+    scopes: list[deadline | None] = []
+
+    @deadline(LONG)
     def limited(seconds: float, *, answer: int = 0) -> int:
+        scopes.append(deadline.current())
         gevent.sleep(seconds)
         return answer
 
-    for _ in range(3):
-        assert limited(6 * MS, answer=42) == 42
-    with pytest.raises(DeadlineExceeded):
-        limited(LONG)
+    for number in range(3):
+        start = monotonic()
+        assert limited(2 * MS, answer=42) == 42
+        scope = scopes[number]
+        assert scope is not None
+        assert scope not in scopes[:number]
+        assert scope.at is not None
+        assert scope.at >= start + LONG
     assert limited.__name__ == "limited"
+    with pytest.raises(DeadlineExceeded):
+        deadline(2 * MS)(limited)(LONG)
 
     @move_on(1 * MS)
     def quiet() -> None:
@@ -468,10 +537,12 @@ def test_a_generator_that_is_dropped() -> None:
         with deadline(2 * MS):
             yield 1
 
-    generator = numbers()
-    next(generator)
-    generator.close()
-    assert _has_no_scope()
+    for drop in (lambda generator: generator.close(), lambda generator: None):
+        generator = numbers()
+        next(generator)
+        drop(generator)
+        del generator
+        assert _has_no_scope()
 
 
 def test_contextmanager() -> None:
@@ -504,6 +575,36 @@ def test_cancel_with_an_exception() -> None:
         gevent.sleep(LONG)
 
 
+def test_cancel_before_the_block() -> None:
+    """What is cancelled before it begins ends at its first wait."""
+    scope = deadline()
+    scope.cancel("enough")
+    with pytest.raises(Cancelled, match="enough"), scope:
+        gevent.sleep(LONG)
+    scope.cancel("again")
+    gevent.sleep(2 * MS)  # nothing comes afterwards
+
+
+def test_the_last_cancel_counts() -> None:
+    """Cancelled twice it ends once, with the last cause."""
+    with pytest.raises(Cancelled, match="second"), deadline() as scope:
+        scope.cancel("first")
+        scope.cancel("second")
+        gevent.sleep(LONG)
+
+
+def test_cancel_inside_a_shield() -> None:
+    """A shield holds a cancel back as it does a limit."""
+    done = []
+    with pytest.raises(Cancelled), deadline() as scope:
+        with shield():
+            scope.cancel()
+            gevent.sleep(3 * MS)
+            done.append(1)
+        gevent.sleep(LONG)
+    assert done == [1]
+
+
 def test_cancel_quiet_scope() -> None:
     """A move_on that is cancelled just ends."""
     with move_on(LONG) as scope:
@@ -526,6 +627,37 @@ def test_extend() -> None:
         scope.extend(4 * MS)
         check(False)
         gevent.sleep(LONG)
+
+
+def test_extend_counts_from_now() -> None:
+    """Each extend gives the whole time: gevent's stopped timers go on with what they had left (gevent#1890)."""
+    with deadline(LONG) as scope:
+        for _ in range(5):
+            scope.extend(LONG / 2)
+            time.sleep(2 * MS)
+            scope.extend(LONG / 2)
+            assert scope.at is not None
+            assert scope.at >= monotonic() + LONG / 2 - MS
+    start = monotonic()
+    with move_on(20 * MS) as scope:
+        for _ in range(3):
+            gevent.sleep(1 * MS)
+            start = monotonic()
+            scope.extend(20 * MS)
+        gevent.sleep(LONG)
+    assert monotonic() - start >= 20 * MS
+
+
+def test_extend_before_and_after_the_block() -> None:
+    """Before it changes what the block will have; after it nothing changes."""
+    scope = deadline(at=monotonic())
+    scope.extend(None)
+    with scope:
+        gevent.sleep(2 * MS)
+    with move_on(1 * MS) as scope:
+        gevent.sleep(LONG)
+    scope.extend(LONG)
+    assert (scope.delivered, scope.expired, scope.seconds) == (True, True, 1 * MS)
 
 
 # Inheritance, leaks, servers.
@@ -570,7 +702,7 @@ def test_raw_greenlet_is_reported_to_the_hub(monkeypatch: pytest.MonkeyPatch) ->
             gevent.sleep(LONG)
 
     gevent.spawn_raw(run)
-    gevent.sleep(6 * MS)
+    wait_until(lambda: seen)
     assert seen == [DeadlineExceeded]
 
 
@@ -598,6 +730,19 @@ def test_attached_by_a_server() -> None:
     greenlet.get()
     assert seen == [scope]
     scope._expire()
+
+
+def test_a_servers_scope_is_not_extended() -> None:
+    """It is a RuntimeError, and changes nothing."""
+    scope = deadline(at=monotonic() + LONG)
+    scope._attach(gevent.getcurrent())
+    try:
+        scope.delivered = True
+        with pytest.raises(RuntimeError, match="server"):
+            scope.extend(1)
+        assert (scope.delivered, scope.seconds) == (True, None)
+    finally:
+        scope._detach()
 
 
 def test_repr_and_remaining() -> None:
