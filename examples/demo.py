@@ -26,7 +26,7 @@ DEADLINE = 1.0
 #: How long the slow but legitimate reply takes: three times the heartbeat.
 SLOW = 3.0
 #: Seconds on top of each of these that a busy machine may take.
-SPARE = 1.0
+SPARE = 1.5
 
 
 # The servers. Each prints its endpoint, and "got it" when a request has arrived.

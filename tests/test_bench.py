@@ -9,7 +9,7 @@ import pytest
 from helpers import LONG, ROOT
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_quick_run() -> None:
     """`python -m benchmarks --quick` prints a row for every measurement."""
     done = subprocess.run(
@@ -17,7 +17,7 @@ def test_quick_run() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=15 * LONG,
+        timeout=10 * LONG,
         check=False,
     )
     assert done.returncode == 0, done.stderr

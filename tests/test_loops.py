@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "tests", ["test_deadlines.py", "green", "test_handlers.py", "test_server.py", "test_client.py", "testing"]
 )

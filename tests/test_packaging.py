@@ -16,11 +16,11 @@ from helpers import LONG, ROOT
 
 import greensafe
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=20 * LONG)
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=10 * LONG)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
