@@ -326,9 +326,10 @@ class deadline:
     # For servers, which keep one timer for all their requests.
 
     def _attach(self, greenlet: Any) -> None:
-        """Enter without a timer, as the outermost scope of a greenlet."""
+        """Enter without a timer, inside whatever scope the greenlet is in."""
         self._state = _ATTACHED
         self._greenlet = greenlet
+        self._outer = getattr(greenlet, _SCOPE, None)
         setattr(greenlet, _SCOPE, self)
 
     def _detach(self) -> None:

@@ -145,6 +145,8 @@ class supervised:
         self._request: Request | None = None
 
     def __enter__(self) -> Request:
+        if self._request is not None:
+            raise RuntimeError("a supervised block watches one request: make a new one inside of it")
         request = self._next()
         self._request = request
         request.deadline._attach(gevent.getcurrent())

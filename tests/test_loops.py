@@ -11,14 +11,14 @@ from helpers import LONG, run_python
 
 HERE = Path(__file__).parent
 
+TESTS = ["deadlines", "handlers", "watchdog", "supervision", "server", "client"]
+
 
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "tests", ["test_deadlines.py", "green", "test_handlers.py", "test_server.py", "test_client.py", "testing"]
-)
+@pytest.mark.parametrize("tests", ["green", "testing", *(f"test_{name}.py" for name in TESTS)])
 def test_on_libuv(tests: str) -> None:
-    """Deadlines, sockets, handlers, servers, clients and faulty links behave the same on libuv."""
+    """Sockets, deadlines, handlers, servers, clients and faulty links behave the same on libuv."""
     pytest.importorskip("cffi")
     result = run_python(
         "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",

@@ -195,6 +195,70 @@ def test_supervised_loop_answers_with_its_own_send(context: zmq.Context) -> None
     assert answers[3] == [b"own"]
 
 
+def test_supervised_stands_inside_the_scopes_of_its_caller(context: zmq.Context) -> None:
+    """An outer deadline counts inside the block and after it, also when its signal was swallowed in between."""
+    sock, peer = _bound(context, zmq.REP)
+    peer.send_multipart([b"", b"x"])
+    with pytest.raises(zmq.DeadlineExceeded), deadline(20 * MS) as outer:
+        with supervised(sock, deadline=LONG) as request:
+            assert request.deadline.effective_at == outer.at
+            with contextlib.suppress(BaseException):
+                gevent.sleep(LONG)
+            sock.send(b"own")
+        assert deadline.current() is outer
+        sock.recv()
+    assert outer.expired
+    assert peer.recv_multipart() == [b"", b"own"]
+
+
+def test_supervised_inside_supervised(context: zmq.Context) -> None:
+    """Two sockets, one block inside the other: each has its own limit, and the outer one goes on after the inner."""
+    sock, peer = _bound(context, zmq.REP)
+    other = context.socket(zmq.REP)
+    other.bind("inproc://other")
+    second = context.socket(zmq.DEALER)
+    second.connect("inproc://other")
+    peer.send_multipart([b"", b"x"])
+    second.send_multipart([b"", b"y"])
+    with supervised(sock, deadline=LONG) as request:
+        with supervised(other, deadline=5 * MS):
+            gevent.sleep(LONG)
+        assert deadline.current() is request.deadline
+        request.reply(b"outer")
+    assert peer.recv_multipart() == [b"", b"outer"]
+    assert json.loads(second.recv_multipart()[1])["error"]["code"] == "DEADLINE_EXCEEDED"
+
+
+def test_supervised_once_at_a_time(context: zmq.Context) -> None:
+    """One object can be used again and again, but not inside of itself: a RuntimeError, and the outer block goes on."""
+    sock, peer = _bound(context, zmq.ROUTER)
+    watched = supervised(sock, deadline=LONG)
+    for body in (b"1", b"2"):
+        peer.send_multipart([b"", body])
+        with watched as request:
+            with pytest.raises(RuntimeError, match="new one"), watched:
+                pass
+            request.reply(body)
+        assert peer.recv_multipart() == [b"", body]
+
+
+@pytest.mark.parametrize("use", [supervise, supervised])
+def test_malformed_messages_affect_nobody(context: zmq.Context, caplog: pytest.LogCaptureFixture, use: Any) -> None:
+    """What is no request is logged and dropped, and the loop goes on with the next."""
+    sock, peer = _bound(context, zmq.ROUTER)
+    for frames in ([b"x"], [b""], [b"a", b"b"], [b"", b"good"]):
+        peer.send_multipart(frames)
+    if use is supervise:
+        runner = gevent.spawn(supervise, sock, _handle, deadline=LONG)
+    else:
+        with supervised(sock, deadline=LONG) as request:
+            request.reply(request.body)
+    assert peer.recv_multipart() == [b"", b"good"]
+    assert caplog.text.count("malformed request dropped") == 3
+    if use is supervise:
+        runner.kill()
+
+
 @pytest.mark.parametrize("error", [ValueError("on_error"), SystemExit(3)])
 def test_supervised_whose_on_error_fails(context: zmq.Context, error: BaseException) -> None:
     """The client is answered all the same, and the loop can go on; what is no Exception is passed on after that."""
