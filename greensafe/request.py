@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 import gevent
 
 from .deadlines import deadline
-from .errors import RemoteError, RemoteProtocolError
+from .errors import Cancelled, RemoteError, RemoteProtocolError
 from .sansio.envelope import Header
 from .sansio.exchange import Exchange
 
@@ -138,6 +138,8 @@ def _told(error: BaseException) -> RemoteError:
         return RemoteError("INVALID_ARGUMENT", str(error), "InvalidBodyError")
     if isinstance(error, gevent.GreenletExit):
         return RemoteError("ABORTED", "the handler was killed", kind)
+    if isinstance(error, Cancelled):
+        return RemoteError("CANCELLED", str(error), kind)
     if isinstance(error, MemoryError):
         return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
     return RemoteError("INTERNAL", str(error), kind)

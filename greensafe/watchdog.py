@@ -302,6 +302,8 @@ class Watchdog:
             if exchange.is_answered:
                 return
             told = RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", "DeadlineExceeded")
+            if error.scope._is_cancelled:
+                told = error_for(error.scope._outcome())
         else:
             told = error_for(error)
             log.error("handler of %r failed", request, exc_info=(type(error), error, error.__traceback__))

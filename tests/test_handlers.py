@@ -78,6 +78,11 @@ def _reply_and_raise(request: Request) -> None:
     raise ValueError("after the reply")
 
 
+def _cancel(request: Request, cause: object) -> None:
+    request.deadline.cancel(cause)
+    gevent.sleep(LONG)
+
+
 def _hang_after_reply(request: Request) -> None:
     request.reply(b"first")
     gevent.sleep(LONG)
@@ -116,6 +121,8 @@ CASES: dict[str, tuple[Callable[[Request], Any], bytes | str, bool]] = {
     "unprintable error": (lambda request: _raise(_Unprintable(RuntimeError("no text"))), "INTERNAL", False),
     "error whose text exits": (lambda request: _raise(_Unprintable(SystemExit(7))), "INTERNAL", False),
     "error by hand": (lambda request: request.error("NOT_FOUND", "no such thing"), "NOT_FOUND", False),
+    "cancels itself": (lambda request: _cancel(request, "enough"), "CANCELLED", False),
+    "cancels itself with an error": (lambda request: _cancel(request, zmq.RemoteError("NOT_FOUND", "no")), "NOT_FOUND", False),
     "raises RemoteError": (lambda request: _raise(zmq.RemoteError("NOT_FOUND", "no")), "NOT_FOUND", False),
 }
 

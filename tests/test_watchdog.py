@@ -11,7 +11,7 @@ import gevent
 import pytest
 from helpers import LONG, MS, wait_until
 
-from greensafe import LATER, LocalProtocolError, RemoteError, Request
+from greensafe import LATER, Cancelled, LocalProtocolError, RemoteError, Request
 from greensafe.options import Handler
 from greensafe.request import error_for
 from greensafe.watchdog import Watchdog
@@ -35,6 +35,7 @@ def _ask(watchdog: Watchdog, body: bytes = b"x", client: bytes = b"peer") -> Non
         (ValueError("no"), "INTERNAL", "ValueError"),
         (RemoteError("NOT_FOUND", "no"), "NOT_FOUND", None),
         (gevent.GreenletExit(), "ABORTED", "GreenletExit"),
+        (Cancelled("enough"), "CANCELLED", "Cancelled"),
         (MemoryError(), "RESOURCE_EXHAUSTED", "MemoryError"),
         (SystemExit(3), "INTERNAL", "SystemExit"),
     ],
