@@ -150,7 +150,7 @@ class Client:
         if not endpoints:
             raise TypeError("a Client needs at least one endpoint, such as 'tcp://127.0.0.1:5555'")
         for endpoint in endpoints:
-            check_endpoint(endpoint)
+            check_endpoint(endpoint, to_connect=True)
         check_context(context)
         if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
             raise ValueError(f"retries is a whole number from 0, not {retries!r}")

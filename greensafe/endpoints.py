@@ -25,8 +25,8 @@ _ADVICE = {
 }
 
 
-def check_endpoint(endpoint: object) -> str:
-    """Return `endpoint` if it may be usable.
+def check_endpoint(endpoint: object, *, to_connect: bool = False) -> str:
+    """Return `endpoint` if it may be usable: to bind to, or to connect to.
 
     Raises:
         TypeError: It is not a str.
@@ -40,9 +40,13 @@ def check_endpoint(endpoint: object) -> str:
     if "\0" in endpoint:
         raise ValueError(f"{endpoint!r} is no endpoint: it holds a NUL")
     if transport == "tcp":
-        port = address.rpartition(":")[2]
+        host, _, port = address.rpartition(":")
         if port != "*" and not (port.isascii() and port.isdigit() and int(port) <= 65535):
             raise ValueError(f"{endpoint!r} has no usable port: a number up to 65535 is needed, or 0 to bind to a free one")
+        if to_connect and (host in ("", "*") or port == "*" or int(port) == 0):
+            raise ValueError(
+                f"{endpoint!r} can be bound but not connected to: a host and a port are needed, as in server.endpoint"
+            )
     return endpoint
 
 

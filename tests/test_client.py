@@ -191,6 +191,7 @@ def test_close_ends_the_waits(context: zmq.Context, endpoint: str) -> None:
         (ValueError, ("nonsense",), {}),
         (ValueError, ("tcp://127.0.0.1:1", "nonsense"), {}),
         (ValueError, ("tcp://127.0.0.1:99999",), {}),
+        (ValueError, ("tcp://127.0.0.1:0",), {}),
         (zmq.ZMQError, ("tcp://127.0.0.1:1", "pigeon://x"), {}),
     ],
 )

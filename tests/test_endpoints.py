@@ -40,6 +40,15 @@ def test_unusable(endpoint: Any, kind: type[Exception], text: str) -> None:
         check_endpoint(endpoint)
 
 
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:0", "tcp://127.0.0.1:*", "tcp://*:5555", "tcp://:5555", "tcp://h:000"])
+def test_nobody_can_connect_to_what_leaves_something_open(endpoint: str) -> None:
+    """libzmq would wait for it for ever; what names a host and a port may be connected to."""
+    with pytest.raises(ValueError, match="not connected to"):
+        check_endpoint(endpoint, to_connect=True)
+    for usable in ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:0;[::1]:5555", "ipc:///tmp/x", "inproc://name"):
+        assert check_endpoint(usable, to_connect=True) == usable
+
+
 @pytest.mark.parametrize(("number", "advice"), [(zmq.EADDRINUSE, "another port"), (zmq.EFSM, "inproc://x")])
 def test_errors_of_libzmq_are_explained(number: int, advice: str) -> None:
     """The same error, with a note that names the endpoint and, if it is known, what to try."""
