@@ -69,6 +69,15 @@ def _reply_later(request: Request) -> Any:
     return LATER
 
 
+#: Requests that were promised an answer, and kept.
+_kept: list[Request] = []
+
+
+def _promise_and_keep(request: Request) -> Any:
+    _kept.append(request)
+    return LATER
+
+
 def _kill_itself(request: Request) -> None:
     gevent.getcurrent().kill()
 
@@ -106,6 +115,8 @@ CASES: dict[str, tuple[Callable[[Request], Any], bytes | str, bool]] = {
     "replies and hangs": (_hang_after_reply, b"first", False),
     "replies later": (_reply_later, b"later", False),
     "promises and never replies": (lambda request: LATER, "INTERNAL", False),
+    "promises, keeps it and never replies": (_promise_and_keep, "DEADLINE_EXCEEDED", True),
+    "spins past its deadline": (lambda request: time.sleep(1.5 * DEADLINE) or b"first", b"first", True),
     "kills itself": (_kill_itself, "ABORTED", False),
     "SystemExit": (lambda request: sys.exit(3), "INTERNAL", False),
     "KeyboardInterrupt": (lambda request: _raise(KeyboardInterrupt()), "INTERNAL", False),
@@ -181,8 +192,11 @@ def _check_case(context: zmq.Context, endpoint: str, case: str) -> None:
         assert seconds >= DEADLINE if is_overdue else seconds < LONG
         raw.send_multipart([b"", b"next"])
         assert raw.recv_multipart() == [b"", b"fine"]
-        # Later than the handler's end nothing more may arrive.
+        # Later than the handler's end nothing more may have left: it would arrive before the answer to one more request.
         wait_until(lambda: not _running)
+        _kept.clear()
+        raw.send_multipart([b"", b"next"])
+        assert raw.recv_multipart() == [b"", b"fine"]
         assert not raw.poll(1000 * 5 * MS)
 
 
@@ -202,7 +216,7 @@ def test_supervise_gives_exactly_one_answer(context: zmq.Context, loop: str, cas
 PASSED_ON = {"SystemExit", "KeyboardInterrupt", "GreenletExit", "BaseException", "GeneratorExit", "kills itself"}
 PASSED_ON |= {"its own gevent.Timeout"}
 #: What a block cannot do, since it returns nothing: neither an answer, nor a promise.
-RETURNS = {name for name in CASES if "returns" in name or name in ("replies later", "promises and never replies")}
+RETURNS = {name for name in CASES if "returns" in name or name.startswith(("replies later", "promises", "spins"))}
 
 
 @pytest.mark.parametrize("case", sorted(set(CASES) - (RETURNS - {"returns None"})))
