@@ -9,35 +9,51 @@ from statistics import median
 import gevent
 import zmq
 
-from . import servers, sockets
+from . import idle, servers, sockets, waits
+
+Round = dict[str, dict[str, float]]
 
 
-def show(title: str, rounds: list[dict[str, dict[str, float]]], base: str) -> None:
-    """The median of the rounds for each row, and how many times `base` that is."""
+def show(title: str, rounds: list[Round]) -> None:
+    """The medians of the rounds, and how many times the others the last one is (the median of the rounds' ratios)."""
     print(f"\n{title}")
     for what in rounds[0]:
-        took = {who: median(one[what][who] for one in rounds) for who in rounds[0][what]}
-        reference = took.get(base) or next(iter(took.values()))
-        cells = [f"{who} {microseconds:7.2f} ({microseconds / reference:4.2f})" for who, microseconds in took.items()]
-        print(f"  {what:<22} " + "   ".join(cells))
+        *others, last = rounds[0][what]
+        figures = [f"{who} {median(one[what][who] for one in rounds):7.2f}" for who in (*others, last)]
+        ratios = [f"{median(one[what][last] / one[what][who] for one in rounds):.2f} of {who}" for who in others]
+        print(f"  {what:<22} {'   '.join(figures)}   = {', '.join(ratios)}", flush=True)
 
 
-def main() -> None:
-    quick = "--quick" in sys.argv
-    rounds, count, requests = (3, 5_000, 3_000) if quick else (7, 20_000, 10_000)
-    versions = f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}, gevent {gevent.__version__}"
-    print(f"Python {platform.python_version()}, {versions}")
-    print(f"medians of {rounds} rounds, in turn; in brackets the ratio to the row's base")
-    show("a socket's call: µs (base: zmq.green)", [sockets.rows(count) for _ in range(rounds)], "zmq.green")
+def show_waits(rounds: int, count: int) -> None:
+    echo = waits.Echo()
+    try:
+        show("a wait for a message: µs", [waits.rows(echo, count) for _ in range(rounds)])
+    finally:
+        echo.close()
+
+
+def show_servers(rounds: int, count: int) -> None:
     benches: dict[str, servers.Bench] = {}
     try:
         for kind in servers.KINDS:
             benches[kind] = servers.Bench(kind)
-        results = [servers.rows(benches, requests) for _ in range(rounds)]
+        results = [servers.rows(benches, count) for _ in range(rounds)]
     finally:
         for bench in benches.values():
             bench.close()
-    show("a server's request, 64 bytes, ipc: µs of its process's CPU (base: bare loop)", results, servers.KINDS[0])
+    show("a server's request, 64 bytes, ipc: µs of its process's CPU", results)
+
+
+def main() -> None:
+    quick = "--quick" in sys.argv
+    rounds = 3 if quick else 21
+    versions = f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}, gevent {gevent.__version__}"
+    print(f"Python {platform.python_version()}, {versions}")
+    print("medians of several rounds, in turn; at the end how many times the others the last one is")
+    show("a call with nothing to wait for: µs", [sockets.rows(1_000 if quick else 5_000) for _ in range(rounds)])
+    show_waits(rounds, 200 if quick else 1_000)
+    show("sockets on which nothing happens: ms of CPU per second", [idle.rows(200, 0.2) if quick else idle.rows(10_000, 5)])
+    show_servers(3 if quick else 7, 2_000 if quick else 10_000)
 
 
 if __name__ == "__main__":

@@ -21,5 +21,19 @@ def test_quick_run() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for row in ("send", "ready recv", "ping-pong ipc", "with a limit", "1 in flight", "100 in flight", "1000 in flight"):
-        assert row in done.stdout
+    for row in (
+        "send",
+        "ready recv",
+        "ready recv_multipart",
+        "Poller.poll, ready",
+        "with a limit",
+        "wait and wake",
+        "ping-pong inproc",
+        "ping-pong ipc",
+        "200 in recv",
+        "200 in Poller.poll",
+        "1 in flight",
+        "100 in flight",
+        "1000 in flight",
+    ):
+        assert f"\n  {row}" in done.stdout
