@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -31,7 +32,7 @@ from ._waits import POLLIN, POLLOUT, Waits, events_of
 if TYPE_CHECKING:
     from .context import Context
 
-__all__ = ["DEFAULT_LINGER", "EXPIRED", "FAIR_SHARE", "UNSET", "Timeout", "WaitingSocket"]
+__all__ = ["DEFAULT_LINGER", "EXPIRED", "UNSET", "Timeout", "WaitingSocket"]
 
 
 class Unset(enum.Enum):
@@ -48,9 +49,6 @@ DEFAULT_LINGER = 30_000
 
 #: The same for a REQ: a request that nobody waits for any more is worth less.
 REQ_LINGER = 1_000
-
-#: Operations in a row that found their message at once before the loop gets a turn.
-FAIR_SHARE = 256
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
@@ -79,6 +77,7 @@ class WaitingSocket(zmq.Socket[bytes]):
     _lockstep: Lockstep | None
     _default_timeout: float | None
     _last_limit: tuple[str, float]
+    _limits: dict[int, float | None]
 
     def __init__(
         self,
@@ -90,6 +89,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         copy_threshold: int | None = None,
     ) -> None:
         self._waits = Waits()
+        self._limits = {}
         self._lockstep = None
         if default_timeout is UNSET:
             default_timeout = getattr(ctx_or_socket, "default_timeout", None)
@@ -100,6 +100,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         super().__init__(ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold)  # type: ignore[call-overload]
         if self.type in (zmq.REQ, zmq.REP):
             self._lockstep = Lockstep(self.type == zmq.REQ)
+            self._waits.set_lockstep()
         if not self._shadow:
             Backend.set(self, _LINGER, REQ_LINGER if self.type == zmq.REQ else DEFAULT_LINGER)
 
@@ -134,32 +135,29 @@ class WaitingSocket(zmq.Socket[bytes]):
     def _receive(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
         """One frame, or EXPIRED."""
         waits = self._waits
-        lockstep = self._lockstep
-        waits.ready_calls += 1
-        if not flags and not waits.queue and waits.ready_calls < FAIR_SHARE:
+        left = waits.straight_in
+        if left > 0 and not flags:
+            waits.straight_in = left - 1
             try:
-                frame = _recv(self, _NOBLOCK, copy, track)
+                return _recv(self, _NOBLOCK, copy, track)
             except zmq.Again:
-                pass
-            else:
-                if lockstep is not None:
-                    lockstep.on_received(self)
-                return frame
-        nonblocking = int(flags) | _NOBLOCK
-        frame = self._try_or_wait(op, POLLIN, lambda: _recv(self, nonblocking, copy, track), flags, timeout)
-        if lockstep is not None and frame is not EXPIRED:
-            lockstep.on_received(self)
+                waits.look_first()
+        frame = self._try_or_wait(op, POLLIN, partial(_recv, self, int(flags) | _NOBLOCK, copy, track), flags, timeout)
+        if self._lockstep is not None and frame is not EXPIRED:
+            self._lockstep.on_received(self)
         return frame
 
     def _receive_all(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
         """A list of frames, or EXPIRED."""
-        frame = self._receive(op, flags, copy, track, timeout)
+        frame = self._receive(op, flags, False, track, timeout)
         if frame is EXPIRED:
             return frame
-        frames = [frame]
-        while _get(self, _RCVMORE):
+        # A Frame knows whether more follow, which costs a third of asking the socket.
+        frames = [frame.bytes if copy else frame]
+        while frame.more:
             # libzmq hands over whole messages: the rest is there, and nothing may switch before it is read.
-            frames.append(_recv(self, _NOBLOCK, copy, track))
+            frame = _recv(self, _NOBLOCK, False, track)
+            frames.append(frame.bytes if copy else frame)
         if self._lockstep is not None:
             self._lockstep.on_received(self)
         self._recheck()
@@ -170,23 +168,19 @@ class WaitingSocket(zmq.Socket[bytes]):
     ) -> Any:
         """A MessageTracker or None, or EXPIRED."""
         waits = self._waits
+        left = waits.straight_out
+        if left > 0 and not flags and not extra:
+            waits.straight_out = left - 1
+            try:
+                return _send(self, data, _NOBLOCK, copy, track)
+            except zmq.Again:
+                pass
         lockstep = self._lockstep
         if lockstep is not None:
             lockstep.before_send(self)
-        waits.ready_calls += 1
-        if not flags and not extra and not waits.queue and waits.ready_calls < FAIR_SHARE:
-            try:
-                result = _send(self, data, _NOBLOCK, copy, track)
-            except zmq.Again:
-                pass
-            else:
-                if lockstep is not None:
-                    lockstep.on_sent(self, False)
-                return result
         nonblocking = int(flags) | _NOBLOCK
-        result = self._try_or_wait(
-            op, POLLOUT, lambda: _sugar_send(self, data, nonblocking, copy, track, **(extra or {})), flags, timeout
-        )
+        attempt = partial(_sugar_send, self, data, nonblocking, copy, track, **(extra or {}))
+        result = self._try_or_wait(op, POLLOUT, attempt, flags, timeout)
         if lockstep is not None and result is not EXPIRED:
             lockstep.on_sent(self, bool(nonblocking & _SNDMORE))
         return result
@@ -199,7 +193,8 @@ class WaitingSocket(zmq.Socket[bytes]):
         if not frames:
             raise ValueError("a message has at least one frame; send [b''] for an empty one")
         for index, frame in enumerate(frames):
-            _check_frame(index, frame)
+            if not isinstance(frame, bytes):
+                _check_frame(index, frame)
         flags = int(flags)
         if len(frames) == 1:
             return self._transmit(op, frames[0], flags, copy, track, timeout, extra)
@@ -217,22 +212,32 @@ class WaitingSocket(zmq.Socket[bytes]):
     def _try_or_wait(self, op: str, mask: int, attempt: Callable[[], Any], flags: int, timeout: Timeout) -> Any:
         """Do `attempt` at once or, unless NOBLOCK was given, when the socket is ready; EXPIRED if the limit ran out first."""
         waits = self._waits
+        waits.check_process()
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
-        if waits.ready_calls >= FAIR_SHARE:
+        if waits.is_spent(mask):
             self._yield(mask)
-        if not waits.queue:
+        if not waits.queue and (mask == POLLOUT or not waits.looks_first or waits.has_input(self)):
             try:
                 return self._attempt(attempt, mask)
             except zmq.Again:
                 pass
-        waits.ready_calls = 0
+        return self._wait(op, mask, attempt, timeout)
+
+    def _wait(self, op: str, mask: int, attempt: Callable[[], Any], timeout: Timeout) -> Any:
+        """Do `attempt` when the socket is ready, which it is not now (or others are ahead); EXPIRED if the limit ran out first.
+
+        A REQ or REP whose wait ends without its message is marked: whoever sends next starts afresh.
+        """
+        self._waits.renew()
+        if self._lockstep is None:
+            return self._wait_for(op, mask, attempt, timeout)
         done = False
         try:
             result = self._wait_for(op, mask, attempt, timeout)
             done = result is not EXPIRED
         finally:
-            if not done and self._lockstep is not None:
+            if not done:
                 self._lockstep.is_interrupted = True
         return result
 
@@ -241,7 +246,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         half_sent = mask == POLLOUT and self._lockstep is not None and self._lockstep.is_half_sent
         if half_sent or (mask == POLLIN and _get(self, _RCVMORE)):
             return
-        self._waits.ready_calls = 0
+        self._waits.renew()
         gevent.sleep(0)
 
     def _attempt(self, attempt: Callable[[], Any], mask: int) -> Any:
@@ -253,17 +258,18 @@ class WaitingSocket(zmq.Socket[bytes]):
         try:
             return attempt()
         except zmq.Again:
-            if events_of(self) & mask:
+            if mask == POLLOUT and events_of(self) & mask:
                 return attempt()
             raise
         finally:
-            self._recheck()
+            waits = self._waits
+            if waits.queue:
+                waits.recheck(self)
 
     def _wait_for(self, op: str, mask: int, attempt: Callable[[], Any], timeout: Timeout) -> Any:
         """Sleep and try until it succeeds. The socket was found not ready, or others are ahead in the queue."""
-        start = monotonic()
         limit = self._limit(mask, timeout)
-        at = None if limit is None else start + limit
+        at = None if limit is None else monotonic() + limit
         stubborn = False
         while True:
             if at is not None and monotonic() >= at:
@@ -284,8 +290,10 @@ class WaitingSocket(zmq.Socket[bytes]):
             return to_seconds(timeout)
         if self._default_timeout is not None:
             return self._default_timeout
-        milliseconds = _get(self, _RCVTIMEO if mask == POLLIN else _SNDTIMEO)
-        return None if milliseconds < 0 else cast(int, milliseconds) / 1000
+        if mask not in self._limits:
+            milliseconds = _get(self, _RCVTIMEO if mask == POLLIN else _SNDTIMEO)
+            self._limits[mask] = None if milliseconds < 0 else milliseconds / 1000
+        return self._limits[mask]
 
     def _last_try(self, op: str, limit: float, mask: int, attempt: Callable[[], Any]) -> Any:
         try:
@@ -305,12 +313,13 @@ class WaitingSocket(zmq.Socket[bytes]):
 
 def _check_frame(index: int, frame: object) -> None:
     """Find what libzmq would refuse, before the frames in front of it are on their way."""
-    if not isinstance(frame, (bytes, zmq.Frame)):
-        try:
-            view = memoryview(cast(Any, frame))
-        except TypeError:
-            shown = repr(frame)
-            shown = shown if len(shown) <= 32 else shown[:32] + "..."
-            raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None
-        if not view.contiguous:
-            raise BufferError(f"frame {index} is a buffer with gaps: send bytes(...) of it")
+    if isinstance(frame, zmq.Frame):
+        return
+    try:
+        view = memoryview(cast(Any, frame))
+    except TypeError:
+        shown = repr(frame)
+        shown = shown if len(shown) <= 32 else shown[:32] + "..."
+        raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None
+    if not view.contiguous:
+        raise BufferError(f"frame {index} is a buffer with gaps: send bytes(...) of it")

@@ -37,6 +37,12 @@ POLLOUT = int(zmq.POLLOUT)
 #: What a socket whose events cannot be read any more is said to be ready for: the waiter then meets the error itself.
 _ALL = POLLIN | POLLOUT
 
+#: Operations in a row that found their message at once before the loop gets a turn.
+FAIR_SHARE = 256
+
+#: What `straight_in` and `straight_out` are while one has to look first: who waits, or what is there.
+LOOK = -1
+
 #: Seconds between two tries of a waiter that EVENTS says is ready although it is not: a ROUTER with ROUTER_MANDATORY
 #: is writable as soon as *one* peer is, and no event tells when the peer that is meant has room.
 STUBBORN = 0.05
@@ -79,7 +85,18 @@ class Waits:
     The socket is handed to every method instead of being kept: no reference cycle, so a dropped socket is closed at once.
     """
 
-    __slots__ = ("generation", "hub", "queue", "ready_calls", "scheduled", "watcher")
+    __slots__ = (
+        "generation",
+        "hub",
+        "is_lockstep",
+        "looks_first",
+        "queue",
+        "scheduled",
+        "share",
+        "straight_in",
+        "straight_out",
+        "watcher",
+    )
 
     def __init__(self) -> None:
         self.generation = generation()
@@ -87,8 +104,50 @@ class Waits:
         self.hub: Hub | None = None
         self.watcher: Any = None
         self.scheduled = False
-        #: How often in a row an operation found its message at once; the socket yields now and then by this.
-        self.ready_calls = 0
+        #: Operations that may still find their message at once, the long way, before the loop gets a turn.
+        self.share = FAIR_SHARE
+        #: Receives that may be tried straight away, before anything is looked at; 0: the loop gets a turn first; or LOOK.
+        self.straight_in = FAIR_SHARE
+        #: The same for sends.
+        self.straight_out = FAIR_SHARE
+        #: The last receive had to wait, so the next one probably has to: it looks at EVENTS before it tries, which costs a
+        #: quarter of the exception. Only once libzmq has said EAGAIN, since EVENTS does not tell of any other error.
+        self.looks_first = False
+        #: A REQ or REP always goes the long way: what it sends and receives is kept account of.
+        self.is_lockstep = False
+
+    def set_lockstep(self) -> None:
+        """Have every operation go the long way."""
+        self.is_lockstep = True
+        self.straight_in = self.straight_out = LOOK
+
+    def look_first(self) -> None:
+        """Note that a receive found nothing."""
+        self.looks_first = True
+        self.straight_in = LOOK
+
+    def has_input(self, sock: zmq.Socket[Any]) -> bool:
+        """Look whether a message is there; called while nobody waits and `looks_first`."""
+        if events_of(sock) & POLLIN:
+            self.looks_first = False
+            self.straight_in = FAIR_SHARE
+        return not self.looks_first
+
+    def is_spent(self, mask: int) -> bool:
+        """Count an operation that goes the long way; True if the loop should get a turn before it."""
+        self.share -= 1
+        return self.share < 0 or (self.straight_in if mask == POLLIN else self.straight_out) == 0
+
+    def renew(self) -> None:
+        """The loop gets its turn, or somebody slept."""
+        self.share = FAIR_SHARE
+        self.straight_in = self.straight_in or FAIR_SHARE
+        self.straight_out = self.straight_out or FAIR_SHARE
+
+    def check_process(self) -> None:
+        """Raise RuntimeError if the socket is the parent's of this forked process, which even a look at EVENTS takes from."""
+        if self.generation != generation():
+            raise RuntimeError("this socket was made before a fork: the child has to make its own")
 
     def wait(self, sock: zmq.Socket[Any], mask: int, at: float | None, stubborn: bool = False) -> None:
         """Sleep until `mask` may be ready or the monotonic time `at` has come; wakes spuriously, never too late.
@@ -119,13 +178,13 @@ class Waits:
         Raises:
             RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
         """
-        if self.generation != generation():
-            raise RuntimeError("this socket was made before a fork: the child has to make its own")
+        self.check_process()
         hub = gevent.get_hub()
         if hub is not self.hub:
             self._move(sock, hub)
         if not self.queue:
             self.watcher.start(self._on_readable, sock)
+            self.straight_in = self.straight_out = LOOK
         self.queue.append(waiter)
         if len(self.queue) > 1:
             self.recheck(sock)
@@ -134,7 +193,12 @@ class Waits:
         """Take a waiter out, wherever it stands; the last one stops the watcher."""
         if waiter in self.queue:
             self.queue.remove(waiter)
-        if not self.queue and self.watcher is not None:
+        if self.queue:
+            return
+        if not self.is_lockstep:
+            self.straight_in = LOOK if self.looks_first else FAIR_SHARE
+            self.straight_out = FAIR_SHARE
+        if self.watcher is not None:
             self.watcher.stop()
             if self.hub is not None and not self.hub.main_hub:
                 # A thread may end, and its loop with it, before this socket does.
@@ -182,6 +246,12 @@ class Waits:
     def _on_readable(self, sock: zmq.Socket[Any]) -> None:
         if self.generation != generation():
             self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
+            return
+        if len(self.queue) == 1:
+            # Whoever comes while it runs has looked for itself; an edge that it leaves alone brings us here again.
+            waiter = self.queue[0]
+            if waiter.mask == POLLIN or waiter.mask & events_of(sock):
+                waiter.wake()
             return
         for waiter in list(self.queue):
             if waiter.asleep and waiter.mask & events_of(sock):

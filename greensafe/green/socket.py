@@ -17,7 +17,7 @@ from zmq.backend import Socket as Backend
 from ..deadlines import check
 from ..endpoints import explained
 from ._objects import ObjectSocket
-from ._waiting import DEFAULT_LINGER, EXPIRED, FAIR_SHARE, UNSET, Timeout
+from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
 from ._waits import POLLIN
 
 __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
@@ -27,6 +27,7 @@ _EVENTS = int(zmq.EVENTS)
 
 _get: Callable[[Any, int], Any] = Backend.get
 _recv: Callable[..., Any] = Backend.recv
+_send: Callable[..., Any] = Backend.send
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
 
@@ -71,13 +72,14 @@ class Socket(ObjectSocket):
             zmq.ZMQError: As in pyzmq; ENOTSOCK if the socket is closed while this waits.
         """
         waits = self._waits
-        waits.ready_calls += 1
-        if not flags and self._lockstep is None and not waits.queue and waits.ready_calls < FAIR_SHARE:
+        left = waits.straight_in
+        if left > 0 and not flags:
             # What `_receive` would do, without the call: this is what a busy reader's time goes into.
+            waits.straight_in = left - 1
             try:
                 return _recv(self, _NOBLOCK, copy, track)
             except zmq.Again:
-                pass
+                waits.look_first()
         frame = self._receive("recv", flags, copy, track, timeout)
         return self.on_timeout() if frame is EXPIRED else frame
 
@@ -177,6 +179,15 @@ class Socket(ObjectSocket):
             zmq.Again: NOBLOCK and the queue is full.
             zmq.ZMQError: As in pyzmq; EFSM if a REQ has its reply still to read.
         """
+        waits = self._waits
+        left = waits.straight_out
+        if left > 0 and not flags and routing_id is None and group is None:
+            # What `_transmit` would do, without the call.
+            waits.straight_out = left - 1
+            try:
+                return _send(self, data, _NOBLOCK, copy, track)
+            except zmq.Again:
+                pass
         extra = None if routing_id is None and group is None else {"routing_id": routing_id, "group": group}
         result = self._transmit("send", data, flags, copy, track, timeout, extra)
         return self.on_timeout() if result is EXPIRED else result
@@ -254,6 +265,7 @@ class Socket(ObjectSocket):
         try:
             super().set(option, optval)
         finally:
+            self._limits.clear()
             self._recheck()
 
     getsockopt = get

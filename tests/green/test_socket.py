@@ -191,7 +191,7 @@ def test_reset_with_several_endpoints(context: zmq.Context) -> None:
 def _forever(rep: Any, index: int) -> None:
     while True:
         if rep.recv() == b"silent":
-            gevent.sleep(10 * MS)
+            gevent.sleep(30 * MS)
         rep.send(b"%d" % index)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -299,47 +299,32 @@ def test_no_lost_wake_up(context: zmq.Context, eater: str) -> None:
     b.connect(a.last_endpoint)
     b.send(b"warm")
     assert a.recv() == b"warm"
+    fd = a.FD
     for _ in range(20):
         waiter = gevent.spawn(a.recv)
         gevent.sleep(0)
         b.send(b"x")
-        # Nothing below turns the hub until the message has arrived, so the waiter can only be woken by what gave the edge back.
+        assert select.select([fd], [], [], LONG)[0]  # it arrives, and the hub has not looked yet
         if eater == "EVENTS":
-            _without_the_hub(lambda: a.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+            assert a.getsockopt(zmq.EVENTS) & zmq.POLLIN
+        elif eater == "poll":
+            assert a.poll(0)
+        elif eater == "NOBLOCK send":
+            a.send(b"y", zmq.NOBLOCK)
+            assert b.recv() == b"y"
         elif eater == "get":
-            _without_the_hub(lambda: a.get(zmq.EVENTS) & zmq.POLLIN)
+            assert a.get(zmq.EVENTS)
+        elif eater == "unbind":
+            a.bind("inproc://other")
+            a.unbind("inproc://other")
         elif eater == "NOBLOCK recv":
-            assert _without_the_hub(lambda: _unless_empty(lambda: a.recv(zmq.NOBLOCK))) == b"x"
-            b.send(b"x")
-        elif eater == "recv_into":
-            assert _without_the_hub(lambda: _unless_empty(lambda: a.recv_into(bytearray(1), flags=zmq.NOBLOCK))) == 1
+            assert a.recv(zmq.NOBLOCK) == b"x"
             b.send(b"x")
         else:
-            time.sleep(2 * MS)  # it arrives, as a rule
-            if eater == "poll":
-                a.poll(0)
-            elif eater == "NOBLOCK send":
-                a.send(b"y", zmq.NOBLOCK)
-                assert b.recv() == b"y"
-            else:
-                a.bind("inproc://other")
-                a.unbind("inproc://other")
-        assert waiter.get() == b"x"
-
-
-def _without_the_hub(call: Callable[[], Any]) -> Any:
-    """What `call` returns once that is true; nothing else of this thread runs meanwhile."""
-    end = time.monotonic() + LONG
-    while not (value := call()):
-        assert time.monotonic() < end
-        time.sleep(MS)
-    return value
-
-
-def _unless_empty(receive: Callable[[], Any]) -> Any:
-    with contextlib.suppress(zmq.Again):
-        return receive()
-    return None
+            assert a.recv_into(bytearray(1), flags=zmq.NOBLOCK) == 1
+            b.send(b"x")
+        with gevent.Timeout(LONG / 4):
+            assert waiter.get() == b"x"
 
 
 def test_writer_is_woken(pair: Pair) -> None:
@@ -434,3 +419,55 @@ def test_dropped_socket_is_collected() -> None:
         del sock
     assert not list(context._sockets)
     context.term()
+
+
+# What a receive that looks before it tries must not forget.
+
+
+def test_error_after_a_wait(pair: Pair) -> None:
+    """A REQ or REP that had to wait for its last message still meets EFSM when it is not its turn to receive."""
+    rep, req = pair(zmq.REP, zmq.REQ)
+    for _ in range(3):
+        serving = gevent.spawn(rep.recv)
+        gevent.sleep(0)
+        req.send(b"request")
+        assert serving.get() == b"request"
+        with pytest.raises(zmq.ZMQError) as caught:
+            rep.recv()
+        assert caught.value.errno == zmq.EFSM
+        waiting = gevent.spawn(req.recv)
+        gevent.sleep(0)
+        rep.send(b"reply")
+        assert waiting.get() == b"reply"
+        with pytest.raises(zmq.ZMQError) as caught:
+            req.recv()
+        assert caught.value.errno == zmq.EFSM
+
+
+def test_socket_that_cannot_receive(context: zmq.Context) -> None:
+    """recv on a PUSH raises at once, also after greenlets have waited on it."""
+    push = context.socket(zmq.PUSH)
+    with pytest.raises(OperationTimeout):
+        push.send(b"nobody is there", timeout=5 * MS)
+    assert push.poll(1, zmq.POLLIN) == 0
+    for _ in range(2):
+        with pytest.raises(zmq.ZMQError) as caught:
+            push.recv()
+        assert caught.value.errno == zmq.ENOTSUP
+
+
+def test_option_changed_between_waits(pair: Pair) -> None:
+    """RCVTIMEO holds from the next recv on, however it is set and as often as it is changed."""
+    a, b = pair(zmq.PAIR, zmq.PAIR)
+    a.RCVTIMEO = 1
+    for change in (
+        lambda: a.set(zmq.RCVTIMEO, -1),
+        lambda: a.setsockopt(zmq.RCVTIMEO, 60_000),
+        lambda: setattr(a, "rcvtimeo", -1),
+    ):
+        with pytest.raises(OperationTimeout):
+            a.recv()
+        change()
+        gevent.spawn_later(5 * MS, b.send, b"x")
+        assert a.recv() == b"x"
+        a.RCVTIMEO = 1
