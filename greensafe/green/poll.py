@@ -6,8 +6,7 @@ of them can be watched (no select(2), no limit of 1024) and nothing ticks while 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
@@ -60,31 +59,31 @@ class Poller(zmq.Poller):
     def _wait(self, at: float | None) -> None:
         hub = gevent.get_hub()
         waiter = Waiter(gevent.getcurrent().switch, POLLIN | POLLOUT)
-        with contextlib.ExitStack() as stack:
+        undo: list[Callable[[], None]] = []
+        try:
             for sock, flags in self.sockets:
-                stack.enter_context(_queued(hub, sock, int(flags), waiter))
+                undo.append(_have_woken(hub, sock, int(flags), waiter))
             if at is not None:
                 timer = start_timer(hub, at - monotonic(), waiter.wake)
-                stack.callback(timer.close)
-                stack.callback(timer.stop)
-            try:
-                hub.switch()
-            finally:
-                waiter.asleep = False
-
-
-@contextlib.contextmanager
-def _queued(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Iterator[None]:
-    """Have `waiter` woken by one socket or descriptor."""
-    if isinstance(sock, Socket):
-        own = Waiter(waiter.wake, flags)
-        sock._waits.add(sock, own)
-        try:
-            yield
+                undo += [timer.stop, timer.close]
+            hub.switch()
         finally:
+            waiter.asleep = False
+            for each in undo:
+                each()
+
+
+def _have_woken(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Callable[[], None]:
+    """Have `waiter` woken by one socket or descriptor; returns what ends that."""
+    if isinstance(sock, Socket):
+        own, waits = Waiter(waiter.wake, flags), sock._waits
+        waits.add(sock, own)
+
+        def remove() -> None:
             own.asleep = False
-            sock._waits.remove(own)
-        return
+            waits.remove(own)
+
+        return remove
     if isinstance(sock, zmq.Socket):
         fd, mask = sock.FD, 1
     else:
@@ -92,11 +91,12 @@ def _queued(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Iterator[None]:
         mask = (1 if flags & (POLLIN | _POLLERR) else 0) | (2 if flags & POLLOUT else 0)
     watcher = hub.loop.io(fd, mask)
     watcher.start(waiter.wake)
-    try:
-        yield
-    finally:
+
+    def close() -> None:
         watcher.stop()
         watcher.close()
+
+    return close
 
 
 def zmq_poll(sockets: Iterable[tuple[Any, int]], timeout: float | None = -1) -> list[tuple[Any, int]]:
