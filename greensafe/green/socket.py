@@ -232,8 +232,10 @@ class Socket(ObjectSocket):
         """
         if self._lockstep is None:
             raise zmq.ZMQError(zmq.ENOTSUP, f"only REQ and REP have a state to reset, not {self._type_name}")
-        self._lockstep.reset(self)
-        self._waits.recheck(self)
+        try:
+            self._lockstep.reset(self)
+        finally:
+            self._recheck()
 
     def close(self, linger: int | None = None) -> None:
         """Close the socket. Greenlets that wait on it get ENOTSOCK. Unsent messages are kept for LINGER milliseconds."""
@@ -261,32 +263,40 @@ class Socket(ObjectSocket):
 
     def connect(self, addr: str) -> Any:
         """Connect to an endpoint, as in pyzmq; an error's note says what to try."""
-        with explained(addr):
-            result = super().connect(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_connect(self, addr)
-        self._recheck()
-        return result
+        try:
+            with explained(addr):
+                result = super().connect(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_connect(self, addr)
+            return result
+        finally:
+            self._recheck()
 
     def disconnect(self, addr: str | bytes) -> None:
         """Disconnect from an endpoint, as in pyzmq."""
-        super().disconnect(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_disconnect(addr.decode() if isinstance(addr, bytes) else addr)
-        self._recheck()
+        try:
+            super().disconnect(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_disconnect(addr.decode() if isinstance(addr, bytes) else addr)
+        finally:
+            self._recheck()
 
     def bind(self, addr: str) -> Any:
         """Bind to an endpoint, as in pyzmq; an error's note says what to try."""
-        with explained(addr):
-            result = super().bind(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_bind()
-        self._recheck()
-        return result
+        try:
+            with explained(addr):
+                result = super().bind(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_bind()
+            return result
+        finally:
+            self._recheck()
 
     def unbind(self, addr: str | bytes) -> None:
         """Unbind from an endpoint, as in pyzmq."""
-        super().unbind(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_unbind()
-        self._recheck()
+        try:
+            super().unbind(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_unbind()
+        finally:
+            self._recheck()
