@@ -4,7 +4,8 @@ Rules:
 
 * Completion wins: a message that is there is delivered, at timeout 0 and after expiry too. One non-blocking try precedes
   every error that says that time ran out.
-* A message is sent and received whole: nothing switches between its frames.
+* A message is sent and received whole: nothing switches between its frames, also when they are sent or received one by one
+  (while there is room, and by one greenlet at a time).
 * An exception thrown into a wait (a deadline, a gevent.Timeout, a kill) leaves every message where it was, and a REQ able to
   send again.
 * First come, first served: who waits already is served before a newcomer.
@@ -174,7 +175,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         if lockstep is not None:
             lockstep.before_send(self)
         waits.ready_calls += 1
-        if not flags and not extra and not waits.queue and waits.ready_calls < FAIR_SHARE:
+        if not flags and not extra and not waits.queue and not waits.is_half_sent and waits.ready_calls < FAIR_SHARE:
             try:
                 result = _send(self, data, _NOBLOCK, copy, track)
             except zmq.Again:
@@ -187,8 +188,10 @@ class WaitingSocket(zmq.Socket[bytes]):
         result = self._try_or_wait(
             op, POLLOUT, lambda: _sugar_send(self, data, nonblocking, copy, track, **(extra or {})), flags, timeout
         )
-        if lockstep is not None and result is not EXPIRED:
-            lockstep.on_sent(self, bool(nonblocking & _SNDMORE))
+        if result is not EXPIRED:
+            waits.is_half_sent = bool(nonblocking & _SNDMORE)
+            if lockstep is not None:
+                lockstep.on_sent(self, waits.is_half_sent)
         return result
 
     def _transmit_all(
@@ -209,8 +212,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         for frame in frames[1:-1]:
             _sugar_send(self, frame, flags | _SNDMORE | _NOBLOCK, copy, track, **extra)
         result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
+        self._waits.is_half_sent = bool(flags & _SNDMORE)
         if self._lockstep is not None:
-            self._lockstep.on_sent(self, bool(flags & _SNDMORE))
+            self._lockstep.on_sent(self, self._waits.is_half_sent)
         self._recheck()
         return result
 
@@ -219,9 +223,14 @@ class WaitingSocket(zmq.Socket[bytes]):
         waits = self._waits
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
-        if waits.ready_calls >= FAIR_SHARE:
-            self._yield(mask)
-        if not waits.queue:
+        is_free = not waits.queue
+        if (not is_free or waits.ready_calls >= FAIR_SHARE) and self._is_inside(mask):
+            is_free = True
+        elif waits.ready_calls >= FAIR_SHARE:
+            waits.ready_calls = 0
+            gevent.sleep(0)
+            is_free = not waits.queue
+        if is_free:
             try:
                 return self._attempt(attempt, mask)
             except zmq.Again:
@@ -236,13 +245,9 @@ class WaitingSocket(zmq.Socket[bytes]):
                 self._lockstep.is_interrupted = True
         return result
 
-    def _yield(self, mask: int) -> None:
-        """Let others run, before anything is taken; never between the frames of a message."""
-        half_sent = mask == POLLOUT and self._lockstep is not None and self._lockstep.is_half_sent
-        if half_sent or (mask == POLLIN and _get(self, _RCVMORE)):
-            return
-        self._waits.ready_calls = 0
-        gevent.sleep(0)
+    def _is_inside(self, mask: int) -> bool:
+        """Whether the next frame belongs to a message that was begun: nobody else may come in between."""
+        return self._waits.is_half_sent if mask == POLLOUT else bool(_get(self, _RCVMORE))
 
     def _attempt(self, attempt: Callable[[], Any], mask: int) -> Any:
         """One non-blocking try; whoever else waits gets the edge back that it may have consumed.

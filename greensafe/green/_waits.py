@@ -79,7 +79,7 @@ class Waits:
     The socket is handed to every method instead of being kept: no reference cycle, so a dropped socket is closed at once.
     """
 
-    __slots__ = ("generation", "hub", "queue", "ready_calls", "scheduled", "watcher")
+    __slots__ = ("generation", "hub", "is_half_sent", "queue", "ready_calls", "scheduled", "watcher")
 
     def __init__(self) -> None:
         self.generation = generation()
@@ -87,6 +87,8 @@ class Waits:
         self.hub: Hub | None = None
         self.watcher: Any = None
         self.scheduled = False
+        #: A frame went out with SNDMORE and the last one did not yet.
+        self.is_half_sent = False
         #: How often in a row an operation found its message at once; the socket yields now and then by this.
         self.ready_calls = 0
 
