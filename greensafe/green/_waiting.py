@@ -202,7 +202,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         if not frames:
             raise ValueError("a message has at least one frame; send [b''] for an empty one")
         for index, frame in enumerate(frames):
-            _check_frame(index, frame)
+            _check_frame(index, frame, track)
+        if not copy:
+            frames = [_kept(frame, self.copy_threshold, track) for frame in frames]
         flags = int(flags)
         if len(frames) == 1:
             return self._transmit(op, frames[0], flags, copy, track, timeout, extra)
@@ -308,9 +310,22 @@ class WaitingSocket(zmq.Socket[bytes]):
         return result
 
 
-def _check_frame(index: int, frame: object) -> None:
+def _kept(data: Any, threshold: int | None, track: bool) -> Any:
+    """What is sent instead of a buffer so large that pyzmq does not copy it: a Frame, made before the first frame leaves.
+
+    Making one hands the buffer to pyzmq's garbage collector. Where gevent.monkey has made that a greenlet it switches: asking
+    whether a thread is alive does.
+    """
+    is_copied = isinstance(data, zmq.Frame) or (threshold and memoryview(data).nbytes < threshold)
+    return data if is_copied else zmq.Frame(data, track=track, copy_threshold=threshold)
+
+
+def _check_frame(index: int, frame: object, track: bool) -> None:
     """Find what libzmq would refuse, before the frames in front of it are on their way."""
-    if not isinstance(frame, (bytes, zmq.Frame)):
+    if isinstance(frame, zmq.Frame):
+        if track and not frame.tracker:
+            raise ValueError(f"frame {index} was made without track=True, so it cannot be tracked")
+    elif not isinstance(frame, bytes):
         try:
             view = memoryview(cast(Any, frame))
         except TypeError:
