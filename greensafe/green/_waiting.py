@@ -20,19 +20,18 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout
 from ._lockstep import Lockstep
-from ._waits import POLLIN, POLLOUT, Waits, events_of
+from ._waits import FAIR_SHARE, POLLIN, POLLOUT, Waits, events_of, let_others_run
 
 if TYPE_CHECKING:
     from .context import Context
 
-__all__ = ["DEFAULT_LINGER", "EXPIRED", "FAIR_SHARE", "UNSET", "Timeout", "WaitingSocket"]
+__all__ = ["DEFAULT_LINGER", "EXPIRED", "UNSET", "Timeout", "WaitingSocket"]
 
 
 class Unset(enum.Enum):
@@ -49,9 +48,6 @@ DEFAULT_LINGER = 30_000
 
 #: The same for a REQ: a request that nobody waits for any more is worth less.
 REQ_LINGER = 1_000
-
-#: Operations in a row that found their message at once before the loop gets a turn.
-FAIR_SHARE = 256
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
@@ -90,7 +86,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         shadow: zmq.Socket[Any] | int = 0,
         copy_threshold: int | None = None,
     ) -> None:
-        self._waits = Waits()
+        base = shadow or ctx_or_socket
+        shared = base if isinstance(base, WaitingSocket) else None
+        self._waits = Waits() if shared is None else shared._waits  # or a call of the one would eat the other's edges
         self._lockstep = None
         if default_timeout is UNSET:
             default_timeout = getattr(ctx_or_socket, "default_timeout", None)
@@ -99,7 +97,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         if begin_anew is not None:
             begin_anew()  # a Context of ours that was made before a fork
         super().__init__(ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold)  # type: ignore[call-overload]
-        if self.type in (zmq.REQ, zmq.REP):
+        if shared is not None:
+            self._lockstep = shared._lockstep
+        elif self.type in (zmq.REQ, zmq.REP):
             self._lockstep = Lockstep(self.type == zmq.REQ)
         if not self._shadow:
             Backend.set(self, _LINGER, REQ_LINGER if self.type == zmq.REQ else DEFAULT_LINGER)
@@ -225,13 +225,13 @@ class WaitingSocket(zmq.Socket[bytes]):
         waits = self._waits
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
-        is_free = not waits.queue
+        is_free = not waits.is_anyone_first(mask)
         if (not is_free or waits.ready_calls >= FAIR_SHARE) and self._is_inside(mask):
             is_free = True
         elif waits.ready_calls >= FAIR_SHARE:
             waits.ready_calls = 0
-            gevent.sleep(0)
-            is_free = not waits.queue
+            let_others_run()
+            is_free = not waits.is_anyone_first(mask)
         if is_free:
             try:
                 return self._attempt(attempt, mask)

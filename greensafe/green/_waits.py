@@ -27,12 +27,15 @@ from zmq.backend import Socket as Backend
 from ..deadlines import start_timer
 from ._forks import generation
 
-__all__ = ["Waiter", "Waits"]
+__all__ = ["FAIR_SHARE", "Waiter", "Waits", "events_of", "let_others_run"]
 
 EVENTS = int(zmq.EVENTS)
 FD = int(zmq.FD)
 POLLIN = int(zmq.POLLIN)
 POLLOUT = int(zmq.POLLOUT)
+
+#: Operations in a row that found their message at once before the loop gets a turn.
+FAIR_SHARE = 256
 
 #: What a socket whose events cannot be read any more is said to be ready for: the waiter then meets the error itself.
 _ALL = POLLIN | POLLOUT
@@ -71,6 +74,12 @@ def events_of(sock: zmq.Socket[Any]) -> int:
         return int(_get(sock, EVENTS))
     except zmq.ZMQError:
         return _ALL
+
+
+def let_others_run() -> None:
+    """Give the loop a turn; none in the hub's own callbacks, which cannot wait."""
+    if gevent.getcurrent() is not gevent.get_hub():
+        gevent.sleep(0)
 
 
 class Waits:
@@ -142,6 +151,10 @@ class Waits:
                 # A thread may end, and its loop with it, before this socket does.
                 self._close_watcher()
                 self.hub = None
+
+    def is_anyone_first(self, mask: int) -> bool:
+        """Whether who wants one of these events has to queue, since others wait for them."""
+        return any(waiter.mask & mask for waiter in self.queue)
 
     def recheck(self, sock: zmq.Socket[Any]) -> None:
         """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""

@@ -16,7 +16,7 @@ import zmq
 from zmq.backend import zmq_poll as _look
 
 from ..deadlines import check, start_timer
-from ._waits import POLLIN, POLLOUT, Waiter
+from ._waits import FAIR_SHARE, POLLIN, POLLOUT, Waiter, let_others_run
 from .socket import Socket
 
 __all__ = ["Poller", "select", "zmq_poll"]
@@ -37,14 +37,25 @@ class Poller(zmq.Poller):
             zmq.ZMQError: ENOTSOCK if a registered socket is closed, before or while this waits.
         """
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
-        if timeout == 0:
-            gevent.sleep(0)
+        if timeout == 0 or self._is_greedy():
+            let_others_run()
         while True:
             events = self._ready()
             if events or (at is not None and monotonic() >= at):
                 return events
             check(at is not None)
             self._wait(at)
+
+    def _is_greedy(self) -> bool:
+        """Count this call for every socket; whether one of them has been used too often in a row without a wait."""
+        counted = [sock._waits for sock, _ in self.sockets if isinstance(sock, Socket)]
+        for waits in counted:
+            waits.ready_calls += 1
+        if all(waits.ready_calls < FAIR_SHARE for waits in counted):
+            return False
+        for waits in counted:
+            waits.ready_calls = 0
+        return True
 
     def _ready(self) -> list[tuple[Any, int]]:
         for sock, _ in self.sockets:

@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Literal, overload
 
-import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
 from ..deadlines import check
 from ..endpoints import explained
 from ._objects import ObjectSocket
-from ._waiting import DEFAULT_LINGER, EXPIRED, FAIR_SHARE, UNSET, Timeout
-from ._waits import POLLIN
+from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
+from ._waits import FAIR_SHARE, POLLIN, let_others_run
 
 __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
 
@@ -108,6 +107,7 @@ class Socket(ObjectSocket):
         def attempt() -> int:
             return Backend.recv_into(self, buffer, nbytes=nbytes, flags=int(flags) | _NOBLOCK)
 
+        self._waits.ready_calls += 1
         size: int = self._try_or_wait("recv_into", POLLIN, attempt, flags, timeout)
         if size is EXPIRED:
             return self.on_timeout()  # type: ignore[no-any-return]  # whatever a subclass decides
@@ -208,15 +208,18 @@ class Socket(ObjectSocket):
             raise zmq.ZMQError(zmq.ENOTSUP)
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
         flags = int(flags)
-        if timeout == 0:
-            gevent.sleep(0)
+        waits = self._waits
+        waits.ready_calls += 1
+        if timeout == 0 or waits.ready_calls >= FAIR_SHARE:
+            waits.ready_calls = 0
+            let_others_run()
         while True:
             events = int(_get(self, _EVENTS)) & flags
-            self._waits.recheck(self)
+            waits.recheck(self)
             if events or (at is not None and monotonic() >= at):
                 return events
             check(at is not None)
-            self._waits.wait(self, flags, at)
+            waits.wait(self, flags, at)
 
     # The ends of a socket's life, and what else makes libzmq process commands.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gevent
 import pytest
-from helpers import run_python, wait_until
+from helpers import LONG, run_python, wait_until
 
 import greensafe as zmq
 from greensafe.green._waiting import FAIR_SHARE
@@ -105,3 +105,117 @@ def test_zero_copy_messages_do_not_mix_under_patch_all() -> None:
             [tracker.wait(5) for tracker in sent]
             a.close(), b.close()
         """)
+
+
+# Everybody gets a turn.
+
+
+def _polled(poll: Callable[[zmq.Socket], object]) -> Callable[[zmq.Socket], object]:
+    return lambda sock: (poll(sock), sock.recv(zmq.NOBLOCK))
+
+
+def _poller_poll(sock: zmq.Socket) -> object:
+    poller = zmq.Poller()
+    poller.register(sock, zmq.POLLIN)
+    return poller.poll(LONG * 1000)
+
+
+BUSY: dict[str, Callable[[Any], object]] = {
+    "recv": lambda sock: sock.recv(),
+    "recv_multipart": lambda sock: sock.recv_multipart(),
+    "recv_into": lambda sock: sock.recv_into(bytearray(1)),
+    "recv_string": lambda sock: sock.recv_string(),
+    "recv_serialized": lambda sock: sock.recv_serialized(list),
+    "poll": _polled(lambda sock: sock.poll()),
+    "poll with a limit": _polled(lambda sock: sock.poll(LONG * 1000)),
+    "Poller": _polled(_poller_poll),
+    "select": _polled(lambda sock: zmq.select([sock], [], [])),
+    "zmq_poll": _polled(lambda sock: zmq.zmq_poll([(sock, zmq.POLLIN)])),
+}
+
+
+@pytest.mark.parametrize("how", BUSY)
+def test_a_loop_that_finds_everything_ready_starves_nobody(context: zmq.Context, how: str) -> None:
+    """Neither receiving in any way nor polling before it; nor sending."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.rcvhwm = b.sndhwm = 0
+    a.bind("inproc://busy")
+    b.connect("inproc://busy")
+    turns = [0]
+
+    def count() -> None:
+        while True:
+            turns[0] += 1
+            gevent.sleep(0)
+
+    counter = gevent.spawn(count)
+    for operation in (lambda: b.send(b"x"), lambda: BUSY[how](a)):
+        turns[0] = 0
+        for _ in range(5 * FAIR_SHARE):
+            operation()
+        assert turns[0] >= 4
+    counter.kill()
+
+
+def test_a_send_does_not_queue_behind_a_receiver(context: zmq.Context) -> None:
+    """Who only waits for messages is not in the way of a send: it switches to nobody and works in the hub's callbacks, too."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.bind("inproc://send")
+    b.connect("inproc://send")
+    reader = gevent.spawn(a.recv)
+    gevent.sleep(0)
+    switched = gevent.spawn(list)
+    a.send(b"greenlet")
+    assert not switched.ready()
+    gevent.get_hub().loop.run_callback(lambda: [a.send(b"hub") for _ in range(FAIR_SHARE)])
+    assert [b.recv() for _ in range(FAIR_SHARE + 1)] == [b"greenlet"] + FAIR_SHARE * [b"hub"]
+    reader.kill()
+
+
+# Wake-ups.
+
+EATERS: dict[str, Callable[[Any], object]] = {
+    "Poller": lambda sock: _poll_once(sock),
+    "select": lambda sock: zmq.select([sock], [], [], 0),
+    "zmq_poll": lambda sock: zmq.zmq_poll([(sock, zmq.POLLIN)], 0),
+    "set": lambda sock: sock.set(zmq.LINGER, 0),
+    "a property": lambda sock: sock.events,
+    "disconnect": lambda sock: (sock.connect("inproc://nobody"), sock.disconnect("inproc://nobody")),
+    "a monitor": lambda sock: (sock.get_monitor_socket(), sock.disable_monitor()),
+    "a shadow": lambda sock: zmq.Socket(sock).getsockopt(zmq.EVENTS),
+    "a shadow's poll": lambda sock: zmq.Socket.shadow(sock).poll(0),
+    "a blocking send": lambda sock: sock.send(b"y"),
+    "a set that fails": lambda sock: _refused(sock.set, zmq.SUBSCRIBE, b""),
+    "a connect that fails": lambda sock: _refused(sock.connect, "no://such"),
+    "a bind that fails": lambda sock: _refused(sock.bind, "no://such"),
+    "a disconnect that fails": lambda sock: _refused(sock.disconnect, "tcp://127.0.0.1:9"),
+    "an unbind that fails": lambda sock: _refused(sock.unbind, "tcp://127.0.0.1:9"),
+}
+
+
+def _poll_once(sock: zmq.Socket) -> None:
+    poller = zmq.Poller()
+    poller.register(sock, zmq.POLLIN)
+    assert poller.poll(0)
+
+
+def _refused(call: Callable[..., object], *args: object) -> None:
+    with pytest.raises(zmq.ZMQError):
+        call(*args)
+
+
+@pytest.mark.parametrize("eater", EATERS)
+@pytest.mark.parametrize("how", ["recv", "poll"])
+def test_no_wake_up_is_lost(context: zmq.Context, eater: str, how: str) -> None:
+    """Whatever call processes the message's arrival before the hub looks, who waits for it wakes (zmq.green: up to 11.6 s)."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.bind("inproc://eaten")
+    b.connect("inproc://eaten")
+    for _ in range(3):
+        waiter = gevent.spawn(a.recv if how == "recv" else a.poll)
+        gevent.sleep(0)
+        b.send(b"x")  # over inproc it is there at once
+        EATERS[eater](a)
+        assert waiter.get(timeout=LONG / 4) == (b"x" if how == "recv" else zmq.POLLIN)
+        if how == "poll":
+            assert a.recv() == b"x"
