@@ -223,6 +223,7 @@ class WaitingSocket(zmq.Socket[bytes]):
     def _try_or_wait(self, op: str, mask: int, attempt: Callable[[], Any], flags: int, timeout: Timeout) -> Any:
         """Do `attempt` at once or, unless NOBLOCK was given, when the socket is ready; EXPIRED if the limit ran out first."""
         waits = self._waits
+        waits.check_thread()
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
         is_free = not waits.is_anyone_first(mask)

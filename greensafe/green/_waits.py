@@ -82,6 +82,14 @@ def let_others_run() -> None:
         gevent.sleep(0)
 
 
+def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
+    """Have something called in a hub, which may be another thread's and asleep."""
+    if hub.loop is None:
+        return  # destroyed, and its greenlets with it
+    schedule = hub.loop.run_callback if hub is gevent.get_hub() else hub.loop.run_callback_threadsafe
+    schedule(callback, *args)
+
+
 class Waits:
     """The greenlets that wait on one socket, in order of arrival.
 
@@ -152,6 +160,11 @@ class Waits:
                 self._close_watcher()
                 self.hub = None
 
+    def check_thread(self) -> None:
+        """Raise RuntimeError while greenlets of another thread wait on this socket: none of libzmq's stands two threads."""
+        if self.queue and self.hub is not gevent.get_hub():
+            raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
+
     def is_anyone_first(self, mask: int) -> bool:
         """Whether who wants one of these events has to queue, since others wait for them."""
         return any(waiter.mask & mask for waiter in self.queue)
@@ -161,7 +174,7 @@ class Waits:
         if self.queue and not self.scheduled and self._is_anyone_ready(events_of(sock)):
             assert self.hub is not None
             self.scheduled = True
-            self.hub.loop.run_callback(self._on_scheduled, sock)
+            _call_soon(self.hub, self._on_scheduled, sock)
 
     def abort(self) -> None:
         """Wake everybody, because the socket is closed; each meets the error in its own next try."""
@@ -169,12 +182,11 @@ class Waits:
         waiters, self.queue = self.queue, []
         if self.hub is not None:
             for waiter in waiters:
-                self.hub.loop.run_callback(waiter.wake)
+                _call_soon(self.hub, waiter.wake)
         self.hub = None
 
     def _move(self, sock: zmq.Socket[Any], hub: Hub) -> None:
-        if self.queue:
-            raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
+        self.check_thread()
         self._close_watcher()
         self.hub, self.scheduled = hub, False
         self.watcher = hub.loop.io(_get(sock, FD), 1)

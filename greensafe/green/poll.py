@@ -37,7 +37,7 @@ class Poller(zmq.Poller):
             zmq.ZMQError: ENOTSOCK if a registered socket is closed, before or while this waits.
         """
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
-        if timeout == 0 or self._is_greedy():
+        if self._is_greedy() or timeout == 0:
             let_others_run()
         while True:
             events = self._ready()
@@ -50,6 +50,7 @@ class Poller(zmq.Poller):
         """Count this call for every socket; whether one of them has been used too often in a row without a wait."""
         counted = [sock._waits for sock, _ in self.sockets if isinstance(sock, Socket)]
         for waits in counted:
+            waits.check_thread()
             waits.ready_calls += 1
         if all(waits.ready_calls < FAIR_SHARE for waits in counted):
             return False

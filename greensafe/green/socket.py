@@ -15,7 +15,7 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import check
 from ..endpoints import explained
-from ._objects import ObjectSocket
+from ._monitors import MonitoredSocket
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
 from ._waits import FAIR_SHARE, POLLIN, let_others_run
 
@@ -30,7 +30,7 @@ _recv: Callable[..., Any] = Backend.recv
 Buffer = bytes | bytearray | memoryview | zmq.Frame
 
 
-class Socket(ObjectSocket):
+class Socket(MonitoredSocket):
     """A cooperative zmq.Socket: every send*, recv* and poll lets other greenlets run while it waits, and can be limited.
 
     Every send* and recv* takes `timeout=` in seconds: None waits without limit, 0 takes only what is ready now. Without it
@@ -209,6 +209,7 @@ class Socket(ObjectSocket):
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
         flags = int(flags)
         waits = self._waits
+        waits.check_thread()
         waits.ready_calls += 1
         if timeout == 0 or waits.ready_calls >= FAIR_SHARE:
             waits.ready_calls = 0
@@ -245,6 +246,7 @@ class Socket(ObjectSocket):
         waits = self.__dict__.get("_waits")
         if waits is not None:
             waits.abort()  # first: libuv aborts the process if it finds a descriptor closed that it watches
+        self._end_monitors()
         super().close(linger)
 
     def get(self, option: int) -> Any:

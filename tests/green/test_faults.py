@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import gevent
 import pytest
-from helpers import LONG, run_python, wait_until
+from helpers import LONG, MS, run_python, wait_until
+from zmq.utils.monitor import recv_monitor_message
 
 import greensafe as zmq
-from greensafe.green._waiting import FAIR_SHARE
+from greensafe.green._waits import FAIR_SHARE
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -219,3 +222,143 @@ def test_no_wake_up_is_lost(context: zmq.Context, eater: str, how: str) -> None:
         assert waiter.get(timeout=LONG / 4) == (b"x" if how == "recv" else zmq.POLLIN)
         if how == "poll":
             assert a.recv() == b"x"
+
+
+# Other threads.
+
+
+def _in_thread(call: Callable[[], object]) -> object:
+    """What a call returns in a native thread, or the exception that it raises there; the hub turns meanwhile."""
+
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except (RuntimeError, zmq.ZMQError) as error:
+            results.append(error)
+        finally:
+            gevent.get_hub().destroy(destroy_loop=True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: not thread.is_alive())
+    return results[0]
+
+
+def test_a_socket_is_used_in_a_thread_that_did_not_make_it(context: zmq.Context) -> None:
+    """It wakes by that thread's own hub, and afterwards by the maker's again (zmq.green: after 11.6 s)."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.bind("inproc://threads")
+    b.connect("inproc://threads")
+    poller = zmq.Poller()
+    poller.register(a, zmq.POLLIN)
+    for call in (a.recv, lambda: a.poll() and a.recv(), lambda: poller.poll() and a.recv()):
+        sending = gevent.spawn_later(2 * MS, b.send, b"x")
+        assert _in_thread(call) == b"x"
+        sending.join()
+        sending = gevent.spawn_later(2 * MS, b.send, b"y")
+        assert call() == b"y"
+        sending.join()
+
+
+CALLS: dict[str, Callable[[Any], object]] = {
+    "recv": lambda sock: sock.recv(),
+    "recv, NOBLOCK": lambda sock: sock.recv(zmq.NOBLOCK),
+    "recv_multipart": lambda sock: sock.recv_multipart(timeout=0),
+    "send": lambda sock: sock.send(b"x"),
+    "send, NOBLOCK": lambda sock: sock.send_multipart([b"x", b"y"], zmq.NOBLOCK),
+    "poll": lambda sock: sock.poll(),
+    "poll(0)": lambda sock: sock.poll(0),
+    "select": lambda sock: zmq.select([sock], [], [], 0),
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_two_threads_at_once_are_told(context: zmq.Context, how: str) -> None:
+    """While a greenlet of one thread waits on a socket, operations of another thread raise RuntimeError and do nothing."""
+    a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    a.bind("inproc://threads")
+    b.connect("inproc://threads")
+    waiter = gevent.spawn(a.recv)
+    gevent.sleep(0)
+    error = _in_thread(lambda: CALLS[how](a))
+    assert isinstance(error, RuntimeError)
+    assert "another thread" in str(error)
+    b.send(b"x")
+    assert waiter.get() == b"x"
+    assert not b.poll(0)
+
+
+def test_closed_by_another_thread(context: zmq.Context) -> None:
+    """Who waits meets ENOTSOCK at once, though nothing else turns his hub; it was his limit, or never."""
+    _run("""
+        import threading, time
+        import greensafe as zmq
+        context = zmq.Context()
+        sock = context.socket(zmq.PULL)
+
+        def close():
+            while not sock._waits.queue:
+                time.sleep(0.001)
+            time.sleep(0.01)  # the hub sleeps, without a timer
+            sock.close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        try:
+            sock.recv()
+        except zmq.ZMQError as error:
+            assert error.errno == zmq.ENOTSOCK
+        thread.join()
+        context.term()
+    """)
+
+
+# Monitors.
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda monitor, sock: (sock.disable_monitor(), sock.close()),
+        lambda monitor, sock: sock.close(),
+        lambda monitor, sock: (monitor().close(), sock.disable_monitor(), sock.close()),
+        lambda monitor, sock: (sock.close(), monitor() and monitor().close()),
+    ],
+    ids=["disable first", "close the socket", "close the monitor", "close the socket, then the monitor"],
+)
+@pytest.mark.filterwarnings("ignore:Unclosed socket:ResourceWarning")
+def test_a_monitor_stops_nothing(end: Callable[[Any, Any], object]) -> None:
+    """In whichever order they end neither the hub nor libzmq stops, and the context can be terminated at once."""
+    context = zmq.Context()
+    rep, req = context.socket(zmq.REP), context.socket(zmq.REQ)
+    monitor = weakref.ref(req.get_monitor_socket())
+    assert req.get_monitor_socket() is monitor()
+    req.connect(f"tcp://127.0.0.1:{rep.bind_to_random_port('tcp://127.0.0.1')}")
+    req.send(b"x")
+    assert rep.recv() == b"x"
+    assert recv_monitor_message(req.get_monitor_socket())["event"]
+    end(monitor, req)
+    rep.close()
+    context.term()
+
+
+def test_a_monitor_that_nobody_reads(context: zmq.Context) -> None:
+    """Its context goes on, whatever the number of events; libzmq stops it after 2000."""
+    rep, req = context.socket(zmq.REP), context.socket(zmq.REQ)
+    monitor = req.get_monitor_socket()
+    assert monitor.rcvhwm == 0
+    assert monitor.poll(0) == 0
+    for _ in range(1100):
+        req.bind("tcp://127.0.0.1:*")
+        req.unbind(req.last_endpoint)
+    req.connect(f"tcp://127.0.0.1:{rep.bind_to_random_port('tcp://127.0.0.1')}")
+    req.send(b"x")
+    assert rep.recv() == b"x"
+    req.close()
+    events = 0
+    while recv_monitor_message(monitor)["event"] != zmq.EVENT_MONITOR_STOPPED:
+        events += 1
+    assert events > 2000
+    monitor.close()
