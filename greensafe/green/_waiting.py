@@ -305,10 +305,12 @@ class WaitingSocket(zmq.Socket[bytes]):
     def _last_try_before(self, signal: DeadlineSignal, mask: int, attempt: Callable[[], Any]) -> Any:
         try:
             result = self._attempt(attempt, mask)
+            signal.put_back()
+            return result
         except zmq.Again:
             raise signal from None
-        signal.put_back()
-        return result
+        finally:
+            del signal  # its traceback holds this frame
 
 
 def _kept(data: Any, threshold: int | None, track: bool) -> Any:

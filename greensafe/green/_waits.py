@@ -131,6 +131,7 @@ class Waits:
             if timer is not None:
                 timer.stop()
                 timer.close()
+            del waiter, timer  # a killed greenlet keeps its traceback, this frame and so itself, and the socket
 
     def add(self, sock: zmq.Socket[Any], waiter: Waiter) -> None:
         """Queue a waiter.

@@ -83,6 +83,7 @@ class Poller(zmq.Poller):
                 hub.switch()
             finally:
                 waiter.asleep = False
+                del waiter, stack  # as in Waits.wait
 
 
 @contextlib.contextmanager

@@ -362,3 +362,220 @@ def test_a_monitor_that_nobody_reads(context: zmq.Context) -> None:
         events += 1
     assert events > 2000
     monitor.close()
+
+
+# Constructors that fail.
+
+
+def test_constructors_that_fail_say_nothing_else() -> None:
+    """The error reaches the caller, nothing is printed from a finaliser, and the context can be terminated."""
+    _run("""
+        import gc, resource
+        import greensafe as zmq
+
+        class Failing(zmq.Socket):
+            def __init__(self, *args, **options):
+                raise KeyError("own")
+
+        class FailingContext(zmq.Context):
+            def __init__(self, *args):
+                raise KeyError("own")
+
+        class Empty(zmq.Socket):
+            def __init__(self):
+                pass
+
+        def use_up_the_descriptors():
+            while True:
+                made.append(context.socket(zmq.PULL))
+
+        made = []
+        context, ended, full = zmq.Context(), zmq.Context(), zmq.Context()
+        ended.term()
+        full.max_sockets = 1
+        first = full.socket(zmq.PULL)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        for make, error in (
+            (lambda: context.socket(999), zmq.ZMQError),
+            (lambda: zmq.Socket(context, 999), zmq.ZMQError),
+            (lambda: zmq.Socket(), TypeError),
+            (lambda: zmq.Socket(None, zmq.REQ), TypeError),
+            (lambda: context.socket(zmq.REQ, default_timeout="soon"), TypeError),
+            (lambda: context.socket(zmq.REQ, default_timeout=float("nan")), ValueError),
+            (lambda: context.socket(zmq.REQ, unknown=1), TypeError),
+            (lambda: ended.socket(zmq.REQ), zmq.ZMQError),
+            (lambda: zmq.Socket(ended, zmq.REQ), zmq.ZMQError),
+            (lambda: full.socket(zmq.PULL), zmq.ZMQError),
+            (lambda: Failing(context, zmq.REQ), KeyError),
+            (lambda: Empty().recv(), AttributeError),
+            (use_up_the_descriptors, zmq.ZMQError),
+            (lambda: zmq.Context("many"), TypeError),
+            (lambda: zmq.Context(-1), zmq.ZMQError),
+            (FailingContext, KeyError),
+        ):
+            try:
+                make()
+            except error:
+                pass
+            else:
+                raise AssertionError(make)
+            gc.collect()
+        context.destroy()
+        first.close()
+        full.term()
+    """)
+
+
+# What pyzmq's options and arguments are there for.
+
+
+def test_routing_id_and_group_are_passed_on(context: zmq.Context) -> None:
+    """In a send that may wait as well; zmq.green drops them silently. (Without the draft sockets libzmq refuses them.)"""
+    if zmq.has("draft"):
+        server, client = context.socket(zmq.SERVER), context.socket(zmq.CLIENT)
+        server.bind("inproc://draft")
+        client.connect("inproc://draft")
+        client.send(b"x")
+        request = server.recv(copy=False)
+        server.send(b"y", routing_id=request.routing_id)
+        assert client.recv() == b"y"
+        radio, dish = context.socket(zmq.RADIO), context.socket(zmq.DISH)
+        dish.bind("inproc://group")
+        dish.join("g")
+        radio.connect("inproc://group")
+        radio.send(b"z", group="g")
+        assert dish.recv(copy=False).group == "g"
+        return
+    sock = context.socket(zmq.DEALER)
+    sock.bind("inproc://draft")
+    peer = context.socket(zmq.DEALER)
+    peer.connect("inproc://draft")
+    for options in ({"routing_id": 5}, {"group": "g"}):
+        for send in (sock.send, sock.send_string, sock.send_multipart):
+            with pytest.raises((RuntimeError, zmq.ZMQError, zmq.ZMQVersionError, AttributeError)):
+                send({sock.send: b"x", sock.send_string: "x"}.get(send, [b"x"]), **options)
+    assert peer.poll(0) == 0
+
+
+@pytest.mark.skipif(not zmq.has("curve"), reason="this libzmq was built without CURVE")
+def test_curve_options_are_passed_on(context: zmq.Context) -> None:
+    """By attribute, by set and by setsockopt, as bytes; a client with the right key is answered."""
+    public, secret = zmq.curve_keypair()
+    assert zmq.curve_public(secret) == public
+    rep, req = context.socket(zmq.REP), context.socket(zmq.REQ)
+    rep.curve_server = True
+    rep.set(zmq.CURVE_SECRETKEY, secret)
+    own = zmq.curve_keypair()
+    req.setsockopt(zmq.CURVE_SERVERKEY, public)
+    req.curve_publickey, req.curve_secretkey = own
+    req.connect(f"tcp://127.0.0.1:{rep.bind_to_random_port('tcp://127.0.0.1')}")
+    req.send(b"sealed")
+    assert rep.recv() == b"sealed"
+    rep.send(b"too")
+    assert req.recv() == b"too"
+
+
+# What must not stop the hub, or stay.
+
+ENDS: dict[str, Callable[[Any, Any], object]] = {
+    "term": lambda context, sock: (gevent.spawn_later(20 * MS, sock.close), context.term()),
+    "destroy": lambda context, sock: context.destroy(),
+    "with": lambda context, sock: _leave(context, sock),
+    "dropped socket": lambda context, sock: context.term(),
+}
+
+
+def _leave(context: zmq.Context, sock: zmq.Socket) -> None:
+    with context, sock:
+        pass
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("pending", ["nothing", "a message for nobody", "a waiter"])
+@pytest.mark.filterwarnings("ignore:Unclosed socket:ResourceWarning")
+def test_the_end_of_a_context_does_not_stop_the_hub(how: str, pending: str) -> None:
+    """Whatever is open, pending or dropped: others run meanwhile, waiters are woken, and it ends."""
+    context = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.linger = 30
+    waiter = None
+    if pending == "a message for nobody":
+        sock.connect("tcp://127.0.0.1:9")
+        sock.send(b"x")
+    elif pending == "a waiter":
+        waiter = gevent.spawn(sock.recv)
+        gevent.sleep(0)
+    turns = [0]
+
+    def count() -> None:
+        while True:
+            turns[0] += 1
+            gevent.sleep(0)
+
+    counter = gevent.spawn(count)
+    if how == "dropped socket":
+        if waiter is not None:
+            waiter.kill()
+            waiter = None
+            gevent.sleep(0)
+        end, sock = ENDS[how], None
+        end(context, sock)
+    else:
+        ENDS[how](context, sock)
+    assert turns[0]
+    assert context.closed
+    if waiter is not None:
+        waiter.join()
+        assert isinstance(waiter.exception, zmq.ZMQError)
+        assert waiter.exception.errno in (zmq.ETERM, zmq.ENOTSOCK)
+    counter.kill()
+
+
+USES: dict[str, Callable[[Any], object]] = {
+    "nothing": lambda sock: None,
+    "an idle watcher": lambda sock: sock.poll(2 * MS * 1000),
+    "a Poller": lambda sock: _poll_briefly(sock),
+    "a killed waiter": lambda sock: _kill(sock.recv),
+    "a killed poll": lambda sock: _kill(sock.poll),
+    "a killed Poller": lambda sock: _kill(lambda: _poller_poll(sock)),
+    "a limit that ran out": lambda sock: _expire(sock),
+    "a monitor": lambda sock: sock.get_monitor_socket(),
+    "a shadow": lambda sock: zmq.Socket(sock).poll(0),
+}
+
+
+def _poll_briefly(sock: zmq.Socket) -> None:
+    poller = zmq.Poller()
+    poller.register(sock, zmq.POLLIN)
+    assert poller.poll(2 * MS * 1000) == []
+
+
+def _kill(wait: Callable[[], object]) -> None:
+    waiter = gevent.spawn(wait)
+    gevent.sleep(0)
+    waiter.kill()
+
+
+def _expire(sock: zmq.Socket) -> None:
+    with pytest.raises(zmq.OperationTimeout):
+        sock.recv(timeout=MS)
+    with zmq.move_on(MS):
+        sock.recv()
+    with gevent.Timeout(MS, False):
+        sock.poll()
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.filterwarnings("ignore:Unclosed socket:ResourceWarning")
+def test_a_socket_that_is_dropped_is_collected(use: str) -> None:
+    """Without close() it is closed as soon as nobody has it, whatever was done with it; its context can be terminated."""
+    context = zmq.Context()
+    for _ in range(20):
+        sock = context.socket(zmq.PULL)
+        USES[use](sock)
+        dropped = weakref.ref(sock)
+        del sock
+        gevent.sleep(0)  # the loop forgets a callback that it has called when it turns
+        assert dropped() is None
+    context.term()
