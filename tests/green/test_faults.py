@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import textwrap
 import threading
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -579,3 +582,78 @@ def test_a_socket_that_is_dropped_is_collected(use: str) -> None:
         gevent.sleep(0)  # the loop forgets a callback that it has called when it turns
         assert dropped() is None
     context.term()
+
+
+# Kills at random moments.
+
+
+INTERRUPTIONS = ["kill", "gevent.Timeout", "deadline", "timeout"]
+
+
+@contextlib.contextmanager
+def _interrupted(how: str, seconds: float) -> Iterator[None]:
+    if how == "gevent.Timeout":
+        with gevent.Timeout(seconds, False):
+            yield
+    elif how == "deadline":
+        with zmq.move_on(seconds):
+            yield
+    else:
+        yield
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+@pytest.mark.parametrize("kinds", [(zmq.PULL, zmq.PUSH), (zmq.ROUTER, zmq.DEALER), (zmq.PAIR, zmq.PAIR)], ids=str)
+def test_messages_stay_whole_when_everybody_is_interrupted_at_random(
+    context: zmq.Context, pair: Pair, kinds: tuple[int, int], how: str
+) -> None:
+    """Two senders and two receivers on one pair of sockets, interrupted over and over: no half message, none lost or twice."""
+    chance = random.Random(f"{how} {kinds}")
+    context.setsockopt(zmq.RCVHWM, 2)
+    context.setsockopt(zmq.SNDHWM, 2)
+    a, b = pair(*kinds)
+    count = 150
+    queued: list[list[bytes]] = []
+    rounds: list[object] = []
+    got: list[list[bytes]] = []
+    waiting = {name: deque(_message(name, number) for number in range(count)) for name in (b"x", b"y")}
+
+    def send(name: bytes) -> None:
+        while waiting[name]:
+            b.send_multipart(waiting[name][0], copy=chance.random() < 0.5, timeout=pause() if how == "timeout" else None)
+            queued.append(waiting[name].popleft())
+
+    def receive() -> None:
+        while len(got) < 2 * count:
+            message = a.recv_multipart(timeout=pause() if how == "timeout" else None)
+            got.append(message[1:] if a.type == zmq.ROUTER else message)
+
+    def pause() -> float:
+        return chance.choice([0, 1, 2]) * MS
+
+    def persist(work: Callable[[], None], is_over: Callable[[], bool]) -> None:
+        while not is_over():
+            rounds.append(work)
+            greenlet = gevent.spawn(_until, how, pause(), work)
+            if how == "kill":
+                gevent.sleep(pause())
+                greenlet.kill()
+            greenlet.join()
+
+    workers = [gevent.spawn(persist, lambda name=name: send(name), lambda name=name: not waiting[name]) for name in waiting]
+    workers += [gevent.spawn(persist, receive, lambda: len(got) == 2 * count) for _ in range(2)]
+    gevent.joinall(workers, raise_error=True)
+    for name in waiting:
+        assert [each for each in got if each[0].startswith(name)] == [_message(name, number) for number in range(count)]
+    assert len(got) == len(queued) == 2 * count
+    assert len(rounds) > len(workers)
+
+
+def _message(name: bytes, number: int) -> list[bytes]:
+    head = b"%s%d" % (name, number)
+    return [head, b"", *[head] * (number % 4), b"end of " + head]
+
+
+def _until(how: str, seconds: float, work: Callable[[], None]) -> None:
+    with contextlib.suppress(zmq.OperationTimeout), _interrupted(how, seconds):
+        work()
