@@ -335,6 +335,8 @@ class Pump:
                 self.flush()
             if not self.is_paused and not self._read(is_woken):
                 self._schedule()
+            if self.is_inherited:
+                return
             if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
                 self._on_gone()
         except zmq.ZMQError as error:
@@ -356,7 +358,7 @@ class Pump:
         left = BATCH
         until = 0.0
         while left:
-            if self.is_paused or self._is_closed:
+            if self.is_paused or self._is_closed or self.is_inherited:  # a greenlet that was switched to may have forked
                 return True
             if not is_likely and not _get(sock, _EVENTS) & _POLLIN:
                 return True  # what is to be sent soon goes out in the turn that it has asked for

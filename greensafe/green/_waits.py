@@ -25,7 +25,7 @@ from gevent.hub import Hub
 from zmq.backend import Socket as Backend
 
 from ..deadlines import start_timer
-from ._forks import generation
+from ._forks import forbid_in_child, generation
 
 __all__ = ["FAIR_SHARE", "Waiter", "Waits", "events_of", "let_others_run"]
 
@@ -96,7 +96,7 @@ class Waits:
     The socket is handed to every method instead of being kept: no reference cycle, so a dropped socket is closed at once.
     """
 
-    __slots__ = ("generation", "hub", "is_half_sent", "queue", "ready_calls", "scheduled", "watcher")
+    __slots__ = ("__weakref__", "generation", "hub", "is_half_sent", "queue", "ready_calls", "scheduled", "watcher")
 
     def __init__(self) -> None:
         self.generation = generation()
@@ -108,6 +108,7 @@ class Waits:
         self.is_half_sent = False
         #: How often in a row an operation found its message at once; the socket yields now and then by this.
         self.ready_calls = 0
+        forbid_in_child(self)
 
     def wait(self, sock: zmq.Socket[Any], mask: int, at: float | None, stubborn: bool = False) -> None:
         """Sleep until `mask` may be ready or the monotonic time `at` has come; wakes spuriously, never too late.
@@ -132,6 +133,7 @@ class Waits:
                 timer.stop()
                 timer.close()
             del waiter, timer  # a killed greenlet keeps its traceback, this frame and so itself, and the socket
+        self.check_process()
 
     def add(self, sock: zmq.Socket[Any], waiter: Waiter) -> None:
         """Queue a waiter.
@@ -139,8 +141,7 @@ class Waits:
         Raises:
             RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
         """
-        if self.generation != generation():
-            raise RuntimeError("this socket was made before a fork: the child has to make its own")
+        self.check_process()
         hub = gevent.get_hub()
         if hub is not self.hub:
             self._move(sock, hub)
@@ -161,6 +162,15 @@ class Waits:
                 self._close_watcher()
                 self.hub = None
 
+    def on_fork(self) -> None:
+        """In a child that has inherited the socket: its next operation asks whose it is."""
+        self.ready_calls = FAIR_SHARE
+
+    def check_process(self) -> None:
+        """Raise RuntimeError if the socket is the parent's of this forked process."""
+        if self.generation != generation():
+            raise RuntimeError("this socket was made before a fork: the child has to make its own")
+
     def check_thread(self) -> None:
         """Raise RuntimeError while greenlets of another thread wait on this socket: none of libzmq's stands two threads."""
         if self.queue and self.hub is not gevent.get_hub():
@@ -172,7 +182,7 @@ class Waits:
 
     def recheck(self, sock: zmq.Socket[Any]) -> None:
         """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""
-        if self.queue and not self.scheduled and self._is_anyone_ready(events_of(sock)):
+        if self.queue and not self.scheduled and self.generation == generation() and self._is_anyone_ready(events_of(sock)):
             assert self.hub is not None
             self.scheduled = True
             _call_soon(self.hub, self._on_scheduled, sock)
@@ -214,4 +224,6 @@ class Waits:
         for waiter in list(self.queue):
             if waiter.asleep and waiter.mask & events_of(sock):
                 waiter.wake()
+                if self.generation != generation():
+                    return  # it has forked, and this is the child
         self.recheck(sock)

@@ -60,6 +60,8 @@ class Poller(zmq.Poller):
 
     def _ready(self) -> list[tuple[Any, int]]:
         for sock, _ in self.sockets:
+            if isinstance(sock, Socket):
+                sock._waits.check_process()
             if isinstance(sock, zmq.Socket) and sock.closed:
                 # zmq_poll would look at descriptor 0 instead.
                 raise zmq.ZMQError(zmq.ENOTSOCK, f"{sock!r} is closed: unregister it first")

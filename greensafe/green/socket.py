@@ -209,6 +209,7 @@ class Socket(MonitoredSocket):
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
         flags = int(flags)
         waits = self._waits
+        waits.check_process()
         waits.check_thread()
         waits.ready_calls += 1
         if timeout == 0 or waits.ready_calls >= FAIR_SHARE:
@@ -236,6 +237,7 @@ class Socket(MonitoredSocket):
         """
         if self._lockstep is None:
             raise zmq.ZMQError(zmq.ENOTSUP, f"only REQ and REP have a state to reset, not {self._type_name}")
+        self._waits.check_process()
         try:
             self._lockstep.reset(self)
         finally:
@@ -251,6 +253,8 @@ class Socket(MonitoredSocket):
 
     def get(self, option: int) -> Any:
         """Get a socket option, as in pyzmq."""
+        if option == _EVENTS:
+            self._waits.check_process()
         try:
             return super().get(option)
         finally:
