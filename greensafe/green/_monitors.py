@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import zmq
 
@@ -30,14 +30,14 @@ class MonitoredSocket(ObjectSocket):
     _monitor_socket: Any
     _monitored: weakref.ref[Any] | None = None  # of a monitor's PAIR: whose events it gets
 
-    def get_monitor_socket(self, events: int | None = None, addr: str | None = None) -> Any:
+    def get_monitor_socket(self, events: int | None = None, addr: str | None = None) -> Self:
         """Return a PAIR that receives this socket's events, as in pyzmq; the same one until it is closed or disabled.
 
         What nobody reads is kept in memory. The monitor ends when either of the two sockets is closed.
         """
         known = self._monitor_socket
         if known is not None and not known.closed:
-            return known
+            return known  # type: ignore[no-any-return]
         if addr is None:
             addr = f"inproc://monitor.s-{self.FD}.{next(_numbers)}"
         pair = self.context.socket(zmq.PAIR)
@@ -50,7 +50,7 @@ class MonitoredSocket(ObjectSocket):
             raise
         pair.__dict__["_monitored"] = weakref.ref(self)
         self._monitor_socket = pair
-        return pair
+        return pair  # type: ignore[return-value]  # a socket of its context's class, as in pyzmq
 
     def disable_monitor(self) -> None:
         """Stop the monitor; its PAIR is closed when nobody else has it."""
