@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -657,3 +658,46 @@ def _message(name: bytes, number: int) -> list[bytes]:
 def _until(how: str, seconds: float, work: Callable[[], None]) -> None:
     with contextlib.suppress(zmq.OperationTimeout), _interrupted(how, seconds):
         work()
+
+
+# Where each fault of zmq.green is tested.
+
+FAULTS = {
+    "lost wake-ups": "test_faults.py::test_no_wake_up_is_lost",
+    "lost wake-ups of NOBLOCK calls, recv_into and unbind": "test_waiting.py::test_no_lost_wake_up",
+    "a writer that is not woken while another greenlet reads": "test_waiting.py::test_writer_is_woken",
+    "the stall of 11.6 s": "test_faults.py::test_no_wake_up_is_lost",
+    "AssertionError for a second waiter": "test_waiting.py::test_several_waiters_are_served_in_turn",
+    "RCVTIMEO and SNDTIMEO ignored, however they are set": "test_waiting.py::test_rcvtimeo_is_honoured",
+    "routing_id= and group= dropped": "test_faults.py::test_routing_id_and_group_are_passed_on",
+    "term, destroy and `with` stop the hub": "test_faults.py::test_the_end_of_a_context_does_not_stop_the_hub",
+    "a dropped socket is never collected": "test_faults.py::test_a_socket_that_is_dropped_is_collected",
+    "a failing constructor prints an AttributeError": "test_faults.py::test_constructors_that_fail_say_nothing_else",
+    "a closed socket in a Poller is standard input": "test_poll.py::test_closed_socket",
+    "a socket that is closed while it is polled": "test_waiting.py::test_close_wakes_all_waiters",
+    "ValueError for descriptors from 1024 on": "test_poll.py::test_descriptors_above_1024",
+    "a Poller wakes a second late": "test_poll.py::test_another_greenlet_works_on_the_polled_socket",
+    "poll(0) never yields": "test_poll.py::test_poll_of_zero_yields",
+    "select blocks": "test_poll.py::test_select",
+    "zmq_poll blocks": "test_poll.py::test_zmq_poll",
+    "proxy blocks": "test_device.py::test_a_proxy_carries_requests_and_the_hub_turns",
+    "proxy_steerable blocks": "test_device.py::test_a_steerable_proxy_obeys",
+    "a device stalls in both directions": "test_device.py::test_no_message_is_lost_when_a_proxy_is_killed",
+    "ThreadDevice under patch_all stops the hub": "../test_monkey.py::test_thread_device",
+    "decorators make blocking sockets": "../test_monkey.py::test_decorators_make_green_contexts_and_sockets",
+    "a ready loop starves others": "test_faults.py::test_a_loop_that_finds_everything_ready_starves_nobody",
+    "a socket in another thread than its maker's": "test_faults.py::test_a_socket_is_used_in_a_thread_that_did_not_make_it",
+    "fork": "test_forks.py::test_used_in_a_forked_child",
+    "zero-copy sends under patch_all": "test_faults.py::test_zero_copy_messages_do_not_mix_under_patch_all",
+    "CURVE options": "test_faults.py::test_curve_options_are_passed_on",
+    "a user's gevent.Timeout swallowed": "test_faults.py::test_messages_stay_whole_when_everybody_is_interrupted_at_random",
+    "a monitor whose PAIR is closed stops libzmq": "test_faults.py::test_a_monitor_stops_nothing",
+    "recv on a REQ after its server's death, EFSM": "test_socket.py::test_req_survives_a_dead_server",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_has_its_test(fault: str) -> None:
+    """The table above is true."""
+    name, test = FAULTS[fault].split("::")
+    assert f"\ndef {test}(" in (Path(__file__).parent / name).read_text()
