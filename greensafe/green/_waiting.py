@@ -173,7 +173,8 @@ class WaitingSocket(zmq.Socket[bytes]):
         waits = self._waits
         lockstep = self._lockstep
         if lockstep is not None:
-            waits.check_process()
+            if waits.is_inherited:
+                waits.check_owner()
             lockstep.before_send(self)
         waits.ready_calls += 1
         if not flags and not extra and not waits.queue and not waits.is_half_sent and waits.ready_calls < FAIR_SHARE:
@@ -224,8 +225,8 @@ class WaitingSocket(zmq.Socket[bytes]):
     def _try_or_wait(self, op: str, mask: int, attempt: Callable[[], Any], flags: int, timeout: Timeout) -> Any:
         """Do `attempt` at once or, unless NOBLOCK was given, when the socket is ready; EXPIRED if the limit ran out first."""
         waits = self._waits
-        waits.check_process()
-        waits.check_thread()
+        if waits.queue or waits.is_inherited:
+            waits.check_owner()
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
         is_free = not waits.is_anyone_first(mask)

@@ -25,7 +25,7 @@ from gevent.hub import Hub
 from zmq.backend import Socket as Backend
 
 from ..deadlines import start_timer
-from ._forks import forbid_in_child, generation
+from ._forks import forbid_in_child
 
 __all__ = ["FAIR_SHARE", "Waiter", "Waits", "events_of", "let_others_run"]
 
@@ -96,10 +96,11 @@ class Waits:
     The socket is handed to every method instead of being kept: no reference cycle, so a dropped socket is closed at once.
     """
 
-    __slots__ = ("__weakref__", "generation", "hub", "is_half_sent", "queue", "ready_calls", "scheduled", "watcher")
+    __slots__ = ("__weakref__", "hub", "is_half_sent", "is_inherited", "queue", "ready_calls", "scheduled", "watcher")
 
     def __init__(self) -> None:
-        self.generation = generation()
+        #: The socket is the parent's of this forked process.
+        self.is_inherited = False
         self.queue: list[Waiter] = []
         self.hub: Hub | None = None
         self.watcher: Any = None
@@ -133,7 +134,8 @@ class Waits:
                 timer.stop()
                 timer.close()
             del waiter, timer  # a killed greenlet keeps its traceback, this frame and so itself, and the socket
-        self.check_process()
+        if self.is_inherited:
+            self.check_owner()
 
     def add(self, sock: zmq.Socket[Any], waiter: Waiter) -> None:
         """Queue a waiter.
@@ -141,7 +143,7 @@ class Waits:
         Raises:
             RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
         """
-        self.check_process()
+        self.check_owner()
         hub = gevent.get_hub()
         if hub is not self.hub:
             self._move(sock, hub)
@@ -163,16 +165,18 @@ class Waits:
                 self.hub = None
 
     def on_fork(self) -> None:
-        """In a child that has inherited the socket: its next operation asks whose it is."""
+        """In a child that has inherited the socket: its next operation is refused, since it asks whose turn it is."""
+        self.is_inherited = True
         self.ready_calls = FAIR_SHARE
 
-    def check_process(self) -> None:
-        """Raise RuntimeError if the socket is the parent's of this forked process."""
-        if self.generation != generation():
-            raise RuntimeError("this socket was made before a fork: the child has to make its own")
+    def check_owner(self) -> None:
+        """Refuse what would be done to the socket in the wrong place: none of libzmq's stands two threads or processes.
 
-    def check_thread(self) -> None:
-        """Raise RuntimeError while greenlets of another thread wait on this socket: none of libzmq's stands two threads."""
+        Raises:
+            RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
+        """
+        if self.is_inherited:
+            raise RuntimeError("this socket was made before a fork: the child has to make its own")
         if self.queue and self.hub is not gevent.get_hub():
             raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
 
@@ -182,7 +186,7 @@ class Waits:
 
     def recheck(self, sock: zmq.Socket[Any]) -> None:
         """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""
-        if self.queue and not self.scheduled and self.generation == generation() and self._is_anyone_ready(events_of(sock)):
+        if self.queue and not self.scheduled and not self.is_inherited and self._is_anyone_ready(events_of(sock)):
             assert self.hub is not None
             self.scheduled = True
             _call_soon(self.hub, self._on_scheduled, sock)
@@ -197,7 +201,6 @@ class Waits:
         self.hub = None
 
     def _move(self, sock: zmq.Socket[Any], hub: Hub) -> None:
-        self.check_thread()
         self._close_watcher()
         self.hub, self.scheduled = hub, False
         self.watcher = hub.loop.io(_get(sock, FD), 1)
@@ -205,7 +208,7 @@ class Waits:
     def _close_watcher(self) -> None:
         # A hub that was destroyed has taken its loop with it: libev would complain, libuv use freed memory.
         has_loop = self.hub is not None and self.hub.loop is not None
-        if self.watcher is not None and has_loop and self.generation == generation():
+        if self.watcher is not None and has_loop and not self.is_inherited:
             self.watcher.stop()
             self.watcher.close()
         self.watcher = None
@@ -218,12 +221,10 @@ class Waits:
         self._on_readable(sock)
 
     def _on_readable(self, sock: zmq.Socket[Any]) -> None:
-        if self.generation != generation():
-            self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
-            return
         for waiter in list(self.queue):
+            if self.is_inherited:  # perhaps only since the one before was woken
+                self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
+                return
             if waiter.asleep and waiter.mask & events_of(sock):
                 waiter.wake()
-                if self.generation != generation():
-                    return  # it has forked, and this is the child
         self.recheck(sock)

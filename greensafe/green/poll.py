@@ -50,7 +50,6 @@ class Poller(zmq.Poller):
         """Count this call for every socket; whether one of them has been used too often in a row without a wait."""
         counted = [sock._waits for sock, _ in self.sockets if isinstance(sock, Socket)]
         for waits in counted:
-            waits.check_thread()
             waits.ready_calls += 1
         if all(waits.ready_calls < FAIR_SHARE for waits in counted):
             return False
@@ -61,7 +60,7 @@ class Poller(zmq.Poller):
     def _ready(self) -> list[tuple[Any, int]]:
         for sock, _ in self.sockets:
             if isinstance(sock, Socket):
-                sock._waits.check_process()
+                sock._waits.check_owner()
             if isinstance(sock, zmq.Socket) and sock.closed:
                 # zmq_poll would look at descriptor 0 instead.
                 raise zmq.ZMQError(zmq.ENOTSOCK, f"{sock!r} is closed: unregister it first")

@@ -209,8 +209,7 @@ class Socket(MonitoredSocket):
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
         flags = int(flags)
         waits = self._waits
-        waits.check_process()
-        waits.check_thread()
+        waits.check_owner()
         waits.ready_calls += 1
         if timeout == 0 or waits.ready_calls >= FAIR_SHARE:
             waits.ready_calls = 0
@@ -237,7 +236,7 @@ class Socket(MonitoredSocket):
         """
         if self._lockstep is None:
             raise zmq.ZMQError(zmq.ENOTSUP, f"only REQ and REP have a state to reset, not {self._type_name}")
-        self._waits.check_process()
+        self._waits.check_owner()
         try:
             self._lockstep.reset(self)
         finally:
@@ -253,8 +252,8 @@ class Socket(MonitoredSocket):
 
     def get(self, option: int) -> Any:
         """Get a socket option, as in pyzmq."""
-        if option == _EVENTS:
-            self._waits.check_process()
+        if option == _EVENTS and self._waits.is_inherited:
+            self._waits.check_owner()
         try:
             return super().get(option)
         finally:
