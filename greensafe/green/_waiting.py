@@ -229,13 +229,13 @@ class WaitingSocket(zmq.Socket[bytes]):
             waits.check_owner()
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
-        is_free = not waits.is_anyone_first(mask)
+        is_free = not waits.queue or not waits.is_anyone_first(mask)
         if (not is_free or waits.ready_calls >= FAIR_SHARE) and self._is_inside(mask):
             is_free = True
         elif waits.ready_calls >= FAIR_SHARE:
             waits.ready_calls = 0
             let_others_run()
-            is_free = not waits.is_anyone_first(mask)
+            is_free = not waits.queue or not waits.is_anyone_first(mask)
         if is_free:
             try:
                 return self._attempt(attempt, mask)
@@ -328,10 +328,12 @@ def _kept(data: Any, threshold: int | None, track: bool) -> Any:
 
 def _check_frame(index: int, frame: object, track: bool) -> None:
     """Find what libzmq would refuse, before the frames in front of it are on their way."""
+    if isinstance(frame, bytes):
+        return
     if isinstance(frame, zmq.Frame):
         if track and not frame.tracker:
             raise ValueError(f"frame {index} was made without track=True, so it cannot be tracked")
-    elif not isinstance(frame, bytes):
+    else:
         try:
             view = memoryview(cast(Any, frame))
         except TypeError:
