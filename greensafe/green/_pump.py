@@ -358,7 +358,7 @@ class Pump:
         left = BATCH
         until = 0.0
         while left:
-            if self.is_paused or self._is_closed or self.is_inherited:  # a greenlet that was switched to may have forked
+            if self.is_paused or self._is_closed:
                 return True
             if not is_likely and not _get(sock, _EVENTS) & _POLLIN:
                 return True  # what is to be sent soon goes out in the turn that it has asked for
@@ -378,6 +378,8 @@ class Pump:
             except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
                 self._hub.handle_error(self, *sys.exc_info())
             self._first = None
+            if self.is_inherited:  # a greenlet that was switched to has forked, and this is the child
+                return True
             if self._soon:
                 now = monotonic()
                 if not until:
