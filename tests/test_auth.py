@@ -539,3 +539,28 @@ def test_many_clients(context: zmq.Context, auth: Authenticator, caplog: pytest.
     assert heard == set(range(0, 50, 2))
     assert server.poll(1000 * SHORT) == 0
     assert caplog.text == ""
+
+
+@needs_curve
+def test_server_and_client(context: zmq.Context, auth: Authenticator) -> None:
+    """Keys set on their contexts hold for a Server and a Client: the right one is answered, another one is Refused at once."""
+    server_public, context.curve_secretkey = zmq.curve_keypair()
+    context.curve_server = True
+    known = zmq.curve_keypair()
+
+    class Known:
+        def callback(self, domain: str, key: bytes) -> bool:
+            return key == known[0]
+
+    auth.configure_curve_callback(credentials_provider=Known())
+    with zmq.Server("tcp://127.0.0.1:0", lambda request: request.body, deadline=LONG, context=context) as server:
+        for keys in (known, zmq.curve_keypair()):
+            with zmq.Context() as own:
+                own.curve_serverkey = server_public
+                own.curve_publickey, own.curve_secretkey = keys
+                with zmq.Client(server.endpoint, context=own, timeout=LONG) as client:
+                    if keys is known:
+                        assert client.request(b"x") == b"x"
+                    else:
+                        with pytest.raises(zmq.Refused):
+                            client.request(b"x")

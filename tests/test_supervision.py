@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -273,3 +275,59 @@ def test_supervised_whose_on_error_fails(context: zmq.Context, error: BaseExcept
     assert json.loads(peer.recv_multipart()[1])["error"]["type"] == "KeyError"
     peer.send_multipart([b"", b"again"])
     assert sock.recv() == b"again"
+
+
+DECODERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "JSON": (lambda request: request.json(), "INVALID_ARGUMENT"),
+    "text": (lambda request: request.body.decode(), "INTERNAL"),
+    "a pickle": (lambda request: pickle.loads(request.body), "INTERNAL"),
+    "frames": (lambda request: int(b"".join(request.frames)), "INTERNAL"),
+}
+
+
+@pytest.mark.parametrize("frames", [[b"\xff{"], [b"\xff{", b"", b"more"]])
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+def test_a_request_that_cannot_be_decoded_is_answered(
+    context: zmq.Context, kind: int, decoder: str, frames: list[bytes]
+) -> None:
+    """The requester gets the error, under supervise and in a loop of supervised, and the next request is answered as ever."""
+    sock = context.socket(kind)
+    sock.bind("inproc://undecodable")
+    req = context.socket(zmq.REQ)
+    req.connect("inproc://undecodable")
+    decode, code = DECODERS[decoder]
+
+    def handle(request: Any) -> bytes:
+        if request.body != b"fine":
+            decode(request)
+        return b"answer"
+
+    def loop() -> None:
+        for _ in range(2):
+            with supervised(sock, deadline=LONG) as request:
+                request.reply(handle(request))
+
+    for serve in (lambda: supervise(sock, handle, deadline=LONG), loop):
+        serving = gevent.spawn(serve)
+        req.send_multipart(frames)
+        assert json.loads(req.recv())["error"]["code"] == code
+        req.send(b"fine")
+        assert req.recv() == b"answer"
+        serving.kill()
+
+
+@pytest.mark.parametrize("receive", ["recv_json", "recv_string", "recv_pyobj"])
+def test_a_loop_of_its_own_that_cannot_decode(context: zmq.Context, receive: str) -> None:
+    """A REP's program that receives by itself gets the error, and reset() answers the requester in its place."""
+    rep, req = context.socket(zmq.REP), context.socket(zmq.REQ)
+    rep.bind("inproc://undecodable")
+    req.connect("inproc://undecodable")
+    req.send_multipart([b"\xff{", b"more"])
+    with pytest.raises((ValueError, pickle.UnpicklingError)) as caught:
+        getattr(rep, receive)()
+    assert "read whole" in caught.value.__notes__[0]
+    rep.reset()
+    assert json.loads(req.recv())["error"]["code"] == "ABORTED"
+    req.send(b"fine")
+    assert rep.recv() == b"fine"

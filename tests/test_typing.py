@@ -12,12 +12,27 @@ import pytest
 from helpers import ROOT
 
 PROGRAM = """
-from typing import assert_type
+from typing import Any, assert_type
 
 import zmq as plain
 
 import greensafe as zmq
-from greensafe import Client, Request, Server, deadline, move_on
+import greensafe.monkey
+from greensafe import Client, Request, Server, deadline, green, move_on
+from greensafe.auth import Authenticator
+
+
+def knows_plain_sockets(sock: plain.Socket[bytes]) -> bytes:
+    return sock.recv()
+
+
+class Mine(zmq.Socket):
+    def on_timeout(self) -> Any:
+        return None
+
+
+class MyContext(zmq.Context):
+    _socket_class = Mine
 
 
 def use() -> None:
@@ -35,6 +50,25 @@ def use() -> None:
     sock.send(b"x", zmq.SNDMORE, timeout=1)
     assert_type(sock.send(b"x", copy=False), plain.MessageTracker)
     assert_type(sock.poll(10), int)
+    assert_type(sock.recv(0, False), plain.Frame)
+    assert_type(sock.recv_multipart(zmq.NOBLOCK, False), list[plain.Frame])
+    assert_type(sock.recv_json(), Any)
+    assert_type(sock.recv_serialized(len), int)
+    assert_type(sock.send(b"x"), None)
+    assert_type(sock.send_multipart([b"x"], routing_id=1), plain.MessageTracker | None)
+    assert_type(sock.get_monitor_socket().recv(), bytes)
+    assert_type(sock.context, zmq.Context)
+    assert_type(zmq.Context.instance(), zmq.Context)
+    assert_type(green.Context(), zmq.Context)
+    assert_type(zmq.select([sock], [], [], 1.0), tuple[list[Any], list[Any], list[Any]])
+    assert_type(Mine(context, zmq.REQ, 5.0).recv(), bytes)
+    with sock.bind("inproc://s"), zmq.Context() as other, other.socket(zmq.PUB) as pub:
+        assert_type(pub, zmq.Socket)
+    knows_plain_sockets(sock)
+    zmq.proxy(sock, sock)
+    with Authenticator(context) as auth:
+        auth.configure_plain(passwords={"name": "word"})
+    greensafe.monkey.patch_zmq()
     poller = zmq.Poller()
     poller.register(sock, zmq.POLLIN)
     for ready, mask in poller.poll(10):

@@ -1,25 +1,39 @@
 """Was this object made before a fork, in another process?
 
 A forked child has the parent's sockets but not libzmq's threads, and shares the descriptors by which both are woken. So it must
-never touch the parent's sockets: not even reading EVENTS, which would eat what the parent is waiting for. What a child needs it
-opens itself: contexts and clients do that at their first use, servers at `start`; sockets cannot, and say so.
+never touch the parent's sockets: not even reading EVENTS, which would eat what the parent is waiting for. (libzmq notices the
+fork and says EINTR, upon which pyzmq asks again, for ever.) What a child needs it opens itself: contexts and clients do that at
+their first use, servers at `start`; sockets cannot, and say so.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
+from typing import Protocol
 
 import gevent
 
-__all__ = ["generation", "own_loop"]
+__all__ = ["forbid_in_child", "generation", "own_loop"]
+
+
+class _Inherited(Protocol):
+    def on_fork(self) -> None: ...
+
 
 _generation = 0
 _reinit_done = 0
+_forbidden: weakref.WeakSet[_Inherited] = weakref.WeakSet()
 
 
 def generation() -> int:
     """How often this process and its ancestors were forked; what was made with another number is the parent's."""
     return _generation
+
+
+def forbid_in_child(made: _Inherited) -> None:
+    """Have `made.on_fork()` called in every child that inherits it: so that what is done often need not ask each time."""
+    _forbidden.add(made)
 
 
 def own_loop() -> None:
@@ -33,6 +47,9 @@ def own_loop() -> None:
 def _on_fork() -> None:
     global _generation
     _generation += 1
+    for inherited in list(_forbidden):
+        inherited.on_fork()
+    _forbidden.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -116,7 +116,7 @@ class ObjectSocket(WaitingSocket):
     def _decoded(self, op: str, received: Any, decode: Callable[[Any], T]) -> T:
         try:
             return decode(received)
-        except Exception as error:
+        except BaseException as error:  # also of a kill or a Timeout, if decoding waits
             rest = 0
             while _get(self, _RCVMORE):
                 _recv(self, _NOBLOCK)

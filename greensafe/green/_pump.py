@@ -335,6 +335,8 @@ class Pump:
                 self.flush()
             if not self.is_paused and not self._read(is_woken):
                 self._schedule()
+            if self.is_inherited:
+                return
             if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
                 self._on_gone()
         except zmq.ZMQError as error:
@@ -376,6 +378,8 @@ class Pump:
             except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
                 self._hub.handle_error(self, *sys.exc_info())
             self._first = None
+            if self.is_inherited:  # a greenlet that was switched to has forked, and this is the child
+                return True
             if self._soon:
                 now = monotonic()
                 if not until:

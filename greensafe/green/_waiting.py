@@ -4,7 +4,8 @@ Rules:
 
 * Completion wins: a message that is there is delivered, at timeout 0 and after expiry too. One non-blocking try precedes
   every error that says that time ran out.
-* A message is sent and received whole: nothing switches between its frames.
+* A message is sent and received whole: nothing switches between its frames, also when they are sent or received one by one
+  (while there is room, and by one greenlet at a time).
 * An exception thrown into a wait (a deadline, a gevent.Timeout, a kill) leaves every message where it was, and a REQ able to
   send again.
 * First come, first served: who waits already is served before a newcomer.
@@ -20,14 +21,13 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout
 from ._lockstep import Lockstep
-from ._waits import POLLIN, POLLOUT, Waits, events_of
+from ._waits import POLLIN, POLLOUT, Waits, events_of, let_others_run
 
 if TYPE_CHECKING:
     from .context import Context
@@ -88,7 +88,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         shadow: zmq.Socket[Any] | int = 0,
         copy_threshold: int | None = None,
     ) -> None:
-        self._waits = Waits()
+        base = shadow or ctx_or_socket
+        shared = base if isinstance(base, WaitingSocket) else None
+        self._waits = Waits() if shared is None else shared._waits  # or a call of the one would eat the other's edges
         self._limits = {}
         self._lockstep = None
         if default_timeout is UNSET:
@@ -98,7 +100,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         if begin_anew is not None:
             begin_anew()  # a Context of ours that was made before a fork
         super().__init__(ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold)  # type: ignore[call-overload]
-        if self.type in (zmq.REQ, zmq.REP):
+        if shared is not None:
+            self._lockstep = shared._lockstep
+        elif self.type in (zmq.REQ, zmq.REP):
             self._lockstep = Lockstep(self.type == zmq.REQ)
             self._waits.set_lockstep()
         if not self._shadow:
@@ -177,12 +181,17 @@ class WaitingSocket(zmq.Socket[bytes]):
                 pass
         lockstep = self._lockstep
         if lockstep is not None:
+            if waits.is_inherited:
+                waits.check_owner()
             lockstep.before_send(self)
         nonblocking = int(flags) | _NOBLOCK
         attempt = partial(_sugar_send, self, data, nonblocking, copy, track, **(extra or {}))
         result = self._try_or_wait(op, POLLOUT, attempt, flags, timeout)
-        if lockstep is not None and result is not EXPIRED:
-            lockstep.on_sent(self, bool(nonblocking & _SNDMORE))
+        if result is not EXPIRED:
+            more = bool(nonblocking & _SNDMORE)
+            waits.note_sent(more)
+            if lockstep is not None:
+                lockstep.on_sent(self, more)
         return result
 
     def _transmit_all(
@@ -193,8 +202,10 @@ class WaitingSocket(zmq.Socket[bytes]):
         if not frames:
             raise ValueError("a message has at least one frame; send [b''] for an empty one")
         for index, frame in enumerate(frames):
-            if not isinstance(frame, bytes):
-                _check_frame(index, frame)
+            if track or not isinstance(frame, bytes):
+                _check_frame(index, frame, track)
+        if not copy:
+            frames = [_kept(frame, self.copy_threshold, track) for frame in frames]
         flags = int(flags)
         if len(frames) == 1:
             return self._transmit(op, frames[0], flags, copy, track, timeout, extra)
@@ -204,20 +215,30 @@ class WaitingSocket(zmq.Socket[bytes]):
         for frame in frames[1:-1]:
             _sugar_send(self, frame, flags | _SNDMORE | _NOBLOCK, copy, track, **extra)
         result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
+        more = bool(flags & _SNDMORE)
+        self._waits.note_sent(more)
         if self._lockstep is not None:
-            self._lockstep.on_sent(self, bool(flags & _SNDMORE))
+            self._lockstep.on_sent(self, more)
         self._recheck()
         return result
 
     def _try_or_wait(self, op: str, mask: int, attempt: Callable[[], Any], flags: int, timeout: Timeout) -> Any:
         """Do `attempt` at once or, unless NOBLOCK was given, when the socket is ready; EXPIRED if the limit ran out first."""
         waits = self._waits
-        waits.check_process()
+        if waits.queue or waits.is_inherited:
+            waits.check_owner()
         if int(flags) & _NOBLOCK:
             return self._attempt(attempt, mask)
-        if waits.is_spent(mask):
-            self._yield(mask)
-        if not waits.queue and (mask == POLLOUT or not waits.looks_first or waits.has_input(self)):
+        is_spent = waits.is_spent(mask)
+        is_free = not waits.queue or not waits.is_anyone_first(mask)
+        if is_spent or not is_free:
+            if self._is_inside(mask):
+                is_free = True
+            elif is_spent:
+                waits.renew()
+                let_others_run()
+                is_free = not waits.queue or not waits.is_anyone_first(mask)
+        if is_free and (mask == POLLOUT or waits.queue or not waits.looks_first or waits.has_input(self)):
             try:
                 return self._attempt(attempt, mask)
             except zmq.Again:
@@ -241,13 +262,9 @@ class WaitingSocket(zmq.Socket[bytes]):
                 self._lockstep.is_interrupted = True
         return result
 
-    def _yield(self, mask: int) -> None:
-        """Let others run, before anything is taken; never between the frames of a message."""
-        half_sent = mask == POLLOUT and self._lockstep is not None and self._lockstep.is_half_sent
-        if half_sent or (mask == POLLIN and _get(self, _RCVMORE)):
-            return
-        self._waits.renew()
-        gevent.sleep(0)
+    def _is_inside(self, mask: int) -> bool:
+        """Whether the next frame belongs to a message that was begun: nobody else may come in between."""
+        return self._waits.is_half_sent if mask == POLLOUT else bool(_get(self, _RCVMORE))
 
     def _attempt(self, attempt: Callable[[], Any], mask: int) -> Any:
         """One non-blocking try; whoever else waits gets the edge back that it may have consumed.
@@ -305,21 +322,37 @@ class WaitingSocket(zmq.Socket[bytes]):
     def _last_try_before(self, signal: DeadlineSignal, mask: int, attempt: Callable[[], Any]) -> Any:
         try:
             result = self._attempt(attempt, mask)
+            signal.put_back()
+            return result
         except zmq.Again:
             raise signal from None
-        signal.put_back()
-        return result
+        finally:
+            del signal  # its traceback holds this frame
 
 
-def _check_frame(index: int, frame: object) -> None:
+def _kept(data: Any, threshold: int | None, track: bool) -> Any:
+    """What is sent instead of a buffer so large that pyzmq does not copy it: a Frame, made before the first frame leaves.
+
+    Making one hands the buffer to pyzmq's garbage collector. Where gevent.monkey has made that a greenlet it switches: asking
+    whether a thread is alive does.
+    """
+    is_copied = isinstance(data, zmq.Frame) or (threshold and memoryview(data).nbytes < threshold)
+    return data if is_copied else zmq.Frame(data, track=track, copy_threshold=threshold)
+
+
+def _check_frame(index: int, frame: object, track: bool) -> None:
     """Find what libzmq would refuse, before the frames in front of it are on their way."""
-    if isinstance(frame, zmq.Frame):
+    if isinstance(frame, bytes):
         return
-    try:
-        view = memoryview(cast(Any, frame))
-    except TypeError:
-        shown = repr(frame)
-        shown = shown if len(shown) <= 32 else shown[:32] + "..."
-        raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None
-    if not view.contiguous:
-        raise BufferError(f"frame {index} is a buffer with gaps: send bytes(...) of it")
+    if isinstance(frame, zmq.Frame):
+        if track and not frame.tracker:
+            raise ValueError(f"frame {index} was made without track=True, so it cannot be tracked")
+    else:
+        try:
+            view = memoryview(cast(Any, frame))
+        except TypeError:
+            shown = repr(frame)
+            shown = shown if len(shown) <= 32 else shown[:32] + "..."
+            raise TypeError(f"Frame {index} ({shown}) does not support the buffer interface.") from None
+        if not view.contiguous:
+            raise BufferError(f"frame {index} is a buffer with gaps: send bytes(...) of it")

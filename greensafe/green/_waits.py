@@ -25,14 +25,17 @@ from gevent.hub import Hub
 from zmq.backend import Socket as Backend
 
 from ..deadlines import start_timer
-from ._forks import generation
+from ._forks import forbid_in_child
 
-__all__ = ["Waiter", "Waits"]
+__all__ = ["FAIR_SHARE", "Waiter", "Waits", "events_of", "let_others_run"]
 
 EVENTS = int(zmq.EVENTS)
 FD = int(zmq.FD)
 POLLIN = int(zmq.POLLIN)
 POLLOUT = int(zmq.POLLOUT)
+
+#: Operations in a row that found their message at once before the loop gets a turn.
+FAIR_SHARE = 256
 
 #: What a socket whose events cannot be read any more is said to be ready for: the waiter then meets the error itself.
 _ALL = POLLIN | POLLOUT
@@ -79,6 +82,20 @@ def events_of(sock: zmq.Socket[Any]) -> int:
         return _ALL
 
 
+def let_others_run() -> None:
+    """Give the loop a turn; none in the hub's own callbacks, which cannot wait."""
+    if gevent.getcurrent() is not gevent.get_hub():
+        gevent.sleep(0)
+
+
+def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
+    """Have something called in a hub, which may be another thread's and asleep."""
+    if hub.loop is None:
+        return  # destroyed, and its greenlets with it
+    schedule = hub.loop.run_callback if hub is gevent.get_hub() else hub.loop.run_callback_threadsafe
+    schedule(callback, *args)
+
+
 class Waits:
     """The greenlets that wait on one socket, in order of arrival.
 
@@ -86,8 +103,10 @@ class Waits:
     """
 
     __slots__ = (
-        "generation",
+        "__weakref__",
         "hub",
+        "is_half_sent",
+        "is_inherited",
         "is_lockstep",
         "looks_first",
         "queue",
@@ -99,11 +118,14 @@ class Waits:
     )
 
     def __init__(self) -> None:
-        self.generation = generation()
+        #: The socket is the parent's of this forked process.
+        self.is_inherited = False
         self.queue: list[Waiter] = []
         self.hub: Hub | None = None
         self.watcher: Any = None
         self.scheduled = False
+        #: A frame went out with SNDMORE and the last one did not yet.
+        self.is_half_sent = False
         #: Operations that may still find their message at once, the long way, before the loop gets a turn.
         self.share = FAIR_SHARE
         #: Receives that may be tried straight away, before anything is looked at; 0: the loop gets a turn first; or LOOK.
@@ -115,6 +137,7 @@ class Waits:
         self.looks_first = False
         #: A REQ or REP always goes the long way: what it sends and receives is kept account of.
         self.is_lockstep = False
+        forbid_in_child(self)
 
     def set_lockstep(self) -> None:
         """Have every operation go the long way."""
@@ -133,6 +156,12 @@ class Waits:
             self.straight_in = FAIR_SHARE
         return not self.looks_first
 
+    def note_sent(self, more: bool) -> None:
+        """A frame went out the long way; `more`: with SNDMORE, and then the next one goes that way, too."""
+        if more is not self.is_half_sent:
+            self.is_half_sent = more
+            self.straight_out = LOOK if more or self.queue or self.is_lockstep else FAIR_SHARE
+
     def is_spent(self, mask: int) -> bool:
         """Count an operation that goes the long way; True if the loop should get a turn before it."""
         self.share -= 1
@@ -143,11 +172,6 @@ class Waits:
         self.share = FAIR_SHARE
         self.straight_in = self.straight_in or FAIR_SHARE
         self.straight_out = self.straight_out or FAIR_SHARE
-
-    def check_process(self) -> None:
-        """Raise RuntimeError if the socket is the parent's of this forked process, which even a look at EVENTS takes from."""
-        if self.generation != generation():
-            raise RuntimeError("this socket was made before a fork: the child has to make its own")
 
     def wait(self, sock: zmq.Socket[Any], mask: int, at: float | None, stubborn: bool = False) -> None:
         """Sleep until `mask` may be ready or the monotonic time `at` has come; wakes spuriously, never too late.
@@ -171,6 +195,9 @@ class Waits:
             if timer is not None:
                 timer.stop()
                 timer.close()
+            del waiter, timer  # a killed greenlet keeps its traceback, this frame and so itself, and the socket
+        if self.is_inherited:
+            self.check_owner()
 
     def add(self, sock: zmq.Socket[Any], waiter: Waiter) -> None:
         """Queue a waiter.
@@ -178,7 +205,7 @@ class Waits:
         Raises:
             RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
         """
-        self.check_process()
+        self.check_owner()
         hub = gevent.get_hub()
         if hub is not self.hub:
             self._move(sock, hub)
@@ -195,9 +222,9 @@ class Waits:
             self.queue.remove(waiter)
         if self.queue:
             return
-        if not self.is_lockstep:
+        if not self.is_lockstep and not self.is_inherited:
             self.straight_in = LOOK if self.looks_first else FAIR_SHARE
-            self.straight_out = FAIR_SHARE
+            self.straight_out = LOOK if self.is_half_sent else FAIR_SHARE
         if self.watcher is not None:
             self.watcher.stop()
             if self.hub is not None and not self.hub.main_hub:
@@ -205,12 +232,32 @@ class Waits:
                 self._close_watcher()
                 self.hub = None
 
+    def on_fork(self) -> None:
+        """In a child that has inherited the socket: its next operation is refused, since it asks whose turn it is."""
+        self.is_inherited = True
+        self.straight_in = self.straight_out = LOOK
+
+    def check_owner(self) -> None:
+        """Refuse what would be done to the socket in the wrong place: none of libzmq's stands two threads or processes.
+
+        Raises:
+            RuntimeError: Greenlets of another thread's hub wait on this socket, or it is the parent's of this forked process.
+        """
+        if self.is_inherited:
+            raise RuntimeError("this socket was made before a fork: the child has to make its own")
+        if self.queue and self.hub is not gevent.get_hub():
+            raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
+
+    def is_anyone_first(self, mask: int) -> bool:
+        """Whether who wants one of these events has to queue, since others wait for them."""
+        return any(waiter.mask & mask for waiter in self.queue)
+
     def recheck(self, sock: zmq.Socket[Any]) -> None:
         """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""
-        if self.queue and not self.scheduled and self._is_anyone_ready(events_of(sock)):
+        if self.queue and not self.scheduled and not self.is_inherited and self._is_anyone_ready(events_of(sock)):
             assert self.hub is not None
             self.scheduled = True
-            self.hub.loop.run_callback(self._on_scheduled, sock)
+            _call_soon(self.hub, self._on_scheduled, sock)
 
     def abort(self) -> None:
         """Wake everybody, because the socket is closed; each meets the error in its own next try."""
@@ -218,12 +265,10 @@ class Waits:
         waiters, self.queue = self.queue, []
         if self.hub is not None:
             for waiter in waiters:
-                self.hub.loop.run_callback(waiter.wake)
+                _call_soon(self.hub, waiter.wake)
         self.hub = None
 
     def _move(self, sock: zmq.Socket[Any], hub: Hub) -> None:
-        if self.queue:
-            raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
         self._close_watcher()
         self.hub, self.scheduled = hub, False
         self.watcher = hub.loop.io(_get(sock, FD), 1)
@@ -231,7 +276,7 @@ class Waits:
     def _close_watcher(self) -> None:
         # A hub that was destroyed has taken its loop with it: libev would complain, libuv use freed memory.
         has_loop = self.hub is not None and self.hub.loop is not None
-        if self.watcher is not None and has_loop and self.generation == generation():
+        if self.watcher is not None and has_loop and not self.is_inherited:
             self.watcher.stop()
             self.watcher.close()
         self.watcher = None
@@ -244,7 +289,7 @@ class Waits:
         self._on_readable(sock)
 
     def _on_readable(self, sock: zmq.Socket[Any]) -> None:
-        if self.generation != generation():
+        if self.is_inherited:
             self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
             return
         if len(self.queue) == 1:
@@ -254,6 +299,9 @@ class Waits:
                 waiter.wake()
             return
         for waiter in list(self.queue):
+            if self.is_inherited:  # perhaps only since the one before was woken
+                self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
+                return
             if waiter.asleep and waiter.mask & events_of(sock):
                 waiter.wake()
         self.recheck(sock)

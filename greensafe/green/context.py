@@ -45,7 +45,7 @@ class Context(zmq.Context[Socket]):
     _instance: Any = None
     _default_timeout: float | None = None
     _is_exiting = False
-    _generation: int
+    _generation = -1  # until the constructor has succeeded
     _owners: weakref.WeakKeyDictionary[Any, Hub]
 
     def __init__(self, io_threads: int | zmq.Context[Any] = 1, shadow: zmq.Context[Any] | int = 0) -> None:

@@ -15,7 +15,7 @@ import zmq
 from zmq.backend import zmq_poll as _look
 
 from ..deadlines import check, start_timer
-from ._waits import POLLIN, POLLOUT, Waiter
+from ._waits import POLLIN, POLLOUT, Waiter, let_others_run
 from .socket import Socket
 
 __all__ = ["Poller", "select", "zmq_poll"]
@@ -36,8 +36,8 @@ class Poller(zmq.Poller):
             zmq.ZMQError: ENOTSOCK if a registered socket is closed, before or while this waits.
         """
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
-        if timeout == 0:
-            gevent.sleep(0)
+        if self._is_greedy() or timeout == 0:
+            let_others_run()
         while True:
             events = self._ready()
             if events or (at is not None and monotonic() >= at):
@@ -45,8 +45,21 @@ class Poller(zmq.Poller):
             check(at is not None)
             self._wait(at)
 
+    def _is_greedy(self) -> bool:
+        """Count this call for every socket; whether one of them has been used too often in a row without a wait."""
+        counted = [sock._waits for sock, _ in self.sockets if isinstance(sock, Socket)]
+        for waits in counted:
+            waits.share -= 1
+        if all(waits.share >= 0 for waits in counted):
+            return False
+        for waits in counted:
+            waits.renew()
+        return True
+
     def _ready(self) -> list[tuple[Any, int]]:
         for sock, _ in self.sockets:
+            if isinstance(sock, Socket):
+                sock._waits.check_owner()
             if isinstance(sock, zmq.Socket) and sock.closed:
                 # zmq_poll would look at descriptor 0 instead.
                 raise zmq.ZMQError(zmq.ENOTSOCK, f"{sock!r} is closed: unregister it first")
@@ -71,6 +84,7 @@ class Poller(zmq.Poller):
             waiter.asleep = False
             for each in undo:
                 each()
+            del waiter, undo  # as in Waits.wait
 
 
 def _have_woken(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Callable[[], None]:

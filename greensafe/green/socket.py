@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Literal, overload
 
-import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
 from ..deadlines import check
 from ..endpoints import explained
-from ._objects import ObjectSocket
+from ._monitors import MonitoredSocket
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
-from ._waits import POLLIN
+from ._waits import POLLIN, let_others_run
 
 __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
 
@@ -32,7 +31,7 @@ _send: Callable[..., Any] = Backend.send
 Buffer = bytes | bytearray | memoryview | zmq.Frame
 
 
-class Socket(ObjectSocket):
+class Socket(MonitoredSocket):
     """A cooperative zmq.Socket: every send*, recv* and poll lets other greenlets run while it waits, and can be limited.
 
     Every send* and recv* takes `timeout=` in seconds: None waits without limit, 0 takes only what is ready now. Without it
@@ -219,15 +218,18 @@ class Socket(ObjectSocket):
             raise zmq.ZMQError(zmq.ENOTSUP)
         at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
         flags = int(flags)
-        if timeout == 0:
-            gevent.sleep(0)
+        waits = self._waits
+        waits.check_owner()
+        if waits.is_spent(flags) or timeout == 0:
+            waits.renew()
+            let_others_run()
         while True:
             events = int(_get(self, _EVENTS)) & flags
-            self._waits.recheck(self)
+            waits.recheck(self)
             if events or (at is not None and monotonic() >= at):
                 return events
             check(at is not None)
-            self._waits.wait(self, flags, at)
+            waits.wait(self, flags, at)
 
     # The ends of a socket's life, and what else makes libzmq process commands.
 
@@ -243,18 +245,24 @@ class Socket(ObjectSocket):
         """
         if self._lockstep is None:
             raise zmq.ZMQError(zmq.ENOTSUP, f"only REQ and REP have a state to reset, not {self._type_name}")
-        self._lockstep.reset(self)
-        self._waits.recheck(self)
+        self._waits.check_owner()
+        try:
+            self._lockstep.reset(self)
+        finally:
+            self._recheck()
 
     def close(self, linger: int | None = None) -> None:
         """Close the socket. Greenlets that wait on it get ENOTSOCK. Unsent messages are kept for LINGER milliseconds."""
         waits = self.__dict__.get("_waits")
         if waits is not None:
             waits.abort()  # first: libuv aborts the process if it finds a descriptor closed that it watches
+        self._end_monitors()
         super().close(linger)
 
     def get(self, option: int) -> Any:
         """Get a socket option, as in pyzmq."""
+        if option == _EVENTS and self._waits.is_inherited:
+            self._waits.check_owner()
         try:
             return super().get(option)
         finally:
@@ -273,32 +281,40 @@ class Socket(ObjectSocket):
 
     def connect(self, addr: str) -> Any:
         """Connect to an endpoint, as in pyzmq; an error's note says what to try."""
-        with explained(addr):
-            result = super().connect(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_connect(self, addr)
-        self._recheck()
-        return result
+        try:
+            with explained(addr):
+                result = super().connect(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_connect(self, addr)
+            return result
+        finally:
+            self._recheck()
 
     def disconnect(self, addr: str | bytes) -> None:
         """Disconnect from an endpoint, as in pyzmq."""
-        super().disconnect(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_disconnect(addr.decode() if isinstance(addr, bytes) else addr)
-        self._recheck()
+        try:
+            super().disconnect(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_disconnect(addr.decode() if isinstance(addr, bytes) else addr)
+        finally:
+            self._recheck()
 
     def bind(self, addr: str) -> Any:
         """Bind to an endpoint, as in pyzmq; an error's note says what to try."""
-        with explained(addr):
-            result = super().bind(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_bind()
-        self._recheck()
-        return result
+        try:
+            with explained(addr):
+                result = super().bind(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_bind()
+            return result
+        finally:
+            self._recheck()
 
     def unbind(self, addr: str | bytes) -> None:
         """Unbind from an endpoint, as in pyzmq."""
-        super().unbind(addr)
-        if self._lockstep is not None:
-            self._lockstep.on_unbind()
-        self._recheck()
+        try:
+            super().unbind(addr)
+            if self._lockstep is not None:
+                self._lockstep.on_unbind()
+        finally:
+            self._recheck()

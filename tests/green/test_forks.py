@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import LONG, run_python
 
 PROGRAM = """
 import os, sys
@@ -118,3 +118,79 @@ def test_used_in_a_forked_child(tmp_path: Path, patch: str, state: str, loop: st
     program = PROGRAM.replace("PATCH", patch).replace("FOLDER", str(tmp_path))
     result = run_python(program, state, env={"GEVENT_LOOP": loop} if loop != "libev" else None)
     assert result.out.split("\n")[:3] == ["0", "0", "parent fine"], result.out + result.err
+
+
+FORK_IN_A_CALLBACK = """
+import os, sys
+PATCH
+import gevent
+import greensafe as zmq
+context = zmq.Context.instance()
+a, b = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+a.bind("tcp://127.0.0.1:*")
+b.connect(a.last_endpoint)
+poller = zmq.Poller()
+poller.register(a)
+waiter = gevent.spawn(a.recv)
+gevent.sleep(0)
+server = zmq.Server("tcp://127.0.0.1:0", lambda request: request.body, deadline=30)
+server.start()
+client = zmq.Client(server.endpoint, timeout=10)
+if "client" in sys.argv:
+    client.request(b"1")  # is switched to by the client's pump, in the middle of reading
+else:
+    b.send(b"x")
+    waiter.get()  # and this by one that the socket's watcher has switched to
+    waiter = gevent.spawn(a.recv)
+    gevent.sleep(0)
+child = os.fork()
+if not child:
+    for use in (
+        lambda: a.recv(), lambda: a.recv(timeout=0), lambda: a.recv_multipart(zmq.NOBLOCK), lambda: a.send(b"no"),
+        lambda: a.send_multipart([b"no", b"no"]), lambda: a.poll(), lambda: a.poll(0), lambda: poller.poll(0), lambda: a.events,
+        lambda: zmq.select([a], [], [], 0),
+    ):
+        for _ in range(2):
+            try:
+                use()
+            except RuntimeError as error:
+                assert "fork" in str(error)
+            else:
+                raise AssertionError(use)
+    other = zmq.Context.instance()
+    assert other is not context
+    with other.socket(zmq.PAIR) as x, context.socket(zmq.PAIR) as y:
+        x.bind("tcp://127.0.0.1:*")
+        y.connect(x.last_endpoint)
+        y.send_multipart([b"own", bytes(100_000)], copy=False)
+        assert x.recv(timeout=10) == b"own"
+    a.close()  # the child's copy of the waiter ends
+    try:
+        waiter.get(timeout=10)
+    except RuntimeError as error:
+        assert "fork" in str(error)
+    assert client.request(b"child") == b"child"
+    sys.exit(0)
+gevent.sleep(0)
+while True:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        break
+    gevent.sleep(0.005)
+assert status == 0, status
+b.send(b"parent")
+assert waiter.get(timeout=10) == b"parent"
+print("fine")
+client.close(), server.stop(), a.close(), b.close(), context.term()
+"""
+
+
+@pytest.mark.parametrize("patch", ["", "from gevent import monkey; monkey.patch_all()"])
+@pytest.mark.parametrize("switched_by", ["client", "watcher"])
+def test_a_fork_out_of_a_callback(patch: str, switched_by: str) -> None:
+    """A greenlet that a message has woken forks: the child reads no more of the parent's sockets, and none of them can be used.
+
+    libzmq says EINTR there and pyzmq asks again, for ever: the child never came back.
+    """
+    result = run_python(FORK_IN_A_CALLBACK.replace("PATCH", patch), switched_by, limit=3 * LONG)
+    assert (result.code, result.out) == (0, "fine\n"), result.err

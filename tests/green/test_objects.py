@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import gevent
 import pytest
-from helpers import MS
+from gevent.event import Event
+from helpers import LONG, MS
 
 import greensafe as zmq
 
@@ -84,3 +86,28 @@ def test_receivers_of_objects_take_limits(pair: Pair, name: str) -> None:
     a, _ = pair(zmq.PAIR, zmq.PAIR)
     with pytest.raises(zmq.OperationTimeout, match=name):
         _receive(a, name, timeout=2 * MS)
+
+
+@pytest.mark.parametrize("how", ["kill", "gevent.Timeout", "deadline"])
+def test_an_interrupted_decoder_leaves_no_frames_behind(pair: Pair, how: str) -> None:
+    """A hook that waits and is interrupted is a message that cannot be decoded: the next one begins with its own head."""
+    a, b = pair(zmq.PAIR, zmq.PAIR)
+    b.send_multipart([b'{"x": 1}', b"second frame"])
+    b.send(b"next")
+
+    decoding = Event()
+
+    def receive() -> None:
+        with (
+            gevent.Timeout(2 * MS if how == "gevent.Timeout" else None, False),
+            zmq.move_on(2 * MS if how == "deadline" else None),
+        ):
+            a.recv_json(object_hook=lambda found: (decoding.set(), gevent.sleep(LONG)))
+
+    assert a.poll(LONG * 1000)
+    receiver = gevent.spawn(receive)
+    if how == "kill":
+        decoding.wait()
+        receiver.kill()
+    receiver.join()
+    assert a.recv_multipart() == [b"next"]
