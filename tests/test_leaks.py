@@ -181,6 +181,7 @@ def test_is_cheap(number):
 """
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("loop", ["", "libuv"])
 def test_fails_the_test_that_leaks_and_no_other(tmp_path: Path, loop: str) -> None:
     """In a run of its own: one error that names the greenlet; what gevent and pyzmq make once and keep is nobody's leak."""
@@ -190,7 +191,9 @@ def test_fails_the_test_that_leaks_and_no_other(tmp_path: Path, loop: str) -> No
     code = (
         f"import sys, pytest; sys.exit(pytest.main(['-c', {str(ROOT / 'setup.cfg')!r}, '--rootdir=.', '-q', 'test_sample.py']))"
     )
-    result = run_python(f"import os; os.chdir({str(tmp_path)!r}); {code}", env={"GEVENT_LOOP": loop} if loop else None)
+    result = run_python(
+        f"import os; os.chdir({str(tmp_path)!r}); {code}", limit=10 * LONG, env={"GEVENT_LOOP": loop} if loop else None
+    )
     assert result.code == 1, result
     assert "left behind by this test:\n    greenlet <Greenlet" in result.out, result.out
     assert "ERROR at teardown of test_leaves_a_greenlet" in result.out, result.out

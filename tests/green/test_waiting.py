@@ -158,18 +158,28 @@ def test_no_false_timeout_after_the_hub_was_blocked(pair: Pair) -> None:
     b.send(b"warm")
     assert a.recv() == b"warm"
 
+    descriptor = a.FD  # read now: asking a green socket for anything looks at EVENTS
+
     def block_and_send() -> None:
+        started.append(1)
         b.send(b"x")
-        time.sleep(0.05)
+        select.select([descriptor], [], [], LONG)  # natively: the hub stands still until the message has arrived, and then some
+        time.sleep(30 * MS)
 
     for wait in (
-        lambda: a.recv(timeout=0.02),
-        lambda: _under(deadline(0.02), a.recv),
-        lambda: _under(gevent.Timeout(0.02), a.recv),
+        lambda: a.recv(timeout=20 * MS),
+        lambda: _under(deadline(20 * MS), a.recv),
+        lambda: _under(gevent.Timeout(20 * MS), a.recv),
     ):
-        blocker = gevent.spawn(block_and_send)
-        assert wait() == b"x"
-        blocker.join()
+        started: list[int] = []
+        while not started:
+            blocker = gevent.spawn(block_and_send)
+            try:
+                assert wait() == b"x"
+            except gevent.Timeout:
+                assert not started  # the machine took longer than the limit to get there: once more
+                blocker.kill()
+            blocker.join()
 
 
 def _under(scope: Any, call: Callable[[], Any]) -> Any:
