@@ -8,16 +8,18 @@ import os
 import struct
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 import pytest
-from conftest import Wire
 from gevent import socket
 from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
 from greensafe.testing import FaultyLink
+
+if TYPE_CHECKING:  # at run time `conftest` is whichever folder's came first
+    from conftest import Wire
 
 pytestmark = pytest.mark.usefixtures("limit")
 
