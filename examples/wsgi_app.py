@@ -34,7 +34,7 @@ if __name__ == "__main__":
     service = sys.argv[1] if len(sys.argv) > 1 else "tcp://127.0.0.1:5555"
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 8080
     with Client(service) as client:
-        server = WSGIServer(("127.0.0.1", port), make_app(client, seconds=0.5), log=None)
+        server = WSGIServer(("127.0.0.1", port), make_app(client, seconds=2), log=None)
         server.start()
         print(server.server_port, flush=True)
         server.serve_forever()
