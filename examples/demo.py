@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Seconds after which a plain client is given up on: it would wait for ever.
-PATIENCE = 4.0
+PATIENCE = 3.0
 #: Seconds of silence after which the greensafe client takes a server for dead.
-HEARTBEAT = 1.0
+HEARTBEAT = 0.8
 #: The deadline of the greensafe server in the case in which its handler hangs.
 DEADLINE = 1.0
 #: How long the slow but legitimate reply takes: three times the heartbeat.
-SLOW = 3.0
+SLOW = 2.4
 #: Seconds on top of each of these that a busy machine may take.
 SPARE = 1.5
 

@@ -289,10 +289,7 @@ class Waits:
         self._on_readable(sock)
 
     def _on_readable(self, sock: zmq.Socket[Any]) -> None:
-        if self.is_inherited:
-            self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
-            return
-        if len(self.queue) == 1:
+        if len(self.queue) == 1 and not self.is_inherited:
             # Whoever comes while it runs has looked for itself; an edge that it leaves alone brings us here again.
             waiter = self.queue[0]
             if waiter.mask == POLLIN or waiter.mask & events_of(sock):
