@@ -129,7 +129,7 @@ class Owner(Protocol):
         """The context was terminated."""
 
     def is_wanted(self, channel: Channel) -> bool:
-        """Whether anybody waits for the channel to be up."""
+        """Whether the channel is to be up: the client is in use."""
 
 
 class Channel:
@@ -244,7 +244,10 @@ class Channel:
             self._pump.drain_all()
 
     def look(self, now: float) -> None:
-        """Look for signs of life; called `LOOKS` times within the limit while requests wait."""
+        """Look for signs of life; called `LOOKS` times within the limit while requests wait, here or elsewhere."""
+        if self._pump is None:
+            self._connect_again()
+            return
         if self._is_connected and not self.is_up and self._is_legacy(now):
             self._is_mute = True
             self._set_up()

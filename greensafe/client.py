@@ -363,7 +363,7 @@ class Client:
         self.close()
 
     def is_wanted(self, channel: Channel) -> bool:
-        return bool(self._waiting)
+        return len(self._requester) > 0
 
     def _on_rejected(self, call: _Call, channel: Channel, answer: Resolution) -> None:
         """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""

@@ -16,6 +16,7 @@ It does not know what a request is about, nor how the watchdog decides.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -42,8 +43,14 @@ __all__ = ["Server", "serve"]
 #: Seconds that answers still queued in libzmq may take to leave after a server was stopped.
 FLUSH = 1.0
 
+#: Seconds between two tries to bind again to an address that this server had a moment ago.
+REBIND = 0.01
+
 #: Seconds that stop() waits by default for the handlers that still run.
 STOP_TIMEOUT = 5.0
+
+#: Seconds that a server which stops reads on, for clients that have asked before they heard of it.
+LAST_REQUESTS = 0.05
 
 #: Seconds after which a server that stops looks by itself for what no event tells of: messages that libzmq has not shown yet.
 POLL = 0.05
@@ -57,7 +64,9 @@ class Server:
         handler: Called with each Request in a greenlet of its own; returns the answer (see Request).
         deadline: Seconds that a handler has before its client is answered DEADLINE_EXCEEDED; None, in writing, for no limit.
         grace: Seconds between the deadline and the kill.
-        max_inflight: Requests handled at a time; those beyond it wait, up to 10,000 or 64 MiB, then nothing is read.
+        max_inflight: Requests handled at a time; those beyond it wait, clients in turn, up to 10,000 or 64 MiB in all; then
+            nothing is read and clients feel backpressure.
+        overload: "wait", or "reject": those beyond max_inflight are answered RESOURCE_EXHAUSTED at once, and not run.
         on_error: Called with (request, error) before an error goes to a plain client; returns what to send instead, or None.
         cancel_vanished: Stop the handlers of a client whose connection is gone (tcp and ipc; behind a proxy, the proxy's).
         journal: None; journals are not part of this version.
@@ -75,6 +84,7 @@ class Server:
         deadline: Any,
         grace: Any = 1.0,
         max_inflight: int = 1000,
+        overload: str = "wait",
         on_error: OnError | None = None,
         cancel_vanished: bool = False,
         journal: None = None,
@@ -83,12 +93,15 @@ class Server:
         check_handler(handler)
         check_options(max_inflight, on_error)
         check_context(context)
+        if overload not in ("wait", "reject"):
+            raise ValueError(f'overload is "wait" or "reject", not {overload!r}')
         if journal is not None:
             raise ValueError("journal must be None: this version has no journal yet")
         self._bind_to = check_endpoint(endpoint)
         self._handler = handler
         self._limit, self._grace = check_limits(deadline, grace)
         self._max_inflight = max_inflight
+        self._rejects = overload == "reject"
         self._on_error = on_error
         self._cancel_vanished = bool(cancel_vanished)
         self._vanished: Vanished | None = None
@@ -99,6 +112,7 @@ class Server:
         self._stopped = Event()
         self._stopped.set()
         self._stopping = False
+        self._closed_at = -math.inf
         self.endpoint: str | None = None
 
     @property
@@ -134,7 +148,7 @@ class Server:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
             with explained(self._bind_to):
-                sock.bind(self._bind_to)
+                self._bind(sock)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         except BaseException:
             sock.close(0)
@@ -150,6 +164,7 @@ class Server:
             limit=self._limit,
             grace=self._grace,
             max_inflight=self._max_inflight,
+            rejects=self._rejects,
             instance=os.urandom(16),
             on_error=self._on_error,
             on_room=self._on_room,
@@ -158,12 +173,24 @@ class Server:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
         self._pump.start()
 
+    def _bind(self, sock: zmq.Socket[Any]) -> None:
+        """Bind; libzmq gives an address back some time after the socket was closed that had it, which may have been ours."""
+        while True:
+            try:
+                sock.bind(self._bind_to)
+                return
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE or monotonic() > self._closed_at + FLUSH:
+                    raise
+                gevent.sleep(REBIND)
+
     def stop(self, timeout: Any = STOP_TIMEOUT) -> None:
         """Finish what was received, then close.
 
-        What is not answered after `timeout` seconds is answered UNAVAILABLE: handlers that run are killed, requests that have
-        arrived but were not read for want of room are refused. Called again (from a
-        second signal, say) with a smaller timeout it ends the first call's wait. The server can be started again afterwards.
+        Greensafe clients are told at once, and send what they ask from then on elsewhere, if they have somewhere else, or to
+        whoever is there next. What is not answered after `timeout` seconds is answered UNAVAILABLE: handlers that run are
+        killed, requests that have arrived but were not run are refused. Called again (from a second signal, say) with a smaller
+        timeout it ends the first call's wait. The server can be started again afterwards.
         """
         limit = to_seconds(timeout)
         self._forget_parent()
@@ -173,14 +200,17 @@ class Server:
         # Not unbound first: that would end the connections it accepted, and their answers with them.
         self._stopping = True
         assert self._watchdog is not None
+        now = monotonic()
+        at = None if limit is None else now + limit
         self._watchdog.drain()
-        at = None if limit is None else monotonic() + limit
+        quiet_at = now if self._bind_to.startswith("inproc:") else now + LAST_REQUESTS
         try:
             # Another call of stop may have ended it meanwhile, and start may have made a new pump.
-            while self._pump is pump and self._is_busy() and (at is None or monotonic() < at):
+            while self._pump is pump and (at is None or now < at) and (self._is_busy() or now < quiet_at):
                 self._idle.clear()
-                with move_on(POLL if at is None else min(POLL, at - monotonic())):
+                with move_on(POLL if at is None else min(POLL, at - now)):
                     self._idle.wait()
+                now = monotonic()
         finally:
             if self._pump is pump:
                 self._close()
@@ -262,6 +292,7 @@ class Server:
             self._vanished.close()
             self._vanished = None
         pump.close(int(FLUSH * 1000))
+        self._closed_at = monotonic()
         watchdog.close()
         self._stopped.set()
 

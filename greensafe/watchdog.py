@@ -6,9 +6,10 @@ is killed. Rules:
 * Everything that happens to a request is an event of `sansio.responder.Responder`; the first answer wins, the rest is counted.
 * One timer for all requests. At its deadline a request is answered DEADLINE_EXCEEDED and its handler gets the signal; after
   `grace` more seconds it is killed; what survives that is a zombie, and killed again every `grace` seconds.
-* `max_inflight` handlers run at a time. What comes beyond that is kept, in order, and its clients are told that it is worked
-  on. Its caller's limit runs meanwhile: what is overdue before its turn, or was so when it came, is answered and not run. The
-  server's own limit is for the handler, and runs from its start.
+* `max_inflight` handlers run at a time. What comes beyond that is kept (or rejected at once), and its clients are told that it
+  is worked on. Clients take turns, each with its oldest request, so that one with many does not keep the others waiting. The
+  caller's limit runs meanwhile: what is overdue before its turn, or was so when it came, is answered and not run. The server's
+  own limit is for the handler, and runs from its start.
 * This is the one place where BaseException is caught: SystemExit or KeyboardInterrupt in a handler end that handler alone.
 
 It does not know how frames travel: `send` is given, and `accept` is called in the hub by whoever receives.
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 BACKLOG = 10_000
 BACKLOG_BYTES = 64 * 2**20
 
+#: What a client is told whose request is not even kept.
+_FULL = RemoteError("RESOURCE_EXHAUSTED", "the server has as many requests as it may run: try again later", "ServerFull")
+
 
 class Watchdog:
     """The requests of one server, their handlers and the answers they owe.
@@ -53,6 +57,7 @@ class Watchdog:
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         max_inflight: Handlers that run at a time.
+        rejects: What comes beyond that is answered RESOURCE_EXHAUSTED instead of being kept.
         instance: 16 bytes that tell this server from the one that was there before.
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
             or None; or answers by itself.
@@ -68,6 +73,7 @@ class Watchdog:
         grace: float,
         send_soon: Callable[[list[bytes]], None] | None = None,
         max_inflight: int = 1000,
+        rejects: bool = False,
         instance: bytes = bytes(16),
         on_error: OnError | None = None,
         on_room: Callable[[], None] | None = None,
@@ -78,13 +84,16 @@ class Watchdog:
         self._send_soon = send_soon or send
         self._limit = limit
         self._max_inflight = max_inflight
+        self._rejects = rejects
         self._on_error = on_error
         self._on_room = on_room
         self._hub: Hub = gevent.get_hub()
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
-        self._kept: dict[int, Request] = {}  # in order of arrival
+        self._kept: dict[int, Request] = {}
         self._kept_bytes = 0
+        #: The keys of each client's requests that are kept, in order of arrival; the clients in the order of their turns.
+        self._turns: dict[tuple[bytes, ...], dict[int, None]] = {}
         self._is_starting = False
         self._timer: Any = None
         self._timer_at = float("inf")
@@ -116,6 +125,9 @@ class Watchdog:
         if exchange.is_answered:
             self._guarded(self.finish, request)
         elif self._kept or self.load > self._max_inflight:
+            if self._rejects:
+                self._guarded(self._drop, request, _FULL)
+                return
             self._keep(request)
         else:
             self._start(request)
@@ -236,13 +248,29 @@ class Watchdog:
         greenlet.switch()
 
     def _keep(self, request: Request) -> None:
-        self._kept[request._exchange.key] = request
+        key = request._exchange.key
+        self._kept[key] = request
         self._kept_bytes += sum(map(len, request.frames))
+        self._turns.setdefault(request._exchange.envelope.origin, {})[key] = None
 
     def _take(self, key: int) -> Request | None:
         request = self._kept.pop(key, None)
         if request is not None:
             self._kept_bytes -= sum(map(len, request.frames))
+            origin = request._exchange.envelope.origin
+            keys = self._turns[origin]
+            del keys[key]
+            if not keys:
+                del self._turns[origin]
+        return request
+
+    def _next(self) -> Request:
+        """Take the request whose turn it is; its client is the last to have another one."""
+        origin, keys = next(iter(self._turns.items()))
+        request = self._take(next(iter(keys)))
+        assert request is not None
+        if keys:
+            self._turns[origin] = self._turns.pop(origin)
         return request
 
     def _drop(self, request: Request, error: RemoteError) -> None:
@@ -256,9 +284,7 @@ class Watchdog:
     def _start_kept(self) -> None:
         self._is_starting = False
         while self._kept and self.load < self._max_inflight:
-            request = self._take(next(iter(self._kept)))
-            assert request is not None
-            self._start(request)
+            self._start(self._next())
 
     # A handler's life.
 

@@ -10,9 +10,10 @@ Rules:
 * At most `BATCH` messages are read before the loop gets a turn.
 * Each send may have to wake libzmq's I/O thread (10 µs and more, most of a request's cost). What `send_soon` sends goes out
   with the rest of this turn's, at the latest after `SOON` messages or `SOON_SECONDS` of reading: one wake-up for all.
-* A message for a peer whose pipe is full waits in that peer's own queue, and only that peer's: `outbox` bytes at most,
-  what is beyond is dropped and counted. `send` never blocks. Whoever empties a list that he has handed to `send` takes the
-  message back, if it has not left yet.
+* A message for a peer whose pipe is full waits in that peer's own queue, and only that peer's: `outbox` bytes at most, and
+  `OUTBOXES` for all peers; what is beyond is dropped and counted. `send` never blocks. Whoever empties a list that he has
+  handed to `send` takes the message back, if it has not left yet.
+* Full peers are tried again a few at a time, in turn, so that thousands of them cost the others nothing.
 * An exception of `on_message` goes to the hub's error handler; the pump goes on.
 * When the context is terminated or the socket closed, the pump stops and says so once, by `on_end`.
 
@@ -21,6 +22,7 @@ It does not know what is in the messages, but that a ROUTER's first frame names 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -45,6 +47,9 @@ SOON_SECONDS = 0.001
 #: Bytes that a server keeps for one peer whose pipe is full, beyond its high-water mark: some 60,000 small messages.
 OUTBOX = 16 * 2**20
 
+#: The same for all peers of one socket together: so many may read slowly before what is for them is dropped.
+OUTBOXES = 256 * 2**20
+
 #: Bytes that a message is reckoned at besides those of its frames.
 OVERHEAD = 250
 
@@ -53,6 +58,10 @@ REFUSED = 10_000
 
 #: Seconds after which a full peer is tried again: a ROUTER is writable as soon as any peer is, so no event tells.
 RETRY = 0.02
+
+#: Full peers that are tried again then, and in each turn of the loop in which something is read or sent.
+TRIED_EACH_TIME = 64
+TRIED_EACH_TURN = 4
 
 _EVENTS = int(zmq.EVENTS)
 _FD = int(zmq.FD)
@@ -111,6 +120,7 @@ class Pump:
         "_on_gone",
         "_on_message",
         "_outbox",
+        "_outbox_size",
         "_retry",
         "_scheduled",
         "_sock",
@@ -140,6 +150,7 @@ class Pump:
         self._hub = gevent.get_hub()
         self._watcher = self._hub.loop.io(_get(sock, _FD), 1)
         self._outbox: dict[bytes, _Queue] = {}
+        self._outbox_size = 0
         self._soon: deque[list[bytes]] = deque()
         self._retry: Any = None
         self._scheduled = False
@@ -273,15 +284,18 @@ class Pump:
                 return
             self.drain()
 
-    def flush(self) -> None:
-        """Try again to send what is kept, and what is about to be sent."""
+    def flush(self, peers: int | None = None) -> None:
+        """Send what is about to be sent, and try again to send what is kept for so many peers; None for all."""
         self._send_gathered()
-        for key, waiting in list(self._outbox.items()):
+        for key in list(itertools.islice(self._outbox, peers)):
+            waiting = self._outbox.pop(key)
             messages = waiting.messages
             while messages and (not messages[0][0] or self._try_send(messages[0][0])):
-                waiting.size -= messages.popleft()[1]
-            if not messages:
-                del self._outbox[key]
+                size = messages.popleft()[1]
+                waiting.size -= size
+                self._outbox_size -= size
+            if messages:
+                self._outbox[key] = waiting
         if not self._outbox:
             self._stop_retry()
 
@@ -310,9 +324,11 @@ class Pump:
 
     def _keep(self, waiting: _Queue, frames: list[bytes]) -> None:
         size = OVERHEAD + sum(map(len, frames))
-        if self._limit is None or not waiting.messages or waiting.size + size <= self._limit:
+        limit = self._limit
+        if limit is None or (self._outbox_size < OUTBOXES and (not waiting.messages or waiting.size + size <= limit)):
             waiting.messages.append((frames, size))
             waiting.size += size
+            self._outbox_size += size
         else:
             self.dropped += 1
 
@@ -332,7 +348,7 @@ class Pump:
             return
         try:
             if self._outbox or self._soon:
-                self.flush()
+                self.flush(TRIED_EACH_TURN)
             if not self.is_paused and not self._read(is_woken):
                 self._schedule()
             if self.is_inherited:
@@ -405,7 +421,7 @@ class Pump:
             self._stop_retry()
             return
         try:
-            self.flush()
+            self.flush(TRIED_EACH_TIME)
         except BaseException:  # noqa: BLE001 - see _run
             self._hub.handle_error(self, *sys.exc_info())
         if self._started and not self._scheduled:
