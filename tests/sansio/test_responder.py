@@ -143,7 +143,7 @@ def test_nobody_answers() -> None:
     ],
 )
 def test_whose_limit(limit: float | None, remaining: int | None, at: float | None, by_caller: bool) -> None:
-    """The caller's limit runs from the arrival, the server's from the start; the earlier counts, and it is known whose it is."""
+    """The caller's limit runs from the arrival, the server's from the start; the earlier counts, and whose it is is told."""
     responder = _responder()
     exchange = responder.receive(_frames(Kind.REQUEST, remaining_ms=remaining), 10.0)
     assert isinstance(exchange, Exchange)
