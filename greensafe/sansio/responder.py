@@ -210,8 +210,8 @@ class Responder:
         exchange.caller = caller
         if header.patience_ms:
             pulse = min(max(header.patience_ms / 1000 / LOOKS, SHORTEST_PULSE), LONGEST_PULSE)
-            if pulse < caller.pulse or caller.due == math.inf:
-                caller.pulse = min(pulse, caller.pulse)
+            caller.pulse = min(pulse, caller.pulse)
+            if now + caller.pulse < caller.due:
                 caller.due = now + caller.pulse
                 self._pulses.push(caller.due, caller)
                 self.soonest = min(self.soonest, caller.due)

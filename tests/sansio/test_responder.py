@@ -290,6 +290,16 @@ def test_a_shorter_patience_counts() -> None:
     assert len(responder.tick(1.0 + SHORTEST_PULSE)) == 1
 
 
+def test_a_working_that_is_due_is_not_put_off() -> None:
+    """A request with less patience brings the next WORKING nearer, never further away."""
+    responder = _responder()
+    _open(responder, 1, patience_ms=50_000)
+    _open(responder, 2, now=9.5, patience_ms=5000)
+    assert responder.next_deadline() == 10.0
+    assert len(responder.tick(10.0)) == 1
+    assert responder.next_deadline() == 11.0
+
+
 def test_clients_with_much_patience_are_forgotten_in_time() -> None:
     """Clients that come, ask once and go leave nothing, also if each would have waited for weeks."""
     responder = _responder()
