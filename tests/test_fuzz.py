@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 limited = pytest.mark.usefixtures("limit")
 
 SEED = int(os.environ.get("GREENSAFE_FUZZ_SEED", "4"))
-ROUNDS = int(os.environ.get("GREENSAFE_FUZZ_ROUNDS", "60"))
+ROUNDS = int(os.environ.get("GREENSAFE_FUZZ_ROUNDS", "30"))
 
 #: The largest frame that either side takes.
 LARGEST = 100_000

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import gevent
 import pytest
 import zmq as plain
 from gevent.event import Event
-from helpers import LONG, MS, wait_until
+from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, RemoteError, Request, Server
@@ -44,7 +44,7 @@ targets = [rep() if target == "rep" else target for target in sys.argv[2:]]
 for _ in range(int(sys.argv[1])):
     targets = [proxy(targets)]
 print(targets[0], flush=True)
-sys.stdin.read()
+threading.Event().wait()
 """
 
 Reach = Callable[..., str]
@@ -53,18 +53,10 @@ Reach = Callable[..., str]
 @pytest.fixture
 def reach() -> Iterator[Reach]:
     """A function of the number of proxies and what is behind them; returns where clients connect."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(hops: int, *targets: str | None) -> str:
-        command = [sys.executable, "-c", PEERS, str(hops), *map(str, targets)]
-        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout is not None
-        return processes[-1].stdout.readline().strip()
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    with ExitStack() as stack:
+        yield lambda hops, *targets: stack.enter_context(
+            running([sys.executable, "-c", PEERS, str(hops), *map(str, targets)]),
+        )[1]
 
 
 hops = pytest.mark.parametrize("hops", [0, 1, 2])
@@ -184,7 +176,7 @@ def test_a_client_sends_nothing_but_requests_to_a_plain_peer(context: zmq.Contex
             if body == b"answer":
                 router.send_multipart([rid, header, empty, body])
 
-    running = gevent.spawn(run)
+    serving = gevent.spawn(run)
     client = Client(f"tcp://127.0.0.1:{port}", context=context, heartbeat=100 * MS)
     assert client.request(b"answer") == b"answer"
     for limit in (OperationTimeout, zmq.DeadlineExceeded):
@@ -202,7 +194,7 @@ def test_a_client_sends_nothing_but_requests_to_a_plain_peer(context: zmq.Contex
     assert client.request(b"answer") == b"answer"
     client.close()
     closed.join()
-    running.kill()
+    serving.kill()
     assert [body for _, _, body in received] == [b"answer", b"1", b"2", b"3", b"4", b"answer"]
     for frame, empty, _ in received:
         header = decode(frame)
@@ -416,3 +408,20 @@ def test_a_rejection_from_behind_a_proxy(context: zmq.Context, reach: Reach) -> 
             router.send_multipart([*route, ServerHeader(kind, ids[-1], bytes(16), hops=len(route)).encode(), empty, body])
         assert asked.get() == b"z"
     assert ids[0] == ids[1]
+
+
+def test_an_answer_that_comes_after_all(context: zmq.Context) -> None:
+    """A reply that comes while its request waits to be sent again is delivered, and nothing of that request stays."""
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    with Client(f"tcp://127.0.0.1:{port}", context=context, heartbeat=200 * MS, retries=1) as client:
+        asked = gevent.spawn(client.request, b"x", timeout=LONG, idempotent=True)
+        rid, frame, empty, _ = router.recv_multipart()
+        request_id = frame[8:24]
+        router.send_multipart([rid, ServerHeader(Kind.WORKING, request_id, bytes(16), hops=2).encode(), empty, request_id])
+        call = client._requester.asked()[0].owner
+        wait_until(lambda: call.pause)
+        router.send_multipart([rid, ServerHeader(Kind.REPLY, request_id, bytes(16), hops=2).encode(), empty, b"late"])
+        assert asked.get() == b"late"
+        assert (call.pause, len(client._requester), client._waiting) == (None, 0, {})
+        assert client._channels[0].connection.sent == {}
