@@ -283,6 +283,23 @@ def test_expired_before_its_turn(context: zmq.Context, handler: _Handler) -> Non
     assert [request.body for request in handler.seen] == [b"wait", b"next"]
 
 
+def test_cancelled_before_its_turn(context: zmq.Context, handler: _Handler) -> None:
+    """A request whose caller goes away before its turn is not run when that comes."""
+    with (
+        Server("tcp://127.0.0.1:0", handler, deadline=None, max_inflight=1, context=context) as server,
+        Client(str(server.endpoint), context=context, timeout=LONG) as client,
+    ):
+        first, second = gevent.spawn(client.request, b"wait"), gevent.spawn(client.request, b"gone")
+        wait_until(lambda: server._watchdog is not None and server._watchdog.backlog == 1)
+        wait_until(lambda: client._channels[0].connection.is_known)
+        second.kill()
+        wait_until(lambda: "cancelled=1" in repr(server))
+        handler.go.set()
+        assert first.get() == b"wait"
+        assert client.request(b"next") == b"next"
+    assert [request.body for request in handler.seen] == [b"wait", b"next"]
+
+
 @pytest.mark.parametrize("hops", [0, 1])
 @pytest.mark.parametrize("how", ["timeout", "deadline", "gevent.Timeout", "kill", "close"])
 def test_who_does_not_wait_any_more_stops_the_handler(
@@ -418,10 +435,14 @@ def test_an_answer_that_comes_after_all(context: zmq.Context) -> None:
         asked = gevent.spawn(client.request, b"x", timeout=LONG, idempotent=True)
         rid, frame, empty, _ = router.recv_multipart()
         request_id = frame[8:24]
-        router.send_multipart([rid, ServerHeader(Kind.WORKING, request_id, bytes(16), hops=2).encode(), empty, request_id])
-        call = client._requester.asked()[0].owner
-        wait_until(lambda: call.pause)
-        router.send_multipart([rid, ServerHeader(Kind.REPLY, request_id, bytes(16), hops=2).encode(), empty, b"late"])
+
+        def say(kind: Kind, body: bytes, hops: int) -> None:
+            router.send_multipart([rid, ServerHeader(kind, request_id, bytes(16), hops=hops).encode(), empty, body])
+
+        say(Kind.DRAINING, b"", 1)  # so that there is no place to send it to again
+        say(Kind.WORKING, request_id, 2)
+        wait_until(lambda: client._waiting)
+        say(Kind.REPLY, b"late", 2)
         assert asked.get() == b"late"
-        assert (call.pause, len(client._requester), client._waiting) == (None, 0, {})
+        assert (len(client._requester), client._waiting) == (0, {})
         assert client._channels[0].connection.sent == {}
