@@ -354,6 +354,8 @@ class Client:
         if answer.kind == Kind.REJECTED:
             self._on_rejected(call, channel, answer)
         else:
+            call.stop_pause()  # it may be the answer to an earlier try
+            self._waiting.pop(call, None)
             call.outcome = answer
             self._wake(call)
         if self._waiting:

@@ -197,7 +197,7 @@ class ServerHeader:
 def pack(kind: int, request_id: bytes, remaining_ms: int | None, patience_ms: int, flags: int, metadata: bytes) -> bytes:
     """A client's header of arguments that are known to be right; see Header."""
     remaining = _NO_LIMIT if remaining_ms is None else min(max(remaining_ms, 0), _MAX_MS)
-    patience = min(patience_ms, _MAX_MS)
+    patience = min(patience_ms, 0xFFFFFFFF)
     length = HEADER_SIZE + len(metadata)
     return _CLIENT.pack(MAGIC, VERSION, kind, length, request_id, remaining, patience, flags) + metadata
 
@@ -205,6 +205,7 @@ def pack(kind: int, request_id: bytes, remaining_ms: int | None, patience_ms: in
 def pack_server(kind: int, request_id: bytes, instance: bytes, journal: bytes, hops: int, metadata: bytes) -> bytes:
     """A server's header of arguments that are known to be right; see ServerHeader."""
     length = SERVER_HEADER_SIZE + len(metadata)
+    hops = min(hops, 0xFFFF)  # a client may put any number of frames there
     return _SERVER.pack(MAGIC, VERSION, kind, length, request_id, instance, journal, hops) + metadata
 
 

@@ -6,7 +6,7 @@ when its connection is lost it waits again, and the caller decides for how long.
 
 What a `Connection` is known for ends with it: whether a greensafe server answers there, whether anybody stands in between,
 and whether that server drains. Until a server's header has come back nothing but requests may be sent on it, since a plain REP
-would run anything else as a request.
+would run anything else as a request; nor after a plain REP has answered: behind a proxy one may stand beside greensafe servers.
 
 It does not know sockets, clocks or greenlets: `now` is an argument, what is to be done is returned.
 """
@@ -84,17 +84,19 @@ class Connection:
         sent: The open requests that were sent on it, by id.
         is_heard: Something valid has come back on it.
         is_known: A greensafe server has answered on it.
+        is_mixed: A plain peer has answered on it. There may be others beside it, behind a proxy.
         is_direct: Nobody is between the two: what holds for the connection holds for the server.
         is_draining: The server wants further requests to go elsewhere.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
     """
 
-    __slots__ = ("instance", "is_direct", "is_draining", "is_heard", "is_known", "journal", "sent")
+    __slots__ = ("instance", "is_direct", "is_draining", "is_heard", "is_known", "is_mixed", "journal", "sent")
 
     def __init__(self) -> None:
         self.sent: dict[bytes, Asked] = {}
         self.is_heard = False
         self.is_known = False
+        self.is_mixed = False
         self.is_direct = False
         self.is_draining = False
         self.instance = b""
@@ -209,8 +211,10 @@ class Requester:
         connection.is_heard = True
         if isinstance(header, ServerHeader):
             connection.learn(header)
+        else:
+            connection.is_mixed = True
         if header.kind in _ENDS:
-            return self._resolve(header, frames)
+            return self._resolve(header, frames, connection)
         if header.kind == Kind.WORKING:
             self._hear(frames[2], now)
         elif header.kind == Kind.DRAINING:
@@ -219,12 +223,14 @@ class Requester:
             self.ignored += 1
         return None
 
-    def _resolve(self, header: Header | ServerHeader, frames: Sequence[bytes]) -> Resolution | None:
+    def _resolve(self, header: Header | ServerHeader, frames: Sequence[bytes], connection: Connection) -> Resolution | None:
+        """An answer to an earlier try counts as well, if it is one: what has arrived is not asked for again."""
         asked = self._open.get(header.request_id)
-        if asked is None or asked.connection is None:
+        is_rejected = header.kind == Kind.REJECTED
+        if asked is None or not asked.frames or (is_rejected and asked.connection is not connection):
             self.late += 1
             return None
-        if header.kind == Kind.REJECTED:
+        if is_rejected:
             self.unsend(asked)
         else:
             self.abandon(asked)
@@ -264,7 +270,7 @@ class Requester:
         return self._note(Kind.ACK, answer.asked.request_id, connection)
 
     def _note(self, kind: Kind, request_id: bytes, connection: Connection | None) -> list[bytes] | None:
-        if connection is None or not connection.is_known:
+        if connection is None or not connection.is_known or connection.is_mixed:
             return None
         return [Header(kind, request_id).encode(), b"", b""]
 

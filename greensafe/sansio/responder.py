@@ -24,6 +24,9 @@ __all__ = ["Cancel", "Effect", "Expire", "Kill", "Responder", "Send", "Zombie"]
 #: Seconds between two WORKING for one client, at least, however short its patience.
 SHORTEST_PULSE = 0.05
 
+#: And at most, however long: a client that has gone is remembered until its next one would be due.
+LONGEST_PULSE = 30.0
+
 #: Seconds between two kills of a handler that survives them, at least: however short the grace, a zombie must not cost more
 #: than the requests.
 AGAIN = 0.1
@@ -206,9 +209,9 @@ class Responder:
         caller.open[header.request_id] = exchange
         exchange.caller = caller
         if header.patience_ms:
-            pulse = max(header.patience_ms / 1000 / LOOKS, SHORTEST_PULSE)
-            if pulse < caller.pulse or caller.due == math.inf:
-                caller.pulse = min(pulse, caller.pulse)
+            pulse = min(max(header.patience_ms / 1000 / LOOKS, SHORTEST_PULSE), LONGEST_PULSE)
+            caller.pulse = min(pulse, caller.pulse)
+            if now + caller.pulse < caller.due:
                 caller.due = now + caller.pulse
                 self._pulses.push(caller.due, caller)
                 self.soonest = min(self.soonest, caller.due)

@@ -19,7 +19,18 @@ def test_its_python_is_a_test_file_that_passes(tmp_path: Path) -> None:
     file.write_text("\n\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)))
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     result = run_python(
-        command, "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(file), limit=6 * LONG
+        command,
+        "-q",
+        "-W",
+        "error",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:asyncio",
+        "--rootdir",
+        str(tmp_path),
+        str(file),
+        limit=6 * LONG,
     )
     assert result.code == 0, result.out + result.err
     assert "6 passed" in result.out

@@ -1,0 +1,49 @@
+"""Tests of greensafe.sansio.backoff."""
+
+from __future__ import annotations
+
+from hypothesis import given, strategies as st
+
+from greensafe.sansio.backoff import FIRST, JITTER, LONGEST, RESERVE, SHARE, Budget, delay
+
+
+def test_delays_double() -> None:
+    """50, 100, 200 ms ... and never more than 2 s, however many tries have failed."""
+    assert [delay(tries, 0.0) for tries in range(1, 8)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
+    assert delay(10**9, 0.0) == LONGEST
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_jitter(tries: int, chance: float) -> None:
+    """Chance takes away up to half of a delay; there is always some left."""
+    longest = delay(tries, 0.0)
+    assert longest * (1 - JITTER) <= delay(tries, chance) <= longest
+    assert delay(tries, chance) >= FIRST * (1 - JITTER)
+
+
+def test_a_reserve_and_a_share() -> None:
+    """Ten retries at first; then one for ten requests. What is not used does not pile up beyond the ten."""
+    budget = Budget()
+    assert [budget.spend() for _ in range(11)] == [True] * 10 + [False]
+    retries = 0
+    for _ in range(1000):
+        budget.earn()
+        retries += budget.spend()
+    assert 99 <= retries <= 100
+    for _ in range(10**4):
+        budget.earn()
+    assert sum(budget.spend() for _ in range(100)) == RESERVE
+
+
+@given(st.lists(st.booleans(), max_size=500))
+def test_never_more_than_the_share(requests: list[bool]) -> None:
+    """Whatever the order of requests and failures, retries stay a share of the requests and the reserve."""
+    budget = Budget()
+    earned = spent = 0
+    for is_request in requests:
+        if is_request:
+            budget.earn()
+            earned += 1
+        else:
+            spent += budget.spend()
+        assert spent <= RESERVE + SHARE * earned + 1e-6

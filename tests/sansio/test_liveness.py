@@ -1,0 +1,135 @@
+"""Tests of greensafe.sansio.liveness, with what the kernel was seen to count in each case."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, strategies as st
+
+from greensafe.sansio.liveness import LOOKS, SILENT_LOOKS, WORDLESS, Pulse, Sample
+
+#: Bytes of a ZMTP PING and of its PONG, on the wire.
+PING, PONG = 9, 7
+
+
+class _Tcp:
+    """A connection, looked at once in each interval of a limit of 5 seconds; libzmq sends a PING in each."""
+
+    def __init__(self) -> None:
+        self.pulse = Pulse(5.0)
+        self.now = 0.0
+        self.sample = Sample(received=100, acked=100, waiting=0, unacked=0)
+
+    def look(self, after: float = 1.0, **changes: int) -> str | None:
+        """The next look; `changes` are added to received and acked, and put in the place of waiting and unacked."""
+        self.now += after
+        received, acked, waiting, unacked = self.sample
+        self.sample = Sample(
+            received + changes.get("received", 0),
+            acked + changes.get("acked", 0),
+            changes.get("waiting", waiting),
+            changes.get("unacked", unacked),
+        )
+        return self.pulse.look(self.sample, self.pulse.is_late(self.now))
+
+
+def test_an_idle_peer_that_is_alive() -> None:
+    """A PONG a second is enough, for as long as one likes."""
+    tcp = _Tcp()
+    assert [tcp.look(received=PONG, acked=PING) for _ in range(1000)] == [None] * 1000
+
+
+def test_a_stopped_process() -> None:
+    """SIGSTOP: the kernel acknowledges every PING and nothing comes back: "process" at the third look without a byte."""
+    tcp = _Tcp()
+    tcp.look(received=PONG, acked=PING)
+    assert [tcp.look(acked=PING) for _ in range(3)] == [None, None, "process"]
+    assert tcp.now == 4.0  # within the limit of 5
+
+
+def test_a_cut_link() -> None:
+    """Nothing is acknowledged any more: "link"."""
+    tcp = _Tcp()
+    tcp.look(received=PONG, acked=PING)
+    assert [tcp.look(unacked=number) for number in (1, 2, 3)] == [None, None, "link"]
+
+
+def test_a_long_download() -> None:
+    """50 MB in one frame at 1 MB/s: no PONG can come between, but bytes do, in each of 50 seconds."""
+    tcp = _Tcp()
+    assert [tcp.look(received=1_000_000, acked=0, waiting=PING) for _ in range(50)] == [None] * 50
+
+
+def test_a_long_upload() -> None:
+    """50 MB at 1 MB/s the other way: the peer reads and cannot answer a PING that stands behind the frame."""
+    tcp = _Tcp()
+    tcp.look(waiting=50_000_000, unacked=10)
+    left = range(49_000_000, 0, -1_000_000)
+    assert [tcp.look(acked=1_000_000, waiting=waiting, unacked=10) for waiting in left] == [None] * 49
+
+
+@pytest.mark.parametrize(("unacked", "silent"), [(0, "process"), (12, "link")])
+def test_an_upload_that_stops(unacked: int, silent: str) -> None:
+    """Stopped in the middle of an upload: a kernel whose window is full has nothing to acknowledge any more."""
+    tcp = _Tcp()
+    tcp.look(waiting=50_000_000, unacked=10)
+    tcp.look(acked=4_000_000, waiting=46_000_000, unacked=unacked)
+    assert [tcp.look() for _ in range(3)] == [None, None, silent]
+
+
+def test_the_last_bytes_of_an_upload() -> None:
+    """The look at which nothing waits any more still shows life; from there on acknowledged PINGs prove nothing."""
+    tcp = _Tcp()
+    tcp.look(waiting=500_000, unacked=10)
+    assert tcp.look(acked=500_000, waiting=0, unacked=0) is None
+    assert [tcp.look(acked=PING) for _ in range(3)] == [None, None, "process"]
+
+
+def test_a_process_that_was_itself_away() -> None:
+    """A look that comes late judges nothing and begins anew: the peer gets three more."""
+    tcp = _Tcp()
+    tcp.look(received=PONG)
+    assert [tcp.look(), tcp.look()] == [None, None]
+    assert tcp.look(after=60.0) is None
+    assert [tcp.look() for _ in range(3)] == [None, None, "process"]
+
+
+def test_what_is_late() -> None:
+    """More than two intervals after the look before; the first is never late."""
+    pulse = Pulse(5.0)
+    assert [pulse.is_late(now) for now in (100.0, 101.0, 103.0, 105.01, 106.0)] == [False, False, False, True, False]
+
+
+def test_rest() -> None:
+    """What happens while nobody waits is not judged: neither the silence nor the pause between the looks."""
+    tcp = _Tcp()
+    tcp.look()
+    assert [tcp.look(), tcp.look()] == [None, None]
+    tcp.pulse.rest()
+    assert not tcp.pulse.is_late(tcp.now + 3600.0)
+    assert [tcp.look(after=3600.0), tcp.look(), tcp.look(), tcp.look()] == [None, None, None, "process"]
+
+
+def test_nobody_counts() -> None:
+    """Without counts (ipc, another system) there is no verdict from here."""
+    pulse = Pulse(5.0)
+    assert [pulse.look(None, pulse.is_late(float(now))) for now in range(100)] == [None] * 100
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_never_early_never_late(heard: list[bool]) -> None:
+    """Whatever is heard and when: a verdict exactly when `SILENT_LOOKS` looks in a row have seen nothing."""
+    tcp = _Tcp()
+    tcp.look()
+    silent = 0
+    for is_heard in heard:
+        silent = 0 if is_heard else silent + 1
+        verdict = tcp.look(received=PONG * is_heard, acked=PING)
+        assert (verdict is not None) == (silent >= SILENT_LOOKS)
+
+
+def test_the_process_is_judged_before_the_hub() -> None:
+    """A stopped process has said nothing for at most 4 looks when it is found, and a missing WORKING is judged after 4."""
+    assert math.isclose((SILENT_LOOKS + 1) / LOOKS, WORDLESS)
+    assert WORDLESS < 1

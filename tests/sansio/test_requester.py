@@ -1,0 +1,371 @@
+"""Tests of greensafe.sansio.requester."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from greensafe.errors import LocalProtocolError
+from greensafe.sansio.envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode
+from greensafe.sansio.liveness import WORDLESS
+from greensafe.sansio.requester import Asked, Connection, Requester, Resolution
+
+INSTANCE = b"instance".ljust(16)
+JOURNAL = b"journal".ljust(16)
+
+
+def _id(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def _ask(requester: Requester, connection: Connection, number: int = 1, now: float = 0.0, at: float | None = None) -> Asked:
+    asked = requester.open(_id(number), [b"body"], at, number)
+    requester.send(asked, connection, now)
+    return asked
+
+
+def _said(kind: int, number: int = 1, *body: bytes, hops: int = 1, journal: bytes = NO_JOURNAL) -> list[bytes]:
+    header = ServerHeader(kind, _id(number), INSTANCE, journal, hops)
+    return [header.encode(), b"", *(body or (b"answer",))]
+
+
+def _echoed(number: int = 1, kind: int = Kind.REQUEST) -> list[bytes]:
+    """What a plain REP sends back."""
+    return [Header(kind, _id(number)).encode(), b"", b"answer"]
+
+
+def _header(frames: list[bytes]) -> Header:
+    header = decode(frames[0])
+    assert isinstance(header, Header)
+    return header
+
+
+# Sending.
+
+
+def test_what_is_sent() -> None:
+    """[header, "", body...]: id, time left, patience, metadata; the earlier of the two limits is told."""
+    requester = Requester(5.0)
+    asked = requester.open(_id(1), [b"a", b"b"], 15.0, "me", told=12.0, metadata=b"trace")
+    frames = requester.send(asked, Connection(), 10.0)
+    assert frames[1:] == [b"", b"a", b"b"]
+    assert _header(frames) == Header(Kind.REQUEST, _id(1), 2000, 5000, GREET, b"trace")
+    assert asked.frames is frames
+
+
+@pytest.mark.parametrize(
+    ("at", "told", "remaining"),
+    [(None, None, None), (15.0, None, 5000), (None, 12.0, 2000), (11.0, 12.0, 1000), (9.0, None, 0)],
+)
+def test_the_limit_that_is_told(at: float | None, told: float | None, remaining: int | None) -> None:
+    """Of the caller's limit and the scope around it the earlier one, rounded up to milliseconds, never below 0."""
+    requester = Requester()
+    asked = requester.open(_id(1), [b"x"], at, None, told=told)
+    assert _header(requester.send(asked, Connection(), 10.0)).remaining_ms == remaining
+
+
+@pytest.mark.parametrize(("patience", "told"), [(None, 0), (5.0, 5000), (0.0001, 1), (1e9, 0xFFFFFFFF)])
+def test_the_patience_that_is_told(patience: float | None, told: int) -> None:
+    """Whole milliseconds; 0 only for none."""
+    requester = Requester(patience)
+    asked = requester.open(_id(1), [b"x"], None, None)
+    assert _header(requester.send(asked, Connection(), 0.0)).patience_ms == told
+
+
+def test_who_is_asked_to_greet() -> None:
+    """Whoever is not known, or is known by way of others: only a direct server holds for the next request, too."""
+    requester = Requester(5.0)
+    connection = Connection()
+    for number, (hops, flags) in enumerate([(None, GREET), (2, GREET), (3, GREET), (1, 0)], 1):
+        if hops is not None:
+            requester.receive(_said(Kind.PONG, hops=hops), connection, 0.0)
+        asked = requester.open(_id(number), [b"x"], None, None)
+        assert _header(requester.send(asked, connection, 0.0)).flags == flags
+
+
+def test_ids_are_used_once() -> None:
+    """Opening an id that is open is refused, and changes nothing."""
+    requester = Requester()
+    asked = requester.open(_id(1), [b"x"], None, None)
+    with pytest.raises(LocalProtocolError, match="open already"):
+        requester.open(_id(1), [b"x"], None, None)
+    assert requester.asked() == [asked]
+    assert requester.abandon_all() == [asked]
+    assert len(requester) == 0
+
+
+# Receiving.
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
+def test_a_greensafe_answer(kind: Kind) -> None:
+    """REPLY and ERROR resolve the request of their id, once."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    assert requester.receive(_said(kind, 1, b"a", b""), connection, 0.0) == Resolution(asked, [b"a", b""], kind, NO_JOURNAL)
+    assert not asked.is_open
+    assert (len(requester), connection.sent, asked.connection) == (0, {}, None)
+    assert (connection.is_heard, connection.is_known, connection.is_direct) == (True, True, True)
+    assert (connection.instance, connection.is_journaling) == (INSTANCE, False)
+
+
+def test_a_plain_answer() -> None:
+    """A plain REP returns the header as it was; nothing is known of it by that but that it is there."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    assert requester.receive(_echoed(), connection, 0.0) == Resolution(asked, [b"answer"], Kind.REQUEST, b"")
+    assert (connection.is_heard, connection.is_known, connection.is_direct) == (True, False, False)
+
+
+def test_a_rejection() -> None:
+    """REJECTED: it was not run and waits again; it can be sent elsewhere, and the answer of there counts."""
+    requester, connection, other = Requester(), Connection(), Connection()
+    asked = _ask(requester, connection)
+    answer = requester.receive(_said(Kind.REJECTED), connection, 0.0)
+    assert answer is not None
+    assert (answer.kind, answer.asked, asked.is_open, asked.connection, connection.sent) == (
+        Kind.REJECTED,
+        asked,
+        True,
+        None,
+        {},
+    )
+    requester.send(asked, other, 0.0)
+    assert other.sent == {asked.request_id: asked}
+    assert requester.receive(_said(Kind.REPLY), other, 0.0) is not None
+
+
+def test_a_rejection_of_an_earlier_try() -> None:
+    """A REJECTED that comes by another connection than the request is on now does not take it off that."""
+    requester, before, now = Requester(), Connection(), Connection()
+    asked = _ask(requester, before)
+    requester.unsend(asked)
+    requester.send(asked, now, 0.0)
+    assert requester.receive(_said(Kind.REJECTED), before, 0.0) is None
+    assert requester.late == 1
+    assert now.sent == {asked.request_id: asked}
+    assert requester.receive(_said(Kind.REPLY), now, 0.0) is not None
+
+
+def test_an_answer_that_comes_after_all() -> None:
+    """An answer to an earlier try resolves a request that waits to be sent again: what has arrived is not lost."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    requester.unsend(asked)
+    assert requester.receive(_said(Kind.REJECTED), connection, 0.0) is None
+    answer = requester.receive(_said(Kind.REPLY), connection, 0.0)
+    assert answer is not None
+    assert answer.asked is asked
+    assert len(requester) == 0
+
+
+def test_an_answer_to_what_was_never_sent() -> None:
+    """Nobody can answer a request that has not left: counted as late."""
+    requester = Requester()
+    asked = requester.open(_id(1), [b"x"], None, None)
+    assert requester.receive(_said(Kind.REPLY), Connection(), 0.0) is None
+    assert (requester.late, asked.is_open) == (1, True)
+
+
+def test_what_resolves_nothing() -> None:
+    """Late, duplicate, unknown, malformed and meaningless messages are counted apart and never raise."""
+    requester, connection = Requester(), Connection()
+    _ask(requester, connection, 1)
+    assert requester.receive(_said(Kind.REPLY, 1), connection, 0.0) is not None
+    assert requester.receive(_said(Kind.REPLY, 1), connection, 0.0) is None
+    assert requester.receive(_said(Kind.REPLY, 99), connection, 0.0) is None
+    assert requester.receive(_echoed(99), connection, 0.0) is None
+    given_up = _ask(requester, connection, 2)
+    assert requester.abandon(given_up)
+    assert not requester.abandon(given_up)
+    assert requester.receive(_said(Kind.REPLY, 2), connection, 0.0) is None
+    assert requester.late == 4
+    header = ServerHeader(Kind.REPLY, _id(3), INSTANCE).encode()
+    for frames in ([], [b""], [header], [header, b""], [header, b"x", b"y"], [b"junk", b"", b"x"], [b"", header, b"", b"x"]):
+        assert requester.receive(frames, connection, 0.0) is None
+    assert requester.malformed == 7
+    for kind in (0x80, 0x90, 0xFF, Kind.PONG):
+        assert requester.receive(_said(kind, 3), connection, 0.0) is None
+    for kind in (0x00, 0x05, 0x7F, Kind.CANCEL, Kind.PING, Kind.ACK):
+        assert requester.receive(_echoed(3, kind), connection, 0.0) is None
+    assert requester.ignored == 10
+    assert connection.sent == {}
+
+
+def test_malformed_messages_tell_nothing() -> None:
+    """Of who sends nonsense nothing is known, not even that something was heard of it."""
+    requester, connection = Requester(), Connection()
+    requester.receive([ServerHeader(Kind.REPLY, _id(1), INSTANCE).encode() + b"x", b"", b"x"], connection, 0.0)
+    assert not connection.is_heard
+    assert not connection.is_known
+
+
+# What is known of a connection, and what may be sent on it.
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind >= 0x80] + [0x80, 0xFE])
+def test_any_servers_header_makes_it_known(kind: int) -> None:
+    """Also of a kind that is unknown; and the last one tells whether it is direct."""
+    requester, connection = Requester(), Connection()
+    requester.receive(_said(kind, hops=2, journal=JOURNAL), connection, 0.0)
+    assert (connection.is_known, connection.is_direct, connection.is_journaling) == (True, False, True)
+    requester.receive(_said(kind, hops=1), connection, 0.0)
+    assert (connection.is_direct, connection.is_journaling) == (True, False)
+
+
+def test_cancel() -> None:
+    """Only who is known is told, only of what was sent and is open."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    assert requester.cancel(asked) is None
+    requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, 0.0)
+    note = requester.cancel(asked)
+    assert note is not None
+    assert (_header(note).kind, _header(note).request_id, note[1:]) == (Kind.CANCEL, _id(1), [b"", b""])
+    requester.unsend(asked)
+    assert requester.cancel(asked) is None
+    requester.send(asked, connection, 0.0)
+    requester.abandon(asked)
+    assert requester.cancel(asked) is None
+
+
+def test_knowledge_ends_with_the_connection() -> None:
+    """On the next connection to the same place nothing but requests is sent, until a server's header has come back on it."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, 0.0)
+    assert requester.lose(connection) == [asked]
+    assert connection.sent == {}
+    requester.send(asked, Connection(), 0.0)
+    assert requester.cancel(asked) is None
+
+
+def test_a_plain_worker_behind_the_same_proxy() -> None:
+    """Once a plain REP has answered on a connection nothing but requests is sent on it, known or not: it might be run there."""
+    requester, connection = Requester(), Connection()
+    _ask(requester, connection, 1)
+    second = _ask(requester, connection, 2)
+    requester.receive(_said(Kind.WORKING, 2, _id(2), hops=2), connection, 0.0)
+    assert requester.cancel(second) is not None
+    requester.receive(_echoed(1), connection, 0.0)
+    requester.receive(_said(Kind.WORKING, 2, _id(2), hops=2), connection, 0.0)
+    assert requester.cancel(second) is None
+    answer = requester.receive(_said(Kind.REPLY, 2, hops=2, journal=JOURNAL), connection, 0.0)
+    assert answer is not None
+    assert requester.ack(answer, connection) is None
+
+
+def test_ack() -> None:
+    """Only a server that journals is told that its answer has arrived."""
+    requester, connection = Requester(), Connection()
+    for number, (frames, acked) in enumerate(
+        [
+            (lambda number: _echoed(number), False),
+            (lambda number: _said(Kind.REPLY, number), False),
+            (lambda number: _said(Kind.REPLY, number, journal=JOURNAL), True),
+        ]
+    ):
+        connection = Connection()
+        _ask(requester, connection, number)
+        answer = requester.receive(frames(number), connection, 0.0)
+        assert answer is not None
+        note = requester.ack(answer, connection)
+        assert (note is not None) == acked
+        if note is not None:
+            assert (_header(note).kind, _header(note).request_id, note[1:]) == (Kind.ACK, _id(number), [b"", b""])
+
+
+def test_draining_is_for_the_server_that_says_it() -> None:
+    """A direct server's connection is not used any more; behind a proxy the others go on."""
+    for hops, is_draining in ((1, True), (2, False)):
+        requester, connection = Requester(), Connection()
+        requester.receive(_said(Kind.DRAINING, 0, b"", hops=hops), connection, 0.0)
+        assert connection.is_draining == is_draining
+
+
+# Losses, silence and limits.
+
+
+def test_a_lost_connection() -> None:
+    """Its requests wait again; answers by another connection, an abandoned one, or another loss are as ever."""
+    requester, connection = Requester(), Connection()
+    first, second = _ask(requester, connection, 1), _ask(requester, connection, 2)
+    assert requester.lose(connection) == [first, second]
+    assert requester.lose(connection) == []
+    assert first.is_open
+    again = Connection()
+    requester.send(first, again, 0.0)
+    requester.abandon(second)
+    assert requester.receive(_said(Kind.REPLY, 1), again, 0.0) is not None
+    assert len(requester) == 0
+
+
+def _is_silent(at: float, *, patience: float | None = 5.0, said: Any = None) -> bool:
+    requester, connection = Requester(patience), Connection()
+    asked = _ask(requester, connection, now=0.0)
+    if said is not None:
+        requester.receive(said, connection, 1.0)
+    return requester.silent(connection, at) == [asked]
+
+
+def test_silence() -> None:
+    """Only who says WORKING can fall silent: a direct server that is known, or one that has said it of this request."""
+    due = 5.0 * WORDLESS
+    assert not _is_silent(1000.0)
+    assert not _is_silent(1000.0, said=_echoed(99))
+    assert not _is_silent(1000.0, said=_said(Kind.PONG, 99, hops=2))
+    assert not _is_silent(1000.0, said=_said(Kind.WORKING, 99, _id(99), hops=2))
+    assert not _is_silent(1000.0, patience=None, said=_said(Kind.PONG, 99))
+    assert not _is_silent(due - 0.01, said=_said(Kind.PONG, 99))
+    assert _is_silent(due, said=_said(Kind.PONG, 99))
+    for hops in (1, 2):
+        assert not _is_silent(1.0 + due - 0.01, said=_said(Kind.WORKING, 1, _id(99) + _id(1), hops=hops))
+        assert _is_silent(1.0 + due, said=_said(Kind.WORKING, 1, _id(99) + _id(1), hops=hops))
+
+
+def test_forgiving() -> None:
+    """A process that was itself away begins to count anew."""
+    requester, connection = Requester(5.0), Connection()
+    asked = _ask(requester, connection)
+    requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, 0.0)
+    requester.forgive(connection, 100.0)
+    assert requester.silent(connection, 100.0) == []
+    assert requester.silent(connection, 104.0) == [asked]
+
+
+@given(st.binary(max_size=100))
+def test_any_list_of_ids(body: bytes) -> None:
+    """WORKING with any bytes: whole ids count, a rest does not, unknown ones are passed over."""
+    requester, connection = Requester(5.0), Connection()
+    asked = _ask(requester, connection)
+    requester.receive(_said(Kind.WORKING, 1, body + b""), connection, 1.0)
+    assert asked.is_heard == (_id(1) in {body[start : start + 16] for start in range(0, len(body), 16)})
+    requester.receive(_said(Kind.WORKING, 1, _id(1) + body[:15]), connection, 1.0)
+    assert asked.is_heard
+
+
+def test_expiry() -> None:
+    """A request expires once, at its time, sent or not."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection, at=15.0)
+    waiting = requester.open(_id(2), [b"x"], 16.0, None)
+    assert requester.next_deadline() == 15.0
+    assert requester.tick(14.0) == []
+    assert requester.tick(16.0) == [asked, waiting]
+    assert requester.tick(99.0) == []
+    assert requester.abandon(asked)
+    assert requester.receive(_said(Kind.REPLY), connection, 16.0) is None
+    requester.abandon(waiting)
+    assert requester.next_deadline() is None
+
+
+def test_memory_is_bounded() -> None:
+    """Requests that end long before their limits leave nothing behind."""
+    requester, connection = Requester(), Connection()
+    for number in range(10_000):
+        _ask(requester, connection, number, at=1e9)
+        assert requester.receive(_said(Kind.REPLY, number), connection, 0.0) is not None
+        assert len(requester._due) < 200
+    assert (len(requester), connection.sent) == (0, {})

@@ -1,0 +1,468 @@
+"""Tests of greensafe.sansio.responder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
+from greensafe.sansio.envelope import GREET, Header, Kind, ServerHeader, decode
+from greensafe.sansio.exchange import Exchange, State
+from greensafe.sansio.responder import (
+    LONGEST_PULSE,
+    SHORTEST_PULSE,
+    Cancel,
+    Expire,
+    Kill,
+    Responder,
+    Send,
+    Zombie,
+)
+
+RID = b"\0abcd"
+GRACE = 1.0
+INSTANCE = b"instance".ljust(16)
+JOURNAL = b"journal".ljust(16)
+
+
+def _responder() -> Responder:
+    return Responder(grace=GRACE, instance=INSTANCE, journal=JOURNAL)
+
+
+def _id(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def _frames(kind: int, number: int = 1, *body: bytes, route: tuple[bytes, ...] = (RID,), **fields: Any) -> list[bytes]:
+    return [*route, Header(kind, _id(number), **fields).encode(), b"", *(body or (b"body",))]
+
+
+def _open(responder: Responder, number: int = 1, now: float = 0.0, limit: float | None = None, **fields: Any) -> Exchange:
+    """A request that has arrived and whose handler has started."""
+    exchange = responder.receive(_frames(Kind.REQUEST, number, **fields), now)
+    assert isinstance(exchange, Exchange)
+    responder.begin(exchange, now, limit)
+    return exchange
+
+
+def _said(frames: list[bytes], hops: int = 1) -> ServerHeader:
+    header = decode(frames[hops])
+    assert isinstance(header, ServerHeader)
+    assert frames[hops + 1] == b""
+    return header
+
+
+def _counts(responder: Responder) -> tuple[int, ...]:
+    return responder.inflight, responder.running, responder.zombies, len(responder._callers)
+
+
+# Answers.
+
+
+def test_plain_answer() -> None:
+    """A plain request is answered with its route, untouched, whatever the kind of the answer."""
+    responder = _responder()
+    exchange = responder.receive([RID, b"corr", b"", b"body"], 0.0)
+    assert isinstance(exchange, Exchange)
+    responder.begin(exchange, 0.0, None)
+    assert responder.greeting(exchange) is None
+    assert responder.answer(exchange, [b"x", b"y"], Kind.ERROR) == [RID, b"corr", b"", b"x", b"y"]
+    assert not responder.finish(exchange)
+    assert exchange.is_over
+    assert _counts(responder) == (0, 0, 0, 0)
+    assert responder.answered == 1
+    assert responder.next_deadline() is None
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR, Kind.REJECTED])
+@pytest.mark.parametrize("route", [(RID,), (b"proxy", RID), (b"proxy", b"proxy2", RID)])
+def test_greensafe_answer(kind: Kind, route: tuple[bytes, ...]) -> None:
+    """A request with a header gets a server's back: its id and metadata, the server's ids, and how many hops it came."""
+    responder = _responder()
+    exchange = _open(responder, 7, route=route, metadata=b"trace")
+    frames = responder.answer(exchange, [b"x"], kind)
+    assert tuple(frames[: len(route)]) == route
+    assert _said(frames, len(route)) == ServerHeader(kind, _id(7), INSTANCE, JOURNAL, len(route), b"trace")
+    assert frames[len(route) + 1 :] == [b"", b"x"]
+    responder.finish(exchange)
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_two_answers() -> None:
+    """The second answer is refused and counted; nothing else changes."""
+    responder = _responder()
+    exchange = _open(responder)
+    responder.answer(exchange, [b"x"])
+    before = _counts(responder)
+    with pytest.raises(LocalProtocolError, match="answer"):
+        responder.answer(exchange, [b"y"])
+    assert (responder.answered, responder.duplicates, _counts(responder)) == (1, 1, before)
+
+
+def test_promise() -> None:
+    """After a promise the end of the handler means nothing; the answer may come before it or after."""
+    for order in ("answer first", "finish first"):
+        responder = _responder()
+        exchange = _open(responder)
+        responder.promise(exchange)
+        if order == "answer first":
+            responder.answer(exchange, [b"x"])
+            assert not responder.finish(exchange)
+        else:
+            assert not responder.finish(exchange)
+            assert exchange.state is State.PROMISED
+            responder.answer(exchange, [b"x"])
+        assert exchange.is_over
+        assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_nobody_answers() -> None:
+    """A handler that ends without an answer leaves one to be given, once."""
+    responder = _responder()
+    exchange = _open(responder)
+    assert responder.finish(exchange)
+    assert _counts(responder) == (1, 0, 0, 1)
+    responder.answer(exchange, [b"nothing"], Kind.ERROR)
+    assert exchange.is_over
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+# Limits.
+
+
+@pytest.mark.parametrize(
+    ("limit", "remaining", "at", "by_caller"),
+    [
+        (None, None, None, False),
+        (5.0, None, 17.0, False),
+        (5.0, 4000, 14.0, True),
+        (5.0, 7001, 17.0, False),
+        (5.0, 9000, 17.0, False),
+        (None, 0, 10.0, True),
+    ],
+)
+def test_whose_limit(limit: float | None, remaining: int | None, at: float | None, by_caller: bool) -> None:
+    """The caller's limit runs from the arrival, the server's from the start; the earlier counts, and whose it is is told."""
+    responder = _responder()
+    exchange = responder.receive(_frames(Kind.REQUEST, remaining_ms=remaining), 10.0)
+    assert isinstance(exchange, Exchange)
+    assert exchange.at == (None if remaining is None else 10.0 + remaining / 1000)
+    responder.begin(exchange, 12.0, limit)
+    assert exchange.at == at
+    assert exchange.is_limited_by_caller == by_caller
+    assert responder.next_deadline() == at
+
+
+def test_overdue_before_its_turn() -> None:
+    """A request that waits for its turn expires by its caller's limit, and by that alone."""
+    responder = _responder()
+    exchange = responder.receive(_frames(Kind.REQUEST, remaining_ms=500), 0.0)
+    assert isinstance(exchange, Exchange)
+    assert responder.tick(0.4) == []
+    assert responder.tick(0.5) == [Expire(exchange)]
+    assert exchange.is_limited_by_caller
+    responder.answer(exchange, [b"overdue"], Kind.ERROR)
+    responder.finish(exchange)
+    assert responder.tick(100.0) == []
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_escalation() -> None:
+    """Deadline, kill after the grace, zombie once, then a kill every grace until the handler ends."""
+    responder = _responder()
+    exchange = _open(responder, limit=5.0)
+    assert responder.next_deadline() == 5.0
+    assert responder.tick(4.9) == []
+    assert responder.tick(5.0) == [Expire(exchange)]
+    responder.answer(exchange, [b"overdue"], Kind.ERROR)
+    assert responder.next_deadline() == 6.0
+    assert responder.tick(6.0) == [Kill(exchange)]
+    assert responder.zombies == 0
+    assert responder.tick(7.5) == [Zombie(exchange), Kill(exchange)]
+    assert responder.zombies == 1
+    assert responder.tick(8.5) == [Kill(exchange)]
+    responder.finish(exchange)
+    assert _counts(responder) == (0, 0, 0, 0)
+    assert responder.tick(100.0) == []
+    assert responder.next_deadline() is None
+
+
+def test_a_zombie_that_ends() -> None:
+    """A handler that ends after the first kill was none; after the second it was one, and is none any more."""
+    for kills, zombies in ((1, 0), (2, 1), (3, 1)):
+        responder = _responder()
+        exchange = _open(responder, limit=5.0)
+        for number in range(kills + 1):
+            responder.tick(5.0 + number)
+        assert responder.zombies == zombies
+        assert responder.finish(exchange)
+        assert responder.zombies == 0
+
+
+def test_expiry_of_a_promise() -> None:
+    """A promise that is overdue is answered once; there is no handler to signal or kill."""
+    responder = _responder()
+    exchange = _open(responder, limit=5.0)
+    responder.promise(exchange)
+    responder.finish(exchange)
+    assert responder.tick(5.0) == [Expire(exchange)]
+    responder.answer(exchange, [b"overdue"], Kind.ERROR)
+    assert responder.next_deadline() is None
+
+
+def test_answered_but_still_running() -> None:
+    """A handler that goes on after its answer is signalled at the deadline all the same."""
+    responder = _responder()
+    exchange = _open(responder, limit=5.0)
+    responder.answer(exchange, [b"x"])
+    assert responder.tick(5.0) == [Expire(exchange)]
+    assert responder.tick(6.0) == [Kill(exchange)]
+
+
+# Greeting and working.
+
+
+def test_greeting() -> None:
+    """Who asks for it hears WORKING at once, with the request's id, unless the answer was there at once."""
+    responder = _responder()
+    quiet, curious, quick = (_open(responder, number, flags=flags) for number, flags in ((1, 0), (2, GREET), (3, 0xFFFF)))
+    assert responder.greeting(quiet) is None
+    frames = responder.greeting(curious)
+    assert frames is not None
+    assert _said(frames) == ServerHeader(Kind.WORKING, _id(2), INSTANCE, JOURNAL, 1)
+    assert frames[3:] == [_id(2)]
+    responder.answer(quick, [b"x"])
+    assert responder.greeting(quick) is None
+
+
+def _pulses(responder: Responder, until: float, step: float) -> list[tuple[float, list[bytes]]]:
+    """When WORKING is said up to `until`, and the ids in it."""
+    said = []
+    now = 0.0
+    while now < until:
+        now = round(now + step, 6)
+        for effect in responder.tick(now):
+            assert isinstance(effect, Send)
+            header = _said(effect.frames)
+            body = effect.frames[3]
+            ids = [body[start : start + 16] for start in range(0, len(body), 16)]
+            assert (header.kind, header.request_id, len(effect.frames)) == (Kind.WORKING, ids[0], 4)
+            said.append((now, ids))
+    return said
+
+
+def test_working() -> None:
+    """One WORKING for all open requests of a client, a fifth of its patience apart, as long as there are any."""
+    responder = _responder()
+    exchanges = [_open(responder, number, patience_ms=5000) for number in (1, 2, 3)]
+    assert responder.next_deadline() == 1.0
+    assert _pulses(responder, 2.0, 0.25) == [(1.0, [_id(1), _id(2), _id(3)]), (2.0, [_id(1), _id(2), _id(3)])]
+    responder.answer(exchanges[1], [b"x"])
+    assert [said.frames[3] for said in responder.tick(3.0) if isinstance(said, Send)] == [_id(1) + _id(3)]
+    for exchange in (exchanges[0], exchanges[2]):
+        responder.answer(exchange, [b"x"])
+    assert responder.tick(4.0) == []
+    assert responder._callers == {}
+    assert responder.next_deadline() is None
+
+
+def test_working_is_for_those_who_want_it() -> None:
+    """A patience of 0 wants none, and leaves nothing to be remembered; every client has batches of its own."""
+    responder = _responder()
+    _open(responder, 1)
+    assert responder.next_deadline() is None
+    _open(responder, 2, patience_ms=5000, route=(b"two",))
+    _open(responder, 3, patience_ms=5000, route=(b"proxy", RID))
+    batches = [effect.frames for effect in responder.tick(1.0) if isinstance(effect, Send)]
+    assert [(frames[0], frames[-1]) for frames in batches] == [(b"two", _id(2)), (b"proxy", _id(3))]
+
+
+def test_a_shorter_patience_counts() -> None:
+    """Of a client's requests the one that waits least long sets the pace, however short or long it says."""
+    responder = _responder()
+    _open(responder, 1, patience_ms=50_000)
+    assert responder.next_deadline() == 10.0
+    _open(responder, 2, now=1.0, patience_ms=5000)
+    assert responder.next_deadline() == 2.0
+    _open(responder, 3, now=1.0, patience_ms=1)
+    assert responder.next_deadline() == 1.0 + SHORTEST_PULSE
+    assert len(responder.tick(1.0 + SHORTEST_PULSE)) == 1
+
+
+def test_a_working_that_is_due_is_not_put_off() -> None:
+    """A request with less patience brings the next WORKING nearer, never further away."""
+    responder = _responder()
+    _open(responder, 1, patience_ms=50_000)
+    _open(responder, 2, now=9.5, patience_ms=5000)
+    assert responder.next_deadline() == 10.0
+    assert len(responder.tick(10.0)) == 1
+    assert responder.next_deadline() == 11.0
+
+
+def test_clients_with_much_patience_are_forgotten_in_time() -> None:
+    """Clients that come, ask once and go leave nothing, also if each would have waited for weeks."""
+    responder = _responder()
+    for number in range(100):
+        exchange = _open(responder, number, patience_ms=0xFFFFFFFF, route=(b"%d" % number,))
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+    assert responder.tick(LONGEST_PULSE) == []
+    assert responder._callers == {}
+    assert responder.next_deadline() is None
+
+
+def test_the_pulse_of_a_client_that_keeps_asking() -> None:
+    """One request after another, each answered at once: one caller, one entry in the queue, not one for each."""
+    responder = _responder()
+    for number in range(10_000):
+        exchange = _open(responder, number, now=number / 1000, patience_ms=5000)
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+        responder.tick(number / 1000)
+        assert max(len(responder._callers), len(responder._pulses)) <= 1
+
+
+def test_two_requests_with_one_id() -> None:
+    """A request that was sent again while the first still runs: both are answered, and nothing is left."""
+    for order in ((0, 1), (1, 0)):
+        for patience in (0, 5000):
+            responder = _responder()
+            exchanges = [_open(responder, 1, patience_ms=patience) for _ in range(2)]
+            for index in order:
+                # The id is the later one's for as long as that is open.
+                expected = [] if exchanges[1].is_answered else [exchanges[1]]
+                assert list(exchanges[1].caller.open.values()) == expected
+                responder.answer(exchanges[index], [b"x"])
+                responder.finish(exchanges[index])
+            responder.tick(2.0)
+            assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_as_many_hops_as_anybody_puts_there() -> None:
+    """A message with 70,000 frames before its header is answered like any other and costs nobody else an effect."""
+    responder = _responder()
+    odd = _open(responder, 1, route=(RID, *(b"x" for _ in range(70_000))), patience_ms=5000)
+    other = _open(responder, 2, limit=1.0, route=(b"other",))
+    assert Expire(other) in responder.tick(1.0)
+    assert len(responder.answer(odd, [b"x"])) == 70_004
+
+
+# Cancel, ack, ping and the rest.
+
+
+def test_cancel() -> None:
+    """The client's own open request is cancelled; its handler is killed after the grace if it goes on."""
+    responder = _responder()
+    exchange = _open(responder, 1, now=1.0, limit=60.0)
+    assert responder.receive(_frames(Kind.CANCEL, 1), 2.0) == Cancel(exchange)
+    assert responder.cancelled == 1
+    responder.answer(exchange, [b"cancelled"], Kind.ERROR)
+    assert responder.tick(2.9) == []
+    assert responder.tick(3.0) == [Kill(exchange)]
+    responder.finish(exchange)
+    assert responder.tick(100.0) == []
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_cancel_of_what_is_not_open() -> None:
+    """Unknown ids, other clients' and what is answered: ignored and counted."""
+    responder = _responder()
+    exchange = _open(responder, 1)
+    assert responder.receive(_frames(Kind.CANCEL, 2), 0.0) is None
+    assert responder.receive(_frames(Kind.CANCEL, 1, route=(b"other",)), 0.0) is None
+    assert responder.receive(_frames(Kind.CANCEL, 1, route=(b"proxy", RID)), 0.0) is None
+    responder.answer(exchange, [b"x"])
+    assert responder.receive(_frames(Kind.CANCEL, 1), 0.0) is None
+    assert (responder.ignored, responder.cancelled) == (4, 0)
+    responder.finish(exchange)
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_cancel_all_of_a_connection() -> None:
+    """Whatever came by one connection is cancelled, through a proxy or not, and nobody else's."""
+    responder = _responder()
+    mine = [
+        _open(responder, 1, route=(b"p", b"a")),
+        _open(responder, 2, route=(b"p", b"b")),
+        _open(responder, 3, route=(b"p",)),
+    ]
+    _open(responder, 4, route=(b"q", b"p"))
+    assert [cancel.exchange for cancel in responder.cancel_all_of(b"p", 0.0)] == mine
+    assert responder.cancelled == 3
+
+
+def test_ping() -> None:
+    """PING is answered PONG with id, metadata and body, and opens nothing."""
+    responder = _responder()
+    effect = responder.receive(_frames(Kind.PING, 5, b"a", b"b", route=(b"proxy", RID), metadata=b"m"), 0.0)
+    assert isinstance(effect, Send)
+    assert _said(effect.frames, 2) == ServerHeader(Kind.PONG, _id(5), INSTANCE, JOURNAL, 2, b"m")
+    assert effect.frames[:2] + effect.frames[3:] == [b"proxy", RID, b"", b"a", b"b"]
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_ack() -> None:
+    """ACK is ignored and counted as long as nothing is journaled."""
+    responder = _responder()
+    assert responder.receive(_frames(Kind.ACK, 1), 0.0) is None
+    assert (responder.ignored, responder.malformed) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", [0x00, 0x05, 0x42, 0x7F])
+def test_unknown_kinds(kind: int) -> None:
+    """A client's kind that this server does not know is answered with an error, not run."""
+    responder = _responder()
+    effect = responder.receive(_frames(kind, 9, metadata=b"m"), 0.0)
+    assert isinstance(effect, Send)
+    assert _said(effect.frames) == ServerHeader(Kind.ERROR, _id(9), INSTANCE, JOURNAL, 1, b"m")
+    error = RemoteError.from_reply(effect.frames[-1])
+    assert error is not None
+    assert (error.code, error.type) == ("UNIMPLEMENTED", "UnknownKind")
+    assert responder.malformed == 1
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind >= 0x80] + [0x80, 0xFF])
+def test_servers_kinds_are_refused(kind: int) -> None:
+    """A server's message is dropped and counted: answering one server in the name of another would never end."""
+    responder = _responder()
+    with pytest.raises(RemoteProtocolError, match="for a client"):
+        responder.receive([RID, ServerHeader(kind, _id(1), INSTANCE).encode(), b"", b"x"], 0.0)
+    with pytest.raises(RemoteProtocolError):
+        responder.receive([RID, b"no delimiter"], 0.0)
+    assert responder.malformed == 2
+    assert _counts(responder) == (0, 0, 0, 0)
+
+
+def test_unknown_versions_are_served_as_plain() -> None:
+    """A header of another version is somebody's id: run, and answered with that frame as it was."""
+    responder = _responder()
+    other = bytearray(Header(Kind.CANCEL, _id(1)).encode())
+    other[4] = 2
+    exchange = responder.receive([RID, bytes(other), b"", b"x"], 0.0)
+    assert isinstance(exchange, Exchange)
+    assert exchange.envelope.header is None
+    assert responder.answer(exchange, [b"y"]) == [RID, bytes(other), b"", b"y"]
+
+
+# Draining.
+
+
+def test_draining() -> None:
+    """Clients with open requests are told at once, others as they ask, each once; plain ones never."""
+    responder = _responder()
+    first = _open(responder, 1, route=(b"one",))
+    plain = responder.receive([b"plain", b"", b"x"], 0.0)
+    assert isinstance(plain, Exchange)
+    assert responder.drain_notice(first) is None
+    notices = responder.drain()
+    assert [(notice.frames[0], _said(notice.frames).kind, notice.frames[3:]) for notice in notices] == [
+        (b"one", Kind.DRAINING, [b""])
+    ]
+    assert responder.drain() == []
+    assert responder.drain_notice(_open(responder, 2, route=(b"one",))) is None
+    assert responder.drain_notice(plain) is None
+    told = responder.drain_notice(_open(responder, 3, route=(b"two",)))
+    assert told is not None
+    assert _said(told) == ServerHeader(Kind.DRAINING, bytes(16), INSTANCE, JOURNAL, 1)
