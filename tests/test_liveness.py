@@ -236,9 +236,9 @@ def test_long_reply_over_a_slow_link(context: zmq.Context, start: Start) -> None
 def test_long_request_over_a_slow_link(context: zmq.Context, start: Start) -> None:
     """Nor is one that takes as long to leave."""
     server = start("tcp://127.0.0.1:0")
-    body = bytes(8_000_000)  # more than the kernels' buffers hold
-    with FaultyLink(server.endpoint) as link, Client(link.endpoint, context=context, heartbeat=LIMIT / 2) as client:
-        link.throttle(3_000_000 / (1000 * MS), "to_server")
+    body = bytes(16_000_000)  # more than the kernels' buffers hold
+    with FaultyLink(server.endpoint) as link, Client(link.endpoint, context=context, heartbeat=LIMIT) as client:
+        link.throttle(6_000_000 / (1000 * MS), "to_server")
         assert client.request(body) == body
 
 

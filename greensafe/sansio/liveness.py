@@ -7,6 +7,8 @@ thread of its own, so a peer that is alive is heard of, whatever its program doe
   timeout counts whole frames and kills such a connection: libzmq#2709).
 * So are bytes that the peer's kernel acknowledges while more wait to be sent: it cannot answer a PING that stands behind a long
   frame. While nothing waits they prove nothing: the kernel of a stopped process acknowledges PINGs, too.
+* Buffers on the way (a proxy's, say) take as long to empty as they took to fill, and the PING stands behind what is in them:
+  each look at which acknowledgements were the only sign of life is one more look to wait afterwards, up to one more limit.
 * A look that comes late judges nothing: this process was itself stopped or blocked, and what came meanwhile is still unread.
 
 Time and counts are arguments.
@@ -50,18 +52,19 @@ class Pulse:
         limit: Seconds of silence after which the peer is taken for dead.
     """
 
-    __slots__ = ("_before", "_last", "_silent", "interval")
+    __slots__ = ("_before", "_last", "_owed", "_silent", "interval")
 
     def __init__(self, limit: float) -> None:
         self.interval = limit / LOOKS
         self._last: float | None = None
         self._before: Sample | None = None
         self._silent = 0
+        self._owed = 0
 
     def rest(self) -> None:
         """Nobody waits for this peer: what happens until the next look is not judged."""
         self._last = self._before = None
-        self._silent = 0
+        self._silent = self._owed = 0
 
     def is_late(self, now: float) -> bool:
         """Whether this look comes so late that it can judge nothing; asked once for each look, before `look`."""
@@ -76,14 +79,15 @@ class Pulse:
             late: What `is_late` has said of this look.
         """
         before, self._before = self._before, sample
-        if late or sample is None or before is None or _is_alive(before, sample):
+        if late or sample is None or before is None:
             self._silent = 0
-            return None
-        self._silent += 1
-        if self._silent < SILENT_LOOKS:
+        elif sample.received != before.received:
+            self._silent = self._owed = 0
+        elif before.waiting > 0 and sample.acked != before.acked:
+            self._silent = 0
+            self._owed = min(self._owed + 1, LOOKS)
+        else:
+            self._silent += 1
+        if sample is None or self._silent < SILENT_LOOKS + self._owed:
             return None
         return "link" if sample.unacked else "process"
-
-
-def _is_alive(before: Sample, now: Sample) -> bool:
-    return now.received != before.received or (before.waiting > 0 and now.acked != before.acked)

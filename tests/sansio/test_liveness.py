@@ -75,7 +75,18 @@ def test_an_upload_that_stops(unacked: int, silent: str) -> None:
     tcp = _Tcp()
     tcp.look(waiting=50_000_000, unacked=10)
     tcp.look(acked=4_000_000, waiting=46_000_000, unacked=unacked)
-    assert [tcp.look() for _ in range(3)] == [None, None, silent]
+    assert [tcp.look() for _ in range(4)] == [None, None, None, silent]
+
+
+def test_buffers_on_the_way() -> None:
+    """What took long to leave may take as long to arrive: so many looks more, up to one more limit, until a PONG is back."""
+    tcp = _Tcp()
+    tcp.look(waiting=50_000_000, unacked=10)
+    for waiting in range(19_000_000, 0, -1_000_000):
+        tcp.look(acked=1_000_000, waiting=waiting, unacked=10)
+    assert [tcp.look() for _ in range(8)] == [None] * 7 + ["link"]
+    assert tcp.look(received=PONG) is None
+    assert [tcp.look() for _ in range(3)] == [None, None, "link"]
 
 
 def test_the_last_bytes_of_an_upload() -> None:
@@ -83,7 +94,7 @@ def test_the_last_bytes_of_an_upload() -> None:
     tcp = _Tcp()
     tcp.look(waiting=500_000, unacked=10)
     assert tcp.look(acked=500_000, waiting=0, unacked=0) is None
-    assert [tcp.look(acked=PING) for _ in range(3)] == [None, None, "process"]
+    assert [tcp.look(acked=PING) for _ in range(4)] == [None, None, None, "process"]
 
 
 def test_a_process_that_was_itself_away() -> None:
