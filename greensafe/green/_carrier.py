@@ -196,6 +196,8 @@ class Carrier:
     def _react(self) -> None:
         if self._connections.loss is not None and self.error is None and self._probe is None:
             self._on_loss(self._connections.loss)
+        if self._connections.is_stopped:
+            self._announce(POLLIN | POLLOUT)  # who waits to send has to connect anew
         if self._connections.is_unsettled and self._timer is None:
             self._start_timer(SETTLE)
 
@@ -213,9 +215,12 @@ class Carrier:
 
     def _fail(self, error: PeerError) -> None:
         self.error = error
+        self._announce(POLLIN)
+
+    def _announce(self, mask: int) -> None:
         sock = self._sock()
         if sock is not None:
-            sock._waits.announce()
+            sock._waits.announce(mask)
 
     # Silent, or gone?
 

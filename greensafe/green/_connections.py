@@ -96,7 +96,7 @@ class Connections:
         self._early: set[str] = set()  # a handshake was reported before its connection, by another I/O thread
         self._ended: set[str] = set()
         self._spent: set[str] = set()
-        self._unsettled: set[str] = set()
+        self._unsettled: dict[str, bool] = {}  # endpoint: it had been up
 
     def __repr__(self) -> str:
         up = sum(connection.is_up for connection in self._live.values())
@@ -159,12 +159,12 @@ class Connections:
 
     def settle(self, will_retry: bool = False) -> None:
         """No reply is on its way any more from the connections that were lost; `will_retry`: libzmq connects again."""
-        settled, self._unsettled = self._unsettled, set()
+        settled, self._unsettled = self._unsettled, {}
         if not will_retry:
-            self._ended |= settled
+            self._ended |= set(settled)
         if self._is_open and self.loss is None:
             self.loss, self._pending = self._pending, None
-        self._look_for_end(min(settled, default=""))
+        self._look_for_end(min(settled, default=""), any(settled.values()))
 
     # Endpoints change their name, from a host's to its address, between one try and the next. With one endpoint, any is meant.
 
@@ -203,15 +203,15 @@ class Connections:
         failure = connection.failure
         if not was_up and (self._in_order if failure is None else failure.kind in _FINAL):
             self._ended.add(endpoint)
-            self._look_for_end(endpoint)
+            self._look_for_end(endpoint, False)
             return
         if was_up and connection.carries:
             self._spent.add(endpoint)
-        self._unsettled.add(endpoint)
+        self._unsettled[endpoint] = was_up
         if self._is_open and self._spent and not any(each.carries for each in self._live.values()):
             self._pending = Loss(endpoint, True, now - connection.since)
 
-    def _look_for_end(self, endpoint: str) -> None:
+    def _look_for_end(self, endpoint: str, was_up: bool) -> None:
         """A request that is open while nobody will ever be there is lost as well."""
         if self._is_open and self.loss is None and self.is_stopped:
-            self.loss = Loss(endpoint, bool(self._spent), 0.0)
+            self.loss = Loss(endpoint, was_up or bool(self._spent), 0.0)

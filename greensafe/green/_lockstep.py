@@ -136,20 +136,23 @@ class Lockstep:
         """Whether a REQ was put back and has not sent since: there is nothing to receive."""
         return self._relaxed and not self.is_open
 
-    def before_send(self, sock: Sock) -> None:
+    def before_send(self, sock: Sock) -> bool:
         """Reset a REQ whose exchange was given up: its wait was interrupted, its greenlet has died, its scope ran out or its
-        peer is gone.
+        peer is gone; or that libzmq connects to nobody any more. Returns whether it was.
 
         Otherwise sending twice is a mistake of the program and libzmq says so (EFSM).
         """
         if not self.is_req or self._bound:
-            return
+            return False
         if self.carrier is not None:
             self.carrier.drain()
-            if self.carrier.is_stopped and not self.is_half_sent:
-                self.reset_req(sock)  # or nobody would ever be there
-        if (self.is_open or self.is_half_sent) and self._is_given_up():
+        if self.is_open or self.is_half_sent:
+            is_over = self._is_given_up()
+        else:
+            is_over = self.carrier is not None and self.carrier.is_stopped
+        if is_over:
             self.reset_req(sock)
+        return is_over
 
     def _is_given_up(self) -> bool:
         if self.is_interrupted or (self.carrier is not None and self.carrier.error is not None):

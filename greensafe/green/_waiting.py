@@ -15,6 +15,7 @@ Who waits is kept in `_waits`, the state of REQ and REP in `_lockstep`.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -304,7 +305,7 @@ class WaitingSocket(zmq.Socket[bytes]):
             self._lost = lockstep.take_loss(self)
             if self._lost is None:
                 raise zmq.ZMQError(zmq.EFSM, "this REQ was reset: send a request before you receive") from None
-            self._waits.announce()
+            self._waits.announce(POLLIN)
             return EXPIRED
 
     def _is_inside(self, mask: int) -> bool:
@@ -338,6 +339,9 @@ class WaitingSocket(zmq.Socket[bytes]):
                 return self._lose(attempt)
             if at is not None and monotonic() >= at:
                 return self._last_try(op, cast(float, limit), mask, attempt)
+            if mask == POLLOUT and self._lockstep is not None and self._lockstep.before_send(self):
+                with contextlib.suppress(zmq.Again):  # libzmq had given up connecting meanwhile
+                    return self._attempt(attempt, mask)
             try:
                 check(at is not None)
                 self._waits.wait(self, mask, at, stubborn)

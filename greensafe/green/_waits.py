@@ -288,11 +288,11 @@ class Waits:
         """POLLIN if the socket is a REQ whose request is lost: recv will not wait but raise. Otherwise 0."""
         return 0 if self.look is None or self.look(sock) is None else POLLIN
 
-    def announce(self) -> None:
-        """Wake, in the hub, whoever waits to receive: there is an error to raise. Called in any thread's hub."""
+    def announce(self, mask: int) -> None:
+        """Wake, in the hub, whoever waits for one of these events: there is an error to raise. Called in any thread's hub."""
         if self.hub is not None:
             for waiter in self.queue:
-                if waiter.mask & POLLIN:
+                if waiter.mask & mask:
                     _call_soon(self.hub, waiter.wake)
 
     def abort(self) -> None:

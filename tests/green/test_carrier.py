@@ -374,6 +374,25 @@ def test_a_zmtp_2_peer_that_dies(req: Any) -> None:
         assert isinstance(waiter.get(), Disconnected)
 
 
+def _reply_and_garbage(connection: Any) -> None:
+    """Greet as a ZMTP 3.0 ROUTER; answer the request with a valid reply and a message that a REQ's session rejects, at once."""
+    connection.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\0NULL" + b"\0" * 48)
+    connection.sendall(b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06ROUTER")
+    got = b""
+    while b"request" not in got:
+        got += connection.recv(1000)
+    connection.sendall(b"\x01\0" + b"\0\x05reply" + b"\0\x01x")
+
+
+def test_a_reply_with_garbage_behind_it(req: Any) -> None:
+    """The reply is delivered, though libzmq reports the end of the connection before it hands the reply over."""
+    with _listening(_reply_and_garbage) as (address, _):
+        req.connect(address)
+        for _ in range(100):
+            req.send(b"request")
+            assert req.recv() == b"reply"
+
+
 @pytest.mark.parametrize("kind", [zmq.PUB, zmq.PULL])
 def test_the_wrong_socket_type(context: zmq.Context, req: Any, kind: int) -> None:
     """Refused, each time anew, and nothing was executed."""
