@@ -271,6 +271,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         try:
             result = self._wait_for(op, mask, attempt, timeout)
             done = result is not EXPIRED
+            self._lockstep.waited_at = monotonic()
         finally:
             if not done:
                 self._lockstep.is_interrupted = True
