@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import weakref
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import zmq
@@ -27,9 +28,14 @@ from gevent import getcurrent
 from zmq.backend import Socket as Backend
 
 from ..deadlines import deadline
-from ..errors import RemoteError
+from ..errors import PeerError, RemoteError
+from ._carrier import Carrier
 
 __all__ = ["Lockstep"]
+
+#: Seconds since the loop had a turn in which the monitor is not asked again, which costs 2 µs: what happens meanwhile would
+#: be missed as well if it happened right after the send.
+RECENT = 0.001
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _LINGER = int(zmq.LINGER)
@@ -52,34 +58,49 @@ class Lockstep:
         is_open: A REQ's request is sent and its reply not read, or a REP's request is read and not replied to.
         is_half_sent: A frame went out with SNDMORE and the last one did not yet.
         is_interrupted: A wait of ours ended without its message: whoever sends next starts afresh.
+        relaxed: The program has set REQ_RELAXED, so that is what it is put back to.
+        waited_at: The monotonic time at which an operation was last woken, so the loop had a turn.
+        carrier: What a REQ that is connected knows of its peers.
     """
 
-    __slots__ = ("_bound", "_connects", "_relaxed", "_scope", "_sender", "is_half_sent", "is_interrupted", "is_open", "is_req")
+    __slots__ = (
+        "__weakref__", "_bound", "_connects", "_relaxed", "_scope", "_sender",
+        "carrier", "is_half_sent", "is_interrupted", "is_open", "is_req", "relaxed", "waited_at",
+    )  # fmt: skip
 
     def __init__(self, is_req: bool) -> None:
         self.is_req = is_req
         self.is_open = False
         self.is_half_sent = False
         self.is_interrupted = False
+        self.relaxed = False
+        self.waited_at = 0.0
         self._bound = 0
         self._connects: list[tuple[str, str]] = []
         self._relaxed = False
         self._sender: weakref.ref[Any] | None = None
         self._scope: deadline | None = None
+        self.carrier: Carrier | None = None
 
     # What happened to the socket.
 
     def on_connect(self, sock: Sock, address: str) -> None:
         self._connects.append((address, _get(sock, _LAST_ENDPOINT).rstrip(b"\0").decode()))
+        if self.carrier is not None:
+            self.carrier.on_endpoints(sock, [address for address, _ in self._connects])
 
-    def on_disconnect(self, address: str) -> None:
+    def on_disconnect(self, sock: Sock, address: str) -> None:
         for known in self._connects:
             if address in known:
                 self._connects.remove(known)
+                if self.carrier is not None:
+                    self.carrier.on_endpoints(sock, [address for address, _ in self._connects], known[1])
                 return
 
     def on_bind(self) -> None:
         self._bound += 1
+        if self.carrier is not None:
+            self.carrier.switch_off()
 
     def on_unbind(self) -> None:
         self._bound -= 1
@@ -87,7 +108,7 @@ class Lockstep:
     def on_sent(self, sock: Sock, more: bool) -> None:
         """A frame was taken by libzmq; `more`: it had SNDMORE."""
         if self._relaxed:
-            _set(sock, _REQ_RELAXED, 0)
+            _set(sock, _REQ_RELAXED, int(self.relaxed))
             self._relaxed = False
         self.is_half_sent = more
         self.is_interrupted = False
@@ -95,6 +116,8 @@ class Lockstep:
             self.is_open = not more
             self._sender = weakref.ref(getcurrent())
             self._scope = deadline.current()
+            if self.carrier is not None and not more:
+                self.carrier.on_request()
         elif not more:
             self.is_open = False
 
@@ -103,19 +126,43 @@ class Lockstep:
         if not _get(sock, _RCVMORE):
             self.is_open = not self.is_req
             self.is_interrupted = False
+            if self.carrier is not None:
+                self.carrier.on_reply()
 
     # What to do about it.
 
-    def before_send(self, sock: Sock) -> None:
-        """Reset a REQ whose exchange was given up: its wait was interrupted, its greenlet has died or its scope ran out.
+    def take_loss(self, sock: Sock) -> PeerError | None:
+        """Why the request that is open is lost, if it is; the socket is reset and can send at once."""
+        error = None if self.carrier is None else self.carrier.error
+        if error is not None:
+            self.reset_req(sock)
+        return error
+
+    @property
+    def is_reset(self) -> bool:
+        """Whether a REQ was put back and has not sent since: there is nothing to receive."""
+        return self._relaxed and not self.is_open
+
+    def before_send(self, sock: Sock) -> bool:
+        """Reset a REQ whose exchange was given up: its wait was interrupted, its greenlet has died, its scope ran out or its
+        peer is gone; or that libzmq connects to nobody any more. Returns whether it was.
 
         Otherwise sending twice is a mistake of the program and libzmq says so (EFSM).
         """
-        if self.is_req and (self.is_open or self.is_half_sent) and self._is_given_up() and not self._bound:
+        if not self.is_req or self._bound:
+            return False
+        if self.carrier is not None and monotonic() - self.waited_at > RECENT:
+            self.carrier.drain()
+        if self.is_open or self.is_half_sent:
+            is_over = self._is_given_up()
+        else:
+            is_over = self.carrier is not None and self.carrier.is_stopped
+        if is_over:
             self.reset_req(sock)
+        return is_over
 
     def _is_given_up(self) -> bool:
-        if self.is_interrupted:
+        if self.is_interrupted or (self.carrier is not None and self.carrier.error is not None):
             return True
         sender = None if self._sender is None else self._sender()
         if sender is None or sender.dead:
@@ -145,6 +192,9 @@ class Lockstep:
         try:
             _set(sock, _REQ_RELAXED, 1)
             self._relaxed = True
+            if self.carrier is not None:
+                self.carrier.drain()  # what was before is about connections that are dropped now
+                self.carrier.on_reset()
             for address, _ in self._connects:
                 _drop(sock, address)
             self._connects, addresses = [], [address for address, _ in self._connects]

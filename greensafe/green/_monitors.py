@@ -11,15 +11,21 @@ event stops the I/O thread and with it the whole context, for good; `monitor()` 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
+import logging
 import weakref
 from typing import Any, Self
 
 import zmq
 
+from ._carrier import Carrier
 from ._objects import ObjectSocket
+from .monitor import ConnectionEvents, Listener, Sharing
 
 __all__ = ["MonitoredSocket"]
+
+log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
 
@@ -29,6 +35,58 @@ class MonitoredSocket(ObjectSocket):
 
     _monitor_socket: Any
     _monitored: weakref.ref[Any] | None = None  # of a monitor's PAIR: whose events it gets
+
+    _sharing: Sharing | None = None
+    _has_own_monitor: bool = False
+
+    def connection_events(self) -> ConnectionEvents:
+        """Collect what happens to the socket's tcp and ipc connections from now on.
+
+        Returns:
+            An iterator and context manager: `for event in events`, `events.get(timeout=)`.
+
+        Raises:
+            zmq.ZMQError: EMFILE and the like, if libzmq cannot monitor the socket; EBUSY if the program monitors it by hand.
+        """
+        return ConnectionEvents(self._origin)
+
+    @property
+    def _origin(self) -> MonitoredSocket:
+        """The socket that this one is a shadow of, or itself: libzmq has one monitor for both."""
+        return self._shadow_obj if isinstance(self._shadow_obj, MonitoredSocket) else self
+
+    def _before_connect(self, address: str) -> None:
+        lockstep = self._lockstep
+        if lockstep is not None and lockstep.is_req and isinstance(address, str):
+            if lockstep.carrier is None:
+                lockstep.carrier = Carrier(self._origin, lockstep)
+                self._waits.look = lockstep.carrier.look
+            lockstep.carrier.before_connect(self._origin, address)
+
+    def _share_monitor(self) -> Sharing:
+        if self._has_own_monitor:
+            raise zmq.ZMQError(errno.EBUSY, "the program monitors this socket itself, and libzmq has one monitor per socket")
+        if self._sharing is None or self._sharing.monitor.is_closed:
+            self._sharing = Sharing(self)
+        return self._sharing
+
+    def _unshare_monitor(self, listener: Listener) -> None:
+        if self._sharing is not None and not self._sharing.remove(listener):
+            self._end_sharing(None)
+
+    def _end_sharing(self, reason: str | None) -> None:
+        origin = self._origin
+        sharing, origin._sharing = origin._sharing, None
+        if sharing is not None:
+            if reason is not None and not sharing.monitor.is_closed:
+                log.warning("%r is not monitored any more: %s", self, reason)
+            sharing.close(origin)
+
+    def monitor(self, addr: str | bytes | None, events: int = zmq.EVENT_ALL) -> None:
+        """Monitor the socket by hand, as in pyzmq: `connection_events` end, and a REQ no longer learns of disconnects."""
+        self._end_sharing("the program monitors the socket itself")
+        self._origin._has_own_monitor = addr is not None
+        super().monitor(addr, events)
 
     def get_monitor_socket(self, events: int | None = None, addr: str | None = None) -> Self:
         """Return a PAIR that receives this socket's events, as in pyzmq; the same one until it is closed or disabled.
@@ -60,6 +118,7 @@ class MonitoredSocket(ObjectSocket):
 
     def _end_monitors(self) -> None:
         """Before this socket is closed: stop whoever sends it events, and whoever gets its own."""
+        self._end_sharing(None)
         monitored = None if self._monitored is None else self._monitored()
         for sock in (monitored, self):
             if sock is not None and sock._monitor_socket is not None and not sock.closed:

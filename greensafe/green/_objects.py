@@ -61,7 +61,7 @@ class ObjectSocket(WaitingSocket):
         """Receive a whole message and return what `deserialize(frames)` makes of it. See `recv` for the rest."""
         frames = self._receive_all("recv_serialized", flags, copy, False, timeout)
         if frames is EXPIRED:
-            return self.on_timeout()  # type: ignore[no-any-return]  # whatever a subclass decides
+            return self._ended()  # type: ignore[no-any-return]  # whatever a subclass decides
         return self._decoded("recv_serialized", frames, deserialize)
 
     recv_unicode = recv_string
@@ -111,7 +111,7 @@ class ObjectSocket(WaitingSocket):
 
     def _receive_as(self, op: str, flags: int, timeout: Timeout, decode: Callable[[bytes], Any]) -> Any:
         frame = self._receive(op, flags, True, False, timeout)
-        return self.on_timeout() if frame is EXPIRED else self._decoded(op, frame, decode)
+        return self._ended() if frame is EXPIRED else self._decoded(op, frame, decode)
 
     def _decoded(self, op: str, received: Any, decode: Callable[[Any], T]) -> T:
         try:
@@ -131,4 +131,4 @@ class ObjectSocket(WaitingSocket):
     ) -> zmq.MessageTracker | None:
         track = bool(extra.pop("track", False))
         result = self._transmit_all(op, frames, flags, copy, track, timeout, extra)
-        return self.on_timeout() if result is EXPIRED else result  # type: ignore[no-any-return]
+        return self._ended() if result is EXPIRED else result  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ Who waits is kept in `_waits`, the state of REQ and REP in `_lockstep`.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, to_seconds
-from ..errors import OperationTimeout
+from ..errors import OperationTimeout, PeerError
 from ._lockstep import Lockstep
 from ._waits import POLLIN, POLLOUT, Waits, events_of, let_others_run
 
@@ -78,6 +79,7 @@ class WaitingSocket(zmq.Socket[bytes]):
     _default_timeout: float | None
     _last_limit: tuple[str, float]
     _limits: dict[int, float | None]
+    _lost: PeerError | None = None
 
     def __init__(
         self,
@@ -124,6 +126,18 @@ class WaitingSocket(zmq.Socket[bytes]):
         """
         op, seconds = self._last_limit
         raise OperationTimeout(seconds, op, self._endpoint())
+
+    def on_disconnect(self, error: PeerError) -> Any:
+        """Decide what happens when the request that a REQ waits for is lost; called once per call, as `on_timeout` is.
+
+        What it returns is what the interrupted call returns. The socket can send again. The default raises `error`.
+        """
+        raise error
+
+    def _ended(self) -> Any:
+        """What a call returns, or raises, whose message did not come."""
+        error, self._lost = self._lost, None
+        return self.on_timeout() if error is None else self.on_disconnect(error)
 
     def _recheck(self) -> None:
         waits = self._waits
@@ -228,7 +242,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         if waits.queue or waits.is_inherited:
             waits.check_owner()
         if int(flags) & _NOBLOCK:
-            return self._attempt(attempt, mask)
+            return self._attempt(attempt, mask) if self._lockstep is None else self._attempt_or_lose(attempt, mask)
         is_spent = waits.is_spent(mask)
         is_free = not waits.queue or not waits.is_anyone_first(mask)
         if is_spent or not is_free:
@@ -257,10 +271,43 @@ class WaitingSocket(zmq.Socket[bytes]):
         try:
             result = self._wait_for(op, mask, attempt, timeout)
             done = result is not EXPIRED
+            self._lockstep.waited_at = monotonic()
         finally:
             if not done:
                 self._lockstep.is_interrupted = True
         return result
+
+    def _attempt_or_lose(self, attempt: Callable[[], Any], mask: int) -> Any:
+        """One non-blocking try; EXPIRED if a REQ's request is lost, and nothing else came of it."""
+        try:
+            return self._attempt(attempt, mask)
+        except zmq.Again:
+            carrier = None if self._lockstep is None or mask != POLLIN else self._lockstep.carrier
+            if carrier is None:
+                raise
+            carrier.drain()
+            if not self._is_lost():
+                raise
+        return self._lose(attempt)
+
+    def _is_lost(self) -> bool:
+        lockstep = self._lockstep
+        if lockstep is None or lockstep.carrier is None:
+            return False
+        return lockstep.is_reset or lockstep.carrier.look(self) is not None
+
+    def _lose(self, attempt: Callable[[], Any]) -> Any:
+        """A REQ's request is lost: unless its reply is there all the same, put the socket back; EXPIRED."""
+        try:
+            return self._attempt(attempt, POLLIN)
+        except zmq.Again:
+            lockstep = self._lockstep
+            assert lockstep is not None
+            self._lost = lockstep.take_loss(self)
+            if self._lost is None:
+                raise zmq.ZMQError(zmq.EFSM, "this REQ was reset: send a request before you receive") from None
+            self._waits.announce(POLLIN)
+            return EXPIRED
 
     def _is_inside(self, mask: int) -> bool:
         """Whether the next frame belongs to a message that was begun: nobody else may come in between."""
@@ -289,8 +336,13 @@ class WaitingSocket(zmq.Socket[bytes]):
         at = None if limit is None else monotonic() + limit
         stubborn = False
         while True:
+            if mask == POLLIN and self._is_lost():
+                return self._lose(attempt)
             if at is not None and monotonic() >= at:
                 return self._last_try(op, cast(float, limit), mask, attempt)
+            if mask == POLLOUT and self._lockstep is not None and self._lockstep.before_send(self):
+                with contextlib.suppress(zmq.Again):  # libzmq had given up connecting meanwhile
+                    return self._attempt(attempt, mask)
             try:
                 check(at is not None)
                 self._waits.wait(self, mask, at, stubborn)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import gevent
 import zmq
@@ -96,6 +96,19 @@ def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
     schedule(callback, *args)
 
 
+class Keeper(Protocol):
+    """A watcher besides the socket's own."""
+
+    def drain(self) -> None:
+        """Look now, and in this thread from now on."""
+
+    def keep_loop(self) -> None:
+        """Somebody waits."""
+
+    def let_loop(self) -> None:
+        """Nobody waits any more."""
+
+
 class Waits:
     """The greenlets that wait on one socket, in order of arrival.
 
@@ -108,7 +121,9 @@ class Waits:
         "is_half_sent",
         "is_inherited",
         "is_lockstep",
+        "look",
         "looks_first",
+        "monitor",
         "queue",
         "scheduled",
         "share",
@@ -137,6 +152,10 @@ class Waits:
         self.looks_first = False
         #: A REQ or REP always goes the long way: what it sends and receives is kept account of.
         self.is_lockstep = False
+        #: Of a REQ: tells why its request is lost, if it is.
+        self.look: Callable[[zmq.Socket[Any]], object | None] | None = None
+        #: Of a REQ: the monitor of its connections, which has to run while somebody waits.
+        self.monitor: Keeper | None = None
         forbid_in_child(self)
 
     def set_lockstep(self) -> None:
@@ -231,6 +250,8 @@ class Waits:
                 # A thread may end, and its loop with it, before this socket does.
                 self._close_watcher()
                 self.hub = None
+                if self.monitor is not None:
+                    self.monitor.let_loop()
 
     def on_fork(self) -> None:
         """In a child that has inherited the socket: its next operation is refused, since it asks whose turn it is."""
@@ -254,10 +275,25 @@ class Waits:
 
     def recheck(self, sock: zmq.Socket[Any]) -> None:
         """Give back an edge that a call of ours may have consumed: wake, in the hub, whoever can go on now."""
-        if self.queue and not self.scheduled and not self.is_inherited and self._is_anyone_ready(events_of(sock)):
+        if self.queue and not self.scheduled and not self.is_inherited and self._is_anyone_ready(self.events(sock)):
             assert self.hub is not None
             self.scheduled = True
             _call_soon(self.hub, self._on_scheduled, sock)
+
+    def events(self, sock: zmq.Socket[Any]) -> int:
+        """What the socket is ready for."""
+        return events_of(sock) if self.look is None else events_of(sock) | self.lost(sock)
+
+    def lost(self, sock: zmq.Socket[Any]) -> int:
+        """POLLIN if the socket is a REQ whose request is lost: recv will not wait but raise. Otherwise 0."""
+        return 0 if self.look is None or self.look(sock) is None else POLLIN
+
+    def announce(self, mask: int) -> None:
+        """Wake, in the hub, whoever waits for one of these events: there is an error to raise. Called in any thread's hub."""
+        if self.hub is not None:
+            for waiter in self.queue:
+                if waiter.mask & mask:
+                    _call_soon(self.hub, waiter.wake)
 
     def abort(self) -> None:
         """Wake everybody, because the socket is closed; each meets the error in its own next try."""
@@ -272,6 +308,9 @@ class Waits:
         self._close_watcher()
         self.hub, self.scheduled = hub, False
         self.watcher = hub.loop.io(_get(sock, FD), 1)
+        if self.monitor is not None and not hub.main_hub:
+            self.monitor.drain()
+            self.monitor.keep_loop()
 
     def _close_watcher(self) -> None:
         # A hub that was destroyed has taken its loop with it: libev would complain, libuv use freed memory.
@@ -292,13 +331,13 @@ class Waits:
         if len(self.queue) == 1 and not self.is_inherited:
             # Whoever comes while it runs has looked for itself; an edge that it leaves alone brings us here again.
             waiter = self.queue[0]
-            if waiter.mask == POLLIN or waiter.mask & events_of(sock):
+            if waiter.mask == POLLIN or waiter.mask & self.events(sock):
                 waiter.wake()
             return
         for waiter in list(self.queue):
             if self.is_inherited:  # perhaps only since the one before was woken
                 self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
                 return
-            if waiter.asleep and waiter.mask & events_of(sock):
+            if waiter.asleep and waiter.mask & self.events(sock):
                 waiter.wake()
         self.recheck(sock)

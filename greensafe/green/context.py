@@ -28,6 +28,9 @@ __all__ = ["Context", "check_context", "close_first", "own", "plain_socket"]
 #: Milliseconds that messages still queued may take to leave when the interpreter exits and nobody closed anything.
 EXIT_LINGER = 500
 
+#: Sockets of libzmq that a monitored one takes: itself, and the two ends of its monitor.
+SOCKETS_EACH = 3
+
 #: What a context that begins anew keeps.
 _OPTIONS = (zmq.IO_THREADS, zmq.MAX_SOCKETS, zmq.IPV6, zmq.BLOCKY, zmq.MAX_MSGSZ)
 
@@ -45,6 +48,7 @@ class Context(zmq.Context[Socket]):
     _instance: Any = None
     _default_timeout: float | None = None
     _is_exiting = False
+    _max_sockets = 0
     _generation = -1  # until the constructor has succeeded
     _owners: weakref.WeakKeyDictionary[Any, Hub]
 
@@ -53,6 +57,8 @@ class Context(zmq.Context[Socket]):
         super().__init__(io_threads, shadow)  # type: ignore[call-overload]
         self._generation = generation()
         self._owners = weakref.WeakKeyDictionary()
+        if not self._shadow:
+            self.set(zmq.MAX_SOCKETS, Backend.get(self, zmq.MAX_SOCKETS))
         _open_contexts.add(self)
 
     @property
@@ -62,6 +68,24 @@ class Context(zmq.Context[Socket]):
     @default_timeout.setter
     def default_timeout(self, value: Any) -> None:
         self._default_timeout = to_seconds(value)
+
+    def set(self, option: int, optval: int) -> None:
+        """Set a context option, as in pyzmq. MAX_SOCKETS counts the program's sockets, and not what monitors them."""
+        if option != zmq.MAX_SOCKETS:
+            super().set(option, optval)
+            return
+        try:
+            super().set(option, optval * SOCKETS_EACH)
+        except zmq.ZMQError:
+            super().set(option, optval)  # more than libzmq can poll here: some REQs may have to do without a monitor
+        self._max_sockets = optval
+
+    def get(self, option: int) -> int:
+        """Get a context option, as in pyzmq."""
+        if option == zmq.MAX_SOCKETS and isinstance(self._shadow_obj, Context):
+            return self._shadow_obj.get(option)
+        is_known = option == zmq.MAX_SOCKETS and self._max_sockets and not self.closed
+        return self._max_sockets if is_known else super().get(option)
 
     def term(self) -> None:
         """Terminate the context, cooperatively.

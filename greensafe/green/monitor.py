@@ -42,7 +42,7 @@ from ._forks import generation
 from ._waits import Waiter
 
 if TYPE_CHECKING:
-    from .socket import Socket
+    from ._monitors import MonitoredSocket
 
 __all__ = ["ConnectionEvent", "ConnectionEvents", "Listener", "Monitor", "Sharing"]
 
@@ -56,6 +56,9 @@ _POLLIN = int(zmq.POLLIN)
 _get: Callable[[Any, int], Any] = Backend.get
 _recv: Callable[..., bytes] = Backend.recv
 _monitor: Callable[[Any, str | None, int], None] = Backend.monitor
+
+#: Milliseconds in which another thread's loop has to turn, and between two looks whether it has.
+TURN_LIMIT, TURN = 1_000, 20
 
 #: The first frame of an event: its kind and its value.
 _HEAD = struct.Struct("=HI")
@@ -94,6 +97,7 @@ class Monitor:
         sock: Any socket of this thread, plain or green. The monitor holds it weakly.
         on_event: Called in the hub, or in the caller of `drain`. A bound method is held weakly. An exception of it goes to
             the hub's error handler and the next event is delivered.
+        in_background: Read events whenever the loop turns, or only in `drain` and between `keep_loop` and `let_loop`.
         events: A mask of zmq.Event. If the monitor ends by itself (the context is terminated, the socket closed, somebody else
             monitors it), MONITOR_STOPPED is the last event whatever the mask.
 
@@ -101,9 +105,23 @@ class Monitor:
         zmq.ZMQError: EMFILE or another error of libzmq; nothing is left behind.
     """
 
-    __slots__ = ("__weakref__", "_generation", "_hub", "_keepers", "_lock", "_on_event", "_pair", "_sock", "_watcher")
+    __slots__ = (
+        "__weakref__",
+        "_generation",
+        "_hub",
+        "_in_background",
+        "_keepers",
+        "_lock",
+        "_on_event",
+        "_pair",
+        "_sock",
+        "_watcher",
+    )
 
-    def __init__(self, sock: Sock, on_event: Callable[[ConnectionEvent], None], events: int = _ALL) -> None:
+    def __init__(
+        self, sock: Sock, on_event: Callable[[ConnectionEvent], None], events: int = _ALL, *, in_background: bool = True
+    ) -> None:
+        self._in_background = in_background
         self._pair: Any = None
         self._watcher: Any = None
         self._keepers = 0
@@ -115,7 +133,8 @@ class Monitor:
             weakref.WeakMethod(on_event) if isinstance(on_event, MethodType) else lambda: on_event
         )
         self._pair = _attach(sock, int(events))
-        self._watch()
+        if in_background:
+            self._watch()
 
     def __repr__(self) -> str:
         return f"<Monitor of {self._sock()!r}{'' if self._pair is not None else ' closed'}>"
@@ -158,7 +177,14 @@ class Monitor:
         if pair is None or self._generation != generation():
             return
         watcher, self._watcher = self._watcher, None
-        _in_thread_of(self._hub, _release, watcher, pair, _detach(sock))
+        start = get_original("_thread", "start_new_thread")
+        if _detach(sock):
+            _in_thread_of(self._hub, _release, watcher, pair)
+            if not pair.closed:
+                start(_make_sure, (pair,))
+        else:
+            _in_thread_of(self._hub, _release, watcher, None)
+            start(_see_off, (pair,))
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -167,28 +193,33 @@ class Monitor:
     def keep_loop(self) -> None:
         """Keep the loop running for the events, until `let_loop` was called as often: somebody waits for one."""
         self._keepers += 1
-        self._set_ref()
+        if self._watcher is not None:
+            _set_ref(self._watcher, True)
+        elif self._pair is not None:
+            self._watch()
 
     def let_loop(self) -> None:
         """See `keep_loop`."""
         self._keepers -= 1
-        self._set_ref()
-
-    def _set_ref(self) -> None:
-        if self._watcher is not None and self._hub.loop is not None:
-            self._watcher.ref = self._keepers > 0
+        if not self._keepers and self._watcher is not None:
+            _set_ref(self._watcher, False)
+            if not self._in_background:
+                watcher, self._watcher = self._watcher, None
+                _in_thread_of(self._hub, _release, watcher, None)
 
     def _watch(self) -> None:
-        self._watcher = self._hub.loop.io(_get(self._pair, _FD), 1, ref=self._keepers > 0)
+        self._watcher = self._hub.loop.io(_get(self._pair, _FD), 1)
+        _set_ref(self._watcher, self._keepers > 0)
         self._watcher.start(_on_readable, weakref.ref(self), self._hub)
         # What came before the first look gives no edge. Not here and now: the caller has nowhere to receive it yet.
         self._hub.loop.run_callback(_on_readable, weakref.ref(self), self._hub)
 
     def _move(self) -> None:
         with self._lock:  # the other thread's callback is not reading, and will not begin to
-            _in_thread_of(self._hub, _release, self._watcher, None, True)
-            self._hub = gevent.get_hub()
-            self._watch()
+            _in_thread_of(self._hub, _release, self._watcher, None)
+            self._hub, self._watcher = gevent.get_hub(), None
+            if self._in_background or self._keepers:
+                self._watch()
 
     def _run(self, hub: Hub) -> None:
         if self._generation != generation():
@@ -215,6 +246,11 @@ def _on_readable(monitor: weakref.ref[Monitor], hub: Hub) -> None:
             found._run(hub)
         except BaseException:  # noqa: BLE001 - see Monitor._deliver
             hub.handle_error(found, *sys.exc_info())
+
+
+def _set_ref(watcher: Any, value: bool) -> None:
+    """Say whether a watcher keeps the loop running. On libuv gevent forgets that, and only what it wraps knows `ref`."""
+    getattr(watcher, "_watcher_ref", watcher).ref = value
 
 
 def _attach(sock: Sock, events: int) -> Any:
@@ -257,22 +293,28 @@ def _in_thread_of(hub: Hub, function: Callable[..., None], *args: Any) -> None:
         hub.loop.run_callback_threadsafe(function, hub, *args)
 
 
-def _release(hub: Hub, watcher: Any, pair: Any, is_detached: bool) -> None:
+def _make_sure(pair: Any) -> None:
+    """In a native thread: close a PAIR whose thread lives but turns its loop no more, such as a threadpool's worker."""
+    pause = get_original("time", "sleep")
+    for _ in range(TURN_LIMIT // TURN):
+        if pair.closed:
+            return
+        pause(TURN / 1000)
+    pair.close()
+
+
+def _release(hub: Hub, watcher: Any, pair: Any) -> None:
     # The watcher first: libuv aborts the process if it finds a descriptor closed that it watches. A destroyed hub has taken
     # its loop along: libev would complain, libuv use freed memory.
     if watcher is not None and hub.loop is not None:
         watcher.stop()
         watcher.close()
-    if pair is None:
-        return
-    if is_detached:
+    if pair is not None:
         pair.close()
-    else:
-        get_original("_thread", "start_new_thread")(_see_off, (pair,))
 
 
 def _see_off(pair: Any) -> None:
-    """Wait, in a native thread, until libzmq has ended a monitor whose socket was closed before it; then close the PAIR."""
+    """In a native thread: wait until libzmq has ended a monitor whose socket was closed before it; then close the PAIR."""
     try:
         while _HEAD.unpack(_recv(pair))[0] != _STOPPED:
             _recv(pair)
@@ -295,7 +337,11 @@ class Sharing:
 
     def __init__(self, sock: Sock) -> None:
         self._listeners: list[weakref.ref[Listener]] = []
-        self.monitor = Monitor(sock, self._publish)
+        # gevent cannot destroy a thread's libuv loop in which a watcher is left running, so there one runs only while somebody
+        # waits; what happens meanwhile is read at the socket's next use.
+        hub = gevent.get_hub()
+        in_background = hub.main_hub or "libuv" not in type(hub.loop).__module__
+        self.monitor = Monitor(sock, self._publish, in_background=in_background)
 
     def add(self, listener: Listener) -> None:
         """Have events handed to `listener` until it is removed or collected."""
@@ -329,8 +375,8 @@ class ConnectionEvents:
     functions. Events that nobody takes are kept.
     """
 
-    def __init__(self, sock: Socket) -> None:
-        self._sock: Socket | None = sock
+    def __init__(self, sock: MonitoredSocket) -> None:
+        self._sock: MonitoredSocket | None = sock
         self._sharing = sock._share_monitor()
         self._sharing.add(self)
         self._events: deque[ConnectionEvent] = deque()

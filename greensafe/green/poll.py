@@ -64,9 +64,11 @@ class Poller(zmq.Poller):
                 # zmq_poll would look at descriptor 0 instead.
                 raise zmq.ZMQError(zmq.ENOTSOCK, f"{sock!r} is closed: unregister it first")
         events: list[tuple[Any, int]] = _look(self.sockets, 0)
-        for sock, _ in self.sockets:
+        for sock, flags in self.sockets:
             if isinstance(sock, Socket):
                 sock._recheck()
+                if sock._waits.lost(sock) & flags:
+                    events = _with_input(events, sock)
         return events
 
     def _wait(self, at: float | None) -> None:
@@ -85,6 +87,13 @@ class Poller(zmq.Poller):
             for each in undo:
                 each()
             del waiter, undo  # as in Waits.wait
+
+
+def _with_input(events: list[tuple[Any, int]], sock: Socket) -> list[tuple[Any, int]]:
+    """Add POLLIN of one socket."""
+    found = dict(events)
+    found[sock] = found.get(sock, 0) | POLLIN
+    return list(found.items())
 
 
 def _have_woken(hub: Any, sock: Any, flags: int, waiter: Waiter) -> Callable[[], None]:

@@ -23,6 +23,7 @@ __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _EVENTS = int(zmq.EVENTS)
+_REQ_RELAXED = int(zmq.REQ_RELAXED)
 
 _get: Callable[[Any, int], Any] = Backend.get
 _recv: Callable[..., Any] = Backend.recv
@@ -80,7 +81,7 @@ class Socket(MonitoredSocket):
             except zmq.Again:
                 waits.look_first()
         frame = self._receive("recv", flags, copy, track, timeout)
-        return self.on_timeout() if frame is EXPIRED else frame
+        return self._ended() if frame is EXPIRED else frame
 
     @overload
     def recv_multipart(
@@ -101,7 +102,7 @@ class Socket(MonitoredSocket):
     def recv_multipart(self, flags: int = 0, copy: bool = True, track: bool = False, *, timeout: Timeout = UNSET) -> Any:
         """Receive a whole message: a list of bytes, or of Frames with copy=False. See `recv` for the rest."""
         frames = self._receive_all("recv_multipart", flags, copy, track, timeout)
-        return self.on_timeout() if frames is EXPIRED else frames
+        return self._ended() if frames is EXPIRED else frames
 
     def recv_into(self, buffer: Any, /, *, nbytes: int = 0, flags: int = 0, timeout: Timeout = UNSET) -> int:
         """Receive one frame into a writable buffer; returns its size in bytes. See `recv` for the rest."""
@@ -111,7 +112,7 @@ class Socket(MonitoredSocket):
 
         size: int = self._try_or_wait("recv_into", POLLIN, attempt, flags, timeout)
         if size is EXPIRED:
-            return self.on_timeout()  # type: ignore[no-any-return]  # whatever a subclass decides
+            return self._ended()  # type: ignore[no-any-return]  # whatever a subclass decides
         if self._lockstep is not None:
             self._lockstep.on_received(self)
         return size
@@ -189,7 +190,7 @@ class Socket(MonitoredSocket):
                 pass
         extra = None if routing_id is None and group is None else {"routing_id": routing_id, "group": group}
         result = self._transmit("send", data, flags, copy, track, timeout, extra)
-        return self.on_timeout() if result is EXPIRED else result
+        return self._ended() if result is EXPIRED else result
 
     def send_multipart(
         self,
@@ -203,7 +204,7 @@ class Socket(MonitoredSocket):
     ) -> zmq.MessageTracker | None:
         """Queue a whole message, all of it or nothing. See `send` for the rest."""
         result = self._transmit_all("send_multipart", msg_parts, flags, copy, track, timeout, kwargs)
-        return self.on_timeout() if result is EXPIRED else result  # type: ignore[no-any-return]
+        return self._ended() if result is EXPIRED else result  # type: ignore[no-any-return]
 
     # Waiting for events.
 
@@ -224,7 +225,7 @@ class Socket(MonitoredSocket):
             waits.renew()
             let_others_run()
         while True:
-            events = int(_get(self, _EVENTS)) & flags
+            events = (int(_get(self, _EVENTS)) | waits.lost(self)) & flags
             waits.recheck(self)
             if events or (at is not None and monotonic() >= at):
                 return events
@@ -272,6 +273,8 @@ class Socket(MonitoredSocket):
         """Set a socket option, as in pyzmq."""
         try:
             super().set(option, optval)
+            if option == _REQ_RELAXED and self._lockstep is not None:
+                self._lockstep.relaxed = bool(optval)
         finally:
             self._limits.clear()
             self._recheck()
@@ -279,9 +282,12 @@ class Socket(MonitoredSocket):
     getsockopt = get
     setsockopt = set  # noqa: A003
 
-    def connect(self, addr: str) -> Any:
+    def connect(self, addr: str | bytes) -> Any:
         """Connect to an endpoint, as in pyzmq; an error's note says what to try."""
         try:
+            if isinstance(addr, bytes):
+                addr = addr.decode()
+            self._before_connect(addr)
             with explained(addr):
                 result = super().connect(addr)
             if self._lockstep is not None:
@@ -295,7 +301,7 @@ class Socket(MonitoredSocket):
         try:
             super().disconnect(addr)
             if self._lockstep is not None:
-                self._lockstep.on_disconnect(addr.decode() if isinstance(addr, bytes) else addr)
+                self._lockstep.on_disconnect(self, addr.decode() if isinstance(addr, bytes) else addr)
         finally:
             self._recheck()
 

@@ -398,7 +398,7 @@ def test_constructors_that_fail_say_nothing_else() -> None:
         context, ended, full = zmq.Context(), zmq.Context(), zmq.Context()
         ended.term()
         full.max_sockets = 1
-        first = full.socket(zmq.PULL)
+        first = [full.socket(zmq.PULL) for _ in range(3)]  # as many as one that is monitored takes
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
         for make, error in (
@@ -427,7 +427,8 @@ def test_constructors_that_fail_say_nothing_else() -> None:
                 raise AssertionError(make)
             gc.collect()
         context.destroy()
-        first.close()
+        for each in first:
+            each.close()
         full.term()
     """)
 
