@@ -277,6 +277,7 @@ def test_expired_before_its_turn(context: zmq.Context, handler: _Handler) -> Non
         wait_until(lambda: handler.seen)
         with pytest.raises(OperationTimeout):
             client.request(b"late", timeout=20 * MS)
+        wait_until(lambda: server._watchdog is not None and server._watchdog.backlog == 0)
         handler.go.set()
         assert first.get() == b"wait"
         assert client.request(b"next") == b"next"
