@@ -66,7 +66,13 @@ def run_python(program: str | Path, *args: str, limit: float = LONG, env: dict[s
 @contextmanager
 def running(command: Sequence[str | Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A program that serves, and the first line that it prints; it is killed on leaving."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     try:
