@@ -314,7 +314,8 @@ class Channel:
             return
         limit = max(LOOKS, round(self._limit * 1000))
         sock.setsockopt(zmq.HEARTBEAT_IVL, limit // LOOKS)
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 0 if self._counts else limit)
+        # Later than a missing WORKING is noticed, which tells more than a lost connection.
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 0 if self._counts else 2 * limit)
         sock.setsockopt(zmq.CONNECT_TIMEOUT, limit)
         sock.setsockopt(zmq.HANDSHAKE_IVL, limit)
 

@@ -129,7 +129,8 @@ class Client:
         wait: Whether a request waits until a server is there (within its limit); False: it raises Unreachable at once. (inproc
             does not tell whether anybody is there: it waits.)
         heartbeat: Seconds of silence after which a server is taken for dead (PeerSilent), also while requests take long. None:
-            no heartbeats; then a frozen or cut-off server is not noticed. It takes a peer that answers ZMTP 3.1's PING, as
+            no heartbeats; then a frozen or cut-off server is not noticed. (A plain server over ipc: Disconnected, within a
+            little more than twice that.) It takes a peer that answers ZMTP 3.1's PING, as
             libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.
         context: The Context to use, with its options for sockets (CURVE keys, say); by default the shared one.
 

@@ -334,10 +334,17 @@ class Waits:
             if waiter.mask == POLLIN or waiter.mask & self.events(sock):
                 waiter.wake()
             return
+        passed_over = 0
         for waiter in list(self.queue):
             if self.is_inherited:  # perhaps only since the one before was woken
                 self.watcher.stop()  # the parent's: a look at EVENTS would eat what the parent waits for
                 return
-            if waiter.asleep and waiter.mask & self.events(sock):
+            # What comes while this goes through the queue is for those it has passed over: they were here first.
+            wanted = waiter.mask & ~passed_over
+            if not waiter.asleep or not wanted:
+                continue
+            if wanted & self.events(sock):
                 waiter.wake()
+            elif not waiter.stubborn:
+                passed_over |= wanted
         self.recheck(sock)

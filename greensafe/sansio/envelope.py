@@ -38,6 +38,7 @@ __all__ = [
     "HEADER_SIZE",
     "MAGIC",
     "MAX_METADATA",
+    "MAX_ROUTE",
     "NO_JOURNAL",
     "SERVER_HEADER_SIZE",
     "VERSION",
@@ -64,6 +65,9 @@ SERVER_HEADER_SIZE = _SERVER.size
 
 #: Bytes of metadata that fit into either: the length field has 16 bits.
 MAX_METADATA = 0xFFFF - SERVER_HEADER_SIZE
+
+#: Frames among which the delimiter has to be: what stands before it goes back with every answer.
+MAX_ROUTE = 256
 
 #: A flag of a request: say WORKING at once, unless the answer is there at once.
 GREET = 0x0001
@@ -262,11 +266,11 @@ def split(frames: Sequence[bytes]) -> Envelope:
         RemoteProtocolError: There is no delimiter after a routing id, or no body behind it. The text says which.
     """
     try:
-        delimiter = frames.index(b"", 1)
+        delimiter = frames.index(b"", 1, MAX_ROUTE)
     except ValueError:
         raise RemoteProtocolError(
-            f"a message of {len(frames)} frames without an empty frame after the routing id: a DEALER has to send one"
-            " before the body, as a REQ does"
+            f"a message of {len(frames)} frames without an empty frame after the routing id, among the first {MAX_ROUTE}:"
+            " a DEALER has to send one before the body, as a REQ does"
         ) from None
     body = list(frames[delimiter + 1 :])
     if not body:

@@ -13,6 +13,7 @@ import zmq as plain
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
+from greensafe.green import _waits
 from greensafe.green._waits import POLLIN, POLLOUT, Waits, events_of
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -129,3 +130,28 @@ def test_two_threads_cannot_wait_on_one_socket(pull: plain.Socket[bytes]) -> Non
     assert not waiter.dead
     waiter.kill()
     waits.abort()
+
+
+def test_what_comes_late_is_for_who_was_first(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that arrive while the queue is gone through go to those who were passed over, not to those behind them."""
+    a, b = context.socket(plain.PAIR), context.socket(plain.PAIR)
+    a.bind("inproc://turn")
+    b.connect("inproc://turn")
+    waiters = [gevent.spawn(a.recv) for _ in range(4)]
+    wait_until(lambda: len(a._waits.queue) == 4)
+    looks = 0
+
+    def events_of(sock: Any) -> int:
+        nonlocal looks
+        looks += 1
+        found = real(sock)
+        if looks == 2:
+            for number in range(4):
+                b.send(b"%d" % number, plain.NOBLOCK)
+        return found
+
+    real = _waits.events_of
+    monkeypatch.setattr(_waits, "events_of", events_of)
+    gevent.get_hub().loop.run_callback(a._waits._on_readable, a)
+    gevent.joinall(waiters, timeout=LONG)
+    assert [waiter.value for waiter in waiters] == [b"%d" % number for number in range(4)]

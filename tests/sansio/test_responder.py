@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from greensafe.sansio.envelope import GREET, Header, Kind, ServerHeader, decode
+from greensafe.sansio.envelope import GREET, MAX_ROUTE, Header, Kind, ServerHeader, decode
 from greensafe.sansio.exchange import Exchange, State
 from greensafe.sansio.responder import (
     LONGEST_PULSE,
@@ -340,12 +340,15 @@ def test_two_requests_with_one_id() -> None:
 
 
 def test_as_many_hops_as_anybody_puts_there() -> None:
-    """A message with 70,000 frames before its header is answered like any other and costs nobody else an effect."""
+    """253 frames after the routing id are answered like any others; more, which each answer would repeat, are malformed."""
     responder = _responder()
-    odd = _open(responder, 1, route=(RID, *(b"x" for _ in range(70_000))), patience_ms=5000)
+    most = MAX_ROUTE - 3  # the routing id, the header and the delimiter
+    odd = _open(responder, 1, route=(RID, *(b"x" for _ in range(most))), patience_ms=5000)
     other = _open(responder, 2, limit=1.0, route=(b"other",))
     assert Expire(other) in responder.tick(1.0)
-    assert len(responder.answer(odd, [b"x"])) == 70_004
+    assert len(responder.answer(odd, [b"x"])) == most + 4
+    with pytest.raises(RemoteProtocolError, match="256"):
+        _open(responder, 3, route=(RID, *(b"x" for _ in range(most + 1))))
 
 
 # Cancel, ack, ping and the rest.
