@@ -51,8 +51,8 @@ SETTLE = 0.01
 #: A connection that was lost within this many seconds of its beginning is made again only after a pause.
 SHORT_LIVED = 1.0
 
-#: Seconds that a connection may stand before a peer that has sent bytes, but made no handshake that libzmq announces, is taken
-#: for one of ZMTP 2.
+#: Seconds that a connection may stand before a peer that has sent bytes (ipc: has read those sent to it), but made no handshake
+#: that libzmq announces, is taken for one of ZMTP 2.
 SHY = 0.2
 
 _TCP_INFO = 11
@@ -249,8 +249,7 @@ class Channel:
             self._connect_again()
             return
         if self._is_connected and not self.is_up and self._is_legacy(now):
-            self._is_mute = True
-            self._set_up()
+            self._guess()
         if self._pulse is None or not self.connection.sent or not self.is_up:
             if self._pulse is not None:
                 self._pulse.rest()
@@ -362,7 +361,9 @@ class Channel:
             self._on_disconnected()
         elif kind in _FINAL:
             self._fail(_refusal(event))
-        elif kind == _NO_DETAIL and not self.is_up:
+        elif kind == _NO_DETAIL and self.is_up:
+            self._lose(_NO_ANSWER)  # it was taken for one of ZMTP 2, which always shakes hands
+        elif kind == _NO_DETAIL:
             self._has_failed = True
             self._fail(self._bad_handshake(event))
         elif kind == zmq.EVENT_CLOSED:
@@ -468,11 +469,21 @@ class Channel:
             self._reopen.close()
             self._reopen = None
 
+    def _guess(self) -> None:
+        """The connection looks like one to a peer of ZMTP 2, if it still stands now that it was looked at."""
+        if self._monitor is not None:
+            self._monitor.drain()
+        if self._monitor is not None and self._is_connected and not self.is_up:
+            self._is_mute = True
+            self._set_up()
+
     def _is_legacy(self, now: float) -> bool:
         if now - self._opened_at < SHY or self._was_silent:
             return False
-        sample = self._sample()
-        return sample.received > 0 if self._counts and sample is not None else True
+        if self._counts:
+            sample = self._sample()
+            return sample is None or sample.received > 0
+        return not _unread(self._descriptor)
 
     def _sample(self) -> Sample | None:
         """What the kernel has counted, None if it does not. A descriptor that is another's by now gives wrong numbers only."""
@@ -494,6 +505,19 @@ class Channel:
             int.from_bytes(info[field], sys.byteorder) for field in (_RECEIVED, _ACKED, _WAITING, _UNACKED)
         )
         return Sample(received, acked, waiting, unacked)
+
+
+def _unread(descriptor: int) -> int:
+    """Bytes that the peer of a connection by ipc has not read, 0 if nobody counts them: a stopped process reads no greeting."""
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+    import termios
+
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 _LOST = Trouble(Disconnected, "the connection that carried the request is gone")
