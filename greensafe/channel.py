@@ -34,6 +34,7 @@ from gevent.monkey import get_original
 from .deadlines import start_timer
 from .endpoints import explained
 from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from .green._forks import generation
 from .green._pump import Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
@@ -156,6 +157,7 @@ class Channel:
         "_context",
         "_descriptor",
         "_failing_since",
+        "_generation",
         "_has_failed",
         "_is_closed",
         "_is_connected",
@@ -187,6 +189,7 @@ class Channel:
         self._limit = limit
         self._owner = owner
         self._pulse = None if limit is None or endpoint.startswith("inproc:") else Pulse(limit)
+        self._generation = generation()
         self._pump: Pump | None = None
         self._monitor: Monitor | None = None
         self._settle: Any = None
@@ -205,8 +208,8 @@ class Channel:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether this process is a forked child and the socket its parent's."""
-        return self._pump is not None and self._pump.is_inherited
+        """Whether this process is a forked child and all this is its parent's."""
+        return self._generation != generation()
 
     def send(self, asked: Asked, now: float) -> None:
         """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
@@ -215,7 +218,7 @@ class Channel:
 
     def tell(self, frames: list[bytes]) -> None:
         """Send what is no request."""
-        if self._pump is not None and self.is_up:
+        if self._pump is not None and self.is_up and not self.is_inherited:
             self._pump.send(frames)
 
     def wake(self) -> None:
@@ -240,14 +243,15 @@ class Channel:
 
     def drain(self) -> None:
         """Read what has arrived."""
-        if self._pump is not None:
+        if self._pump is not None and not self.is_inherited:
             self._pump.drain_all()
 
     def look(self, now: float) -> None:
-        """Look for signs of life; called `LOOKS` times within the limit while requests wait, here or elsewhere."""
-        if self._pump is None:
-            self._connect_again()
+        """Look for signs of life, or whether it is time to connect again; called `LOOKS` times within the limit while requests
+        wait, here or elsewhere, and once more."""
+        if self.is_inherited:
             return
+        self._revive(now)
         if self._is_connected and not self.is_up and self._is_legacy(now):
             self._guess()
         if self._pulse is None or not self.connection.sent or not self.is_up:
@@ -335,7 +339,7 @@ class Channel:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
-        if self._pump is not None and not self._pump.is_inherited:
+        if self._pump is not None and not self.is_inherited:
             self._pump.close(linger)
         self._pump = None
 
@@ -400,8 +404,12 @@ class Channel:
         self._lose(_LOST)
 
     def _on_message(self, frames: list[bytes]) -> None:
+        was_heard = self.connection.is_heard
         answer = self._requester.receive(frames, self.connection, monotonic())
-        if answer is not None:
+        if answer is None:
+            if not was_heard and self.connection.is_heard:
+                self._owner.on_up(self)  # what waited for a sign that somebody answers here
+        else:
             note = self._requester.ack(answer, self.connection)
             if note is not None:
                 self.tell(note)
@@ -432,6 +440,16 @@ class Channel:
         lost = [asked for asked in lost if id(asked.frames) not in kept]
         return Loss(trouble, lost, unsent, self.connection.is_journaling)
 
+    def _revive(self, now: float) -> None:
+        """Connect again though others do the work meanwhile: that is how a server that is back is found."""
+        if self.endpoint.startswith("inproc:"):
+            return  # nobody says whether somebody is there
+        is_old = now - self._opened_at > LONGEST
+        if is_old and self._pump is not None and self.trouble is not None and self.trouble.kind is Refused:
+            self._shut(0)
+        if self._pump is None and not self._is_closed and self._reopen is None and (is_old or self._losses <= 1):
+            self._open_again()
+
     def _connect_again(self) -> None:
         """At once, or after a pause if one connection after the other was lost as soon as it was made."""
         if self._losses <= 1 or monotonic() - self._opened_at > LONGEST:
@@ -453,7 +471,8 @@ class Channel:
             self._fail(_NOBODY)
             return
         assert self._pump is not None
-        self._pump.start()
+        if self._owner.is_wanted(self):
+            self._pump.start()
         if self.is_up:
             self._owner.on_up(self)
 
