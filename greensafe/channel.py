@@ -246,6 +246,11 @@ class Channel:
         if self._pump is not None and not self.is_inherited:
             self._pump.drain_all()
 
+    def begin_looks(self, now: float) -> None:
+        """Nothing was looked at so far; from now on it will be, and a look that comes late will be known for that."""
+        if self._pulse is not None:
+            self._pulse.rest(now)
+
     def look(self, now: float) -> None:
         """Look for signs of life, or whether it is time to connect again; called `LOOKS` times within the limit while requests
         wait, here or elsewhere, and once more."""
@@ -255,8 +260,7 @@ class Channel:
         if self._is_connected and not self.is_up and self._is_legacy(now):
             self._guess()
         if self._pulse is None or not self.connection.sent or not self.is_up:
-            if self._pulse is not None:
-                self._pulse.rest()
+            self.begin_looks(now)
             return
         late = self._pulse.is_late(now)
         self.drain()

@@ -528,6 +528,9 @@ class Client:
             interval = LOOK if self._heartbeat is None else max(self._heartbeat / LOOKS, TICK)
             self._looks = self._hub.loop.timer(interval, interval, ref=False)
             self._looks.start(_look, weakref.ref(self), self._looks)
+            now = monotonic()
+            for channel in self._channels:
+                channel.begin_looks(now)
 
     def _on_look(self) -> None:
         now = monotonic()
