@@ -34,6 +34,7 @@ from gevent.monkey import get_original
 from .deadlines import start_timer
 from .endpoints import explained
 from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from .green._forks import generation
 from .green._pump import Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
@@ -51,8 +52,8 @@ SETTLE = 0.01
 #: A connection that was lost within this many seconds of its beginning is made again only after a pause.
 SHORT_LIVED = 1.0
 
-#: Seconds that a connection may stand before a peer that has sent bytes, but made no handshake that libzmq announces, is taken
-#: for one of ZMTP 2.
+#: Seconds that a connection may stand before a peer that has sent bytes (ipc: has read those sent to it), but made no handshake
+#: that libzmq announces, is taken for one of ZMTP 2.
 SHY = 0.2
 
 _TCP_INFO = 11
@@ -156,6 +157,7 @@ class Channel:
         "_context",
         "_descriptor",
         "_failing_since",
+        "_generation",
         "_has_failed",
         "_is_closed",
         "_is_connected",
@@ -187,6 +189,7 @@ class Channel:
         self._limit = limit
         self._owner = owner
         self._pulse = None if limit is None or endpoint.startswith("inproc:") else Pulse(limit)
+        self._generation = generation()
         self._pump: Pump | None = None
         self._monitor: Monitor | None = None
         self._settle: Any = None
@@ -205,8 +208,8 @@ class Channel:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether this process is a forked child and the socket its parent's."""
-        return self._pump is not None and self._pump.is_inherited
+        """Whether this process is a forked child and all this is its parent's."""
+        return self._generation != generation()
 
     def send(self, asked: Asked, now: float) -> None:
         """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
@@ -215,7 +218,7 @@ class Channel:
 
     def tell(self, frames: list[bytes]) -> None:
         """Send what is no request."""
-        if self._pump is not None and self.is_up:
+        if self._pump is not None and self.is_up and not self.is_inherited:
             self._pump.send(frames)
 
     def wake(self) -> None:
@@ -240,20 +243,24 @@ class Channel:
 
     def drain(self) -> None:
         """Read what has arrived."""
-        if self._pump is not None:
+        if self._pump is not None and not self.is_inherited:
             self._pump.drain_all()
 
+    def begin_looks(self, now: float) -> None:
+        """Nothing was looked at so far; from now on it will be, and a look that comes late will be known for that."""
+        if self._pulse is not None:
+            self._pulse.rest(now)
+
     def look(self, now: float) -> None:
-        """Look for signs of life; called `LOOKS` times within the limit while requests wait, here or elsewhere."""
-        if self._pump is None:
-            self._connect_again()
+        """Look for signs of life, or whether it is time to connect again; called `LOOKS` times within the limit while requests
+        wait, here or elsewhere, and once more."""
+        if self.is_inherited:
             return
+        self._revive(now)
         if self._is_connected and not self.is_up and self._is_legacy(now):
-            self._is_mute = True
-            self._set_up()
+            self._guess()
         if self._pulse is None or not self.connection.sent or not self.is_up:
-            if self._pulse is not None:
-                self._pulse.rest()
+            self.begin_looks(now)
             return
         late = self._pulse.is_late(now)
         self.drain()
@@ -337,7 +344,7 @@ class Channel:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
-        if self._pump is not None and not self._pump.is_inherited:
+        if self._pump is not None and not self.is_inherited:
             self._pump.close(linger)
         self._pump = None
 
@@ -363,7 +370,9 @@ class Channel:
             self._on_disconnected()
         elif kind in _FINAL:
             self._fail(_refusal(event))
-        elif kind == _NO_DETAIL and not self.is_up:
+        elif kind == _NO_DETAIL and self.is_up:
+            self._lose(_NO_ANSWER)  # it was taken for one of ZMTP 2, which always shakes hands
+        elif kind == _NO_DETAIL:
             self._has_failed = True
             self._fail(self._bad_handshake(event))
         elif kind == zmq.EVENT_CLOSED:
@@ -400,8 +409,12 @@ class Channel:
         self._lose(_LOST)
 
     def _on_message(self, frames: list[bytes]) -> None:
+        was_heard = self.connection.is_heard
         answer = self._requester.receive(frames, self.connection, monotonic())
-        if answer is not None:
+        if answer is None:
+            if not was_heard and self.connection.is_heard:
+                self._owner.on_up(self)  # what waited for a sign that somebody answers here
+        else:
             note = self._requester.ack(answer, self.connection)
             if note is not None:
                 self.tell(note)
@@ -432,6 +445,16 @@ class Channel:
         lost = [asked for asked in lost if id(asked.frames) not in kept]
         return Loss(trouble, lost, unsent, self.connection.is_journaling)
 
+    def _revive(self, now: float) -> None:
+        """Connect again though others do the work meanwhile: that is how a server that is back is found."""
+        if self.endpoint.startswith("inproc:"):
+            return  # nobody says whether somebody is there
+        is_old = now - self._opened_at > LONGEST
+        if is_old and self._pump is not None and self.trouble is not None and self.trouble.kind is Refused:
+            self._shut(0)
+        if self._pump is None and not self._is_closed and self._reopen is None and (is_old or self._losses <= 1):
+            self._open_again()
+
     def _connect_again(self) -> None:
         """At once, or after a pause if one connection after the other was lost as soon as it was made."""
         if self._losses <= 1 or monotonic() - self._opened_at > LONGEST:
@@ -453,7 +476,8 @@ class Channel:
             self._fail(_NOBODY)
             return
         assert self._pump is not None
-        self._pump.start()
+        if self._owner.is_wanted(self):
+            self._pump.start()
         if self.is_up:
             self._owner.on_up(self)
 
@@ -469,11 +493,21 @@ class Channel:
             self._reopen.close()
             self._reopen = None
 
+    def _guess(self) -> None:
+        """The connection looks like one to a peer of ZMTP 2, if it still stands now that it was looked at."""
+        if self._monitor is not None:
+            self._monitor.drain()
+        if self._monitor is not None and self._is_connected and not self.is_up:
+            self._is_mute = True
+            self._set_up()
+
     def _is_legacy(self, now: float) -> bool:
         if now - self._opened_at < SHY or self._was_silent:
             return False
-        sample = self._sample()
-        return sample.received > 0 if self._counts and sample is not None else True
+        if self._counts:
+            sample = self._sample()
+            return sample is None or sample.received > 0
+        return not _unread(self._descriptor)
 
     def _sample(self) -> Sample | None:
         """What the kernel has counted, None if it does not. A descriptor that is another's by now gives wrong numbers only."""
@@ -495,6 +529,19 @@ class Channel:
             int.from_bytes(info[field], sys.byteorder) for field in (_RECEIVED, _ACKED, _WAITING, _UNACKED)
         )
         return Sample(received, acked, waiting, unacked)
+
+
+def _unread(descriptor: int) -> int:
+    """Bytes that the peer of a connection by ipc has not read, 0 if nobody counts them: a stopped process reads no greeting."""
+    if sys.platform != "linux":
+        return 0
+    import fcntl
+    import termios
+
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 _LOST = Trouble(Disconnected, "the connection that carried the request is gone")

@@ -45,6 +45,7 @@ from .errors import (
     RemoteProtocolError,
     Unreachable,
 )
+from .green._forks import generation
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
 from .sansio.backoff import Budget, delay
@@ -201,8 +202,8 @@ class Client:
             _check_metadata(metadata)
         if self._closed:
             raise Cancelled("the client is closed")
-        if self._channels[0].is_inherited:
-            self._begin()
+        if self._generation != generation():
+            self._forget_parent()
         if gevent.get_hub() is not self._hub:
             raise RuntimeError("this Client belongs to another thread: make one per thread")
         limit = self._timeout if timeout is UNSET else to_seconds(timeout)
@@ -386,9 +387,16 @@ class Client:
 
     # A request's wait.
 
+    def _forget_parent(self) -> None:
+        """Begin anew; the parent's requests are its own, whatever becomes of the greenlets here that seem to wait for them."""
+        self._requester.abandon_all()
+        self._stop_timers()
+        self._begin()
+
     def _begin(self) -> None:
         """Open the connections: at first, and anew in a forked child, where those at hand are the parent's."""
         own(self._context)
+        self._generation = generation()
         self._hub: Hub = gevent.get_hub()
         self._requester = Requester(self._heartbeat)
         self._budget = Budget()
@@ -521,14 +529,16 @@ class Client:
             interval = LOOK if self._heartbeat is None else max(self._heartbeat / LOOKS, TICK)
             self._looks = self._hub.loop.timer(interval, interval, ref=False)
             self._looks.start(_look, weakref.ref(self), self._looks)
+            now = monotonic()
+            for channel in self._channels:
+                channel.begin_looks(now)
 
     def _on_look(self) -> None:
-        if not len(self._requester):
-            self._stop_looking()
-            return
         now = monotonic()
         for channel in self._channels:
             channel.look(now)
+        if not len(self._requester):
+            self._stop_looking()
 
     def _stop_looking(self) -> None:
         if self._looks is not None:

@@ -14,11 +14,23 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, MS, wait_until
+from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
-from greensafe import Cancelled, Client, DeadlineExceeded, OperationTimeout, RemoteError, Request, Server, deadline
+from greensafe import (
+    Cancelled,
+    Client,
+    DeadlineExceeded,
+    Disconnected,
+    OperationTimeout,
+    RemoteError,
+    Request,
+    Server,
+    Unreachable,
+    deadline,
+)
 from greensafe.sansio.envelope import Kind, ServerHeader
+from greensafe.testing import FaultyLink
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -345,3 +357,208 @@ def test_a_dropped_client_is_collected(context: zmq.Context, endpoint: str) -> N
         warnings.simplefilter("ignore", ResourceWarning)
         del client
         wait_until(lambda: (gc.collect(), gone() is None)[1])
+
+
+# Whoever leaves, whenever it is.
+
+
+def _turns(count: int) -> None:
+    for _ in range(count):
+        gevent.sleep(0)
+
+
+@pytest.mark.parametrize("how", ["kill", "throw", "timeout", "close"])
+def test_leaving_at_every_moment(context: zmq.Context, endpoint: str, how: str) -> None:
+    """Whenever in its life a request is given up, it ends as it should, and the next ones get their own answers."""
+    client = Client(endpoint, context=context, timeout=LONG)
+    for turns in range(25):
+        asked = [gevent.spawn(client.request, b"%d.%d" % (turns, number)) for number in range(3)]
+        _turns(turns % 13)
+        if how == "kill":
+            asked[1].kill(block=False)
+        elif how == "throw":
+            asked[1].kill(KeyError, block=False)
+        elif how == "timeout":
+            with pytest.raises((OperationTimeout, gevent.Timeout)), gevent.Timeout(MS):
+                client.request(b"sleep %f" % LONG)
+        else:
+            client.close()
+        gevent.joinall(asked)
+        for number, each in enumerate(asked):
+            error = each.exception if not isinstance(each.value, gevent.GreenletExit) else None
+            if each.successful() and not isinstance(each.value, gevent.GreenletExit):
+                assert each.value == b"%d.%d" % (turns, number)
+            elif error is not None:
+                assert type(error) is {"throw": KeyError, "close": Cancelled}[how]
+        if how == "close":
+            client = Client(endpoint, context=context, timeout=LONG)
+        assert client.request(b"next %d" % turns) == b"next %d" % turns
+        assert "inflight=0" in repr(client)
+    client.close()
+
+
+def test_closed_by_whoever_gets_an_answer(context: zmq.Context, endpoint: str) -> None:
+    """A greenlet that is woken by its answer closes the client: the others get theirs, or Cancelled, and nobody hangs."""
+    client = Client(endpoint, context=context)
+
+    def ask(number: int) -> bytes:
+        try:
+            return client.request(b"%d" % number)
+        finally:
+            client.close()
+
+    asked = [gevent.spawn(ask, number) for number in range(20)]
+    gevent.joinall(asked)
+    for number, each in enumerate(asked):
+        assert each.value == b"%d" % number or type(each.exception) is Cancelled
+
+
+@pytest.mark.parametrize("how", ["reset", "refuse", "answer"])
+def test_closed_while_its_connection_goes(context: zmq.Context, how: str) -> None:
+    """close() by a greenlet that was told of the loss, of nobody being there, or in the middle of the drain."""
+    with Server("tcp://127.0.0.1:0", _handler, deadline=LONG, context=context) as server:
+        assert server.endpoint is not None
+        with FaultyLink(server.endpoint) as link:
+            client = Client(link.endpoint, context=context, wait=how != "refuse")
+            if how == "refuse":
+                link.refuse()
+                link.reset()
+
+            def ask(number: int) -> Any:
+                try:
+                    return client.request(b"sleep %f" % (LONG if how == "reset" else number * MS))
+                except zmq.PeerError as error:
+                    return error
+                finally:
+                    client.close()
+
+            asked = [gevent.spawn(ask, number) for number in range(5)]
+            if how != "refuse":
+                wait_until(lambda: server._watchdog is not None and server._watchdog.load)
+                link.reset()
+            gevent.joinall(asked)
+            assert "closed" in repr(client)
+            assert {type(each.value or each.exception) for each in asked} <= {Disconnected, Unreachable, Cancelled, bytes}
+        server.close()
+
+
+def test_a_client_in_each_thread(endpoint: str) -> None:
+    """Threads with a client each, over one context, do not get in each other's way."""
+    if endpoint.startswith("inproc"):
+        return  # of the server's own context only
+    made = zmq.Context()
+    failures: list[BaseException] = []
+
+    def work(name: bytes) -> None:
+        try:
+            with Client(endpoint, context=made, timeout=LONG) as client:
+
+                def ask(number: int) -> None:
+                    for turn in range(10):
+                        body = b"%s %d %d" % (name, number, turn)
+                        assert client.request(body) == body
+
+                gevent.joinall([gevent.spawn(ask, number) for number in range(5)], raise_error=True)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            gevent.get_hub().destroy(destroy_loop=True)
+
+    threads = [threading.Thread(target=work, args=(b"%d" % number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))  # the server is in this one
+    made.term()
+    assert not failures
+
+
+def test_a_dropped_client_with_all_that_it_had(context: zmq.Context, endpoint: str) -> None:
+    """Collected without a close, with its monitor, its heartbeats, and a request that was given up: no descriptor stays."""
+    for heartbeat in (50 * MS, None):
+        client = Client(endpoint, "tcp://127.0.0.1:9", context=context, heartbeat=heartbeat)
+        assert client.request(b"x") == b"x"
+        with pytest.raises(OperationTimeout):
+            client.request(b"sleep %f" % LONG, timeout=30 * MS)
+        gone = weakref.ref(client)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            del client
+            wait_until(lambda: (gc.collect(), gone() is None)[1])  # noqa: B023 - used at once
+
+
+@pytest.mark.parametrize("state", ["idle", "never used", "unreachable", "server gone", "timed out"])
+def test_a_script_ends_with_an_open_client(tmp_path: Path, state: str) -> None:
+    """Nothing of a client that nobody waits for keeps the program running."""
+    program = """
+import sys, greensafe, gevent
+state, path = sys.argv[1:]
+server = greensafe.Server(path, lambda request: gevent.sleep(int(request.body)) or b"done", deadline=None)
+server.start()
+client = greensafe.Client("ipc://" + path.rpartition("/")[0] + "/nobody" if state == "unreachable" else path, heartbeat=0.2)
+if state != "never used":
+    try:
+        print(client.request(b"0" if state in ("idle", "server gone") else b"9", timeout=0.2).decode())
+    except greensafe.OperationTimeout:
+        print("done")
+else:
+    print("done")
+server.stop(0)
+if state == "server gone":
+    gevent.sleep(0.1)
+"""
+    result = run_python(program, state, f"ipc://{tmp_path}/s")
+    assert result.out.split() == ["done"], result.err
+    assert result.code == 0, result.err
+    assert not result.err
+
+
+FORKING = """
+import os, sys, gevent
+import greensafe as zmq
+
+parent_endpoint, is_lost = sys.argv[1], sys.argv[2] == "lost"
+client = zmq.Client(parent_endpoint, heartbeat=0.5, timeout=30)
+if is_lost:
+    server = zmq.Server("ipc://" + sys.argv[3], lambda request: request.body, deadline=None)
+    server.start()
+    client = zmq.Client("ipc://" + sys.argv[3], heartbeat=0.5, timeout=30)
+    client.request(b"x")
+    server.stop(0)
+    while "up=1" in repr(client):
+        gevent.sleep(0.01)
+else:
+    client.request(b"x")
+waiting = gevent.spawn(client.request, b"sleep 0.6")
+gevent.sleep(0.05)
+first = client._prefix
+child = os.fork()
+if not child:
+    try:
+        if is_lost:
+            client._endpoints = (parent_endpoint,)
+        for number in range(5):
+            assert client.request(b"%d" % number) == b"%d" % number
+            gevent.sleep(0.15)
+        assert client._prefix != first, "request ids of two processes must not be equal"
+        assert "inflight=0" in repr(client), client
+        client.close()
+        os._exit(0)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+if is_lost:
+    server.start()
+assert waiting.get() == b"sleep 0.6"
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize("state", ["up", "lost"])
+def test_a_child_forked_while_a_request_waits(context: zmq.Context, tmp_path: Path, state: str) -> None:
+    """Parent and child each get their own answers, also when the fork finds the connection lost."""
+    with Server(f"ipc://{tmp_path}/s", _handler, deadline=LONG, context=context):
+        run = gevent.get_hub().threadpool.apply
+        result = run(lambda: run_python(FORKING, f"ipc://{tmp_path}/s", state, f"{tmp_path}/own"))
+    assert result.out.split() == ["0"], result.err

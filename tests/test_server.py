@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import gevent
 import gevent.event
 import pytest
-from helpers import LONG, MS, run_python, wait_until
+from helpers import LONG, MS, run_python, running, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, RemoteError, Request, Server, deadline
+from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -462,3 +464,247 @@ def test_its_context_can_end(how: str) -> None:
         getattr(own, how)()
         assert server.closed
         assert b"UNAVAILABLE" in req.recv(timeout=LONG)
+
+
+# Clients that vanish.
+
+
+CLIENT = """
+import sys, gevent, zmq, greensafe
+kind, endpoint = sys.argv[1:]
+if kind == "plain":
+    sock = zmq.Context().socket(zmq.REQ)
+    sock.connect(endpoint)
+    sock.send(b"wait")
+    print("asked", flush=True)
+    sock.recv()
+else:
+    client = greensafe.Client(endpoint)
+    asked = [gevent.spawn(client.request, b"wait") for _ in range(3)]
+    print("asked", flush=True)
+    gevent.joinall(asked)
+"""
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+@pytest.mark.parametrize(("kind", "count"), [("greensafe", 3), ("plain", 1)])
+def test_a_killed_clients_handlers_are_stopped(
+    context: zmq.Context, tmp_path: Path, transport: str, kind: str, count: int
+) -> None:
+    """cancel_vanished: each gets Cancelled where it waits; handlers of other clients go on."""
+    ended: list[str] = []
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        try:
+            if request.body == b"wait":
+                gevent.sleep(LONG)
+            go.wait()
+        except BaseException as error:
+            ended.append(type(error).__name__)
+            raise
+        return request.body
+
+    endpoint = "tcp://127.0.0.1:0" if transport == "tcp" else f"ipc://{tmp_path}/s"
+    with Server(endpoint, handler, deadline=None, cancel_vanished=True, context=context) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context) as other:
+            asked = gevent.spawn(other.request, b"other")
+            with running([sys.executable, "-c", CLIENT, kind, server.endpoint]) as (process, _):
+                wait_until(lambda: server._watchdog is not None and server._watchdog.load == count + 1)
+                process.kill()
+                wait_until(lambda: len(ended) == count)
+            assert server._watchdog is not None
+            wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
+            assert server._watchdog.responder.cancelled == count
+            go.set()
+            assert asked.get() == b"other"
+
+
+def test_handlers_go_on_without_cancel_vanished(context: zmq.Context) -> None:
+    """By default a handler is run to its end, whether or not its client is still there."""
+    done: list[bytes] = []
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        go.wait()
+        done.append(request.body)
+        return b""
+
+    with Server("tcp://127.0.0.1:0", handler, deadline=LONG, context=context) as server:
+        assert server.endpoint is not None
+        sock = context.socket(zmq.DEALER)
+        sock.connect(server.endpoint)
+        sock.send_multipart([b"", b"x"])
+        wait_until(lambda: server._watchdog is not None and server._watchdog.load)
+        sock.close(0)
+        assert server._pump is not None
+        go.set()
+        wait_until(lambda: done == [b"x"])
+
+
+def test_a_vanished_clients_requests_that_wait_are_not_run(context: zmq.Context) -> None:
+    """Those that have no turn yet go with their client, and make room."""
+    seen: list[bytes] = []
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        seen.append(request.body)
+        go.wait()
+        return request.body
+
+    options: dict[str, Any] = {"max_inflight": 1, "cancel_vanished": True}
+    with Server("tcp://127.0.0.1:0", handler, deadline=LONG, context=context, **options) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context) as client:
+            first = gevent.spawn(client.request, b"first")
+            wait_until(lambda: seen)
+            sock = context.socket(zmq.DEALER)
+            sock.connect(server.endpoint)
+            for _ in range(3):
+                sock.send_multipart([b"", b"gone"])
+            wait_until(lambda: server._watchdog is not None and server._watchdog.backlog == 3)
+            sock.close(0)
+            wait_until(lambda: server._watchdog is not None and server._watchdog.backlog == 0)
+            go.set()
+            assert first.get() == b"first"
+            assert client.request(b"last") == b"last"
+    assert seen == [b"first", b"last"]
+
+
+# Requests that wait for their turn.
+
+
+def test_requests_that_wait_are_not_forgotten(context: zmq.Context) -> None:
+    """A client whose request has no turn yet hears of it, so a wait of several times its heartbeat is not taken for death."""
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        go.wait()
+        return request.body
+
+    with Server("tcp://127.0.0.1:0", handler, deadline=None, max_inflight=1, context=context) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context, heartbeat=500 * MS) as client:
+            asked = [gevent.spawn(client.request, b"%d" % number) for number in range(3)]
+            gevent.joinall(asked, timeout=1500 * MS)
+            assert not any(each.ready() for each in asked)
+            assert server._watchdog is not None
+            assert server._watchdog.backlog == 2
+            go.set()
+            assert [each.get() for each in asked] == [b"0", b"1", b"2"]
+
+
+def test_limits_of_requests_that_wait(context: zmq.Context) -> None:
+    """The caller's limit runs while a request waits, and it is not run when that is over; the server's begins with its turn."""
+    seen: list[bytes] = []
+    gates = {body: gevent.event.Event() for body in (b"first", b"second", b"third")}
+
+    def handler(request: Request) -> bytes:
+        seen.append(request.body)
+        gates[request.body].wait()
+        return request.body
+
+    with Server("tcp://127.0.0.1:0", handler, deadline=600 * MS, max_inflight=1, context=context) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context) as client:
+            first = gevent.spawn(client.request, b"first")
+            wait_until(lambda: seen)
+            late = gevent.spawn(client.request, b"late", timeout=50 * MS)
+            second = gevent.spawn(client.request, b"second")
+            with pytest.raises(zmq.OperationTimeout):
+                late.get()
+            with pytest.raises(RemoteError, match="DEADLINE"):
+                first.get()
+            gates[b"second"].set()  # 600 ms after it came, but its own limit has just begun
+            assert second.get() == b"second"
+    assert seen == [b"first", b"second"]
+
+
+def test_a_cancelled_request_that_waits_is_not_run(context: zmq.Context) -> None:
+    """A caller that gives up before its turn costs its server nothing."""
+    seen: list[bytes] = []
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        seen.append(request.body)
+        go.wait()
+        return request.body
+
+    with Server("tcp://127.0.0.1:0", handler, deadline=LONG, max_inflight=1, context=context) as server:
+        assert server.endpoint is not None
+        with Client(server.endpoint, context=context) as client:
+            first = gevent.spawn(client.request, b"first")
+            wait_until(lambda: seen and client._channels[0].connection.is_known)
+            asked = gevent.spawn(client.request, b"never")
+            wait_until(lambda: server._watchdog is not None and server._watchdog.backlog == 1)
+            asked.kill()
+            wait_until(lambda: server._watchdog is not None and server._watchdog.backlog == 0)
+            go.set()
+            assert first.get() == b"first"
+    assert seen == [b"first"]
+
+
+def test_more_than_is_kept(context: zmq.Context, tmp_path: Path) -> None:
+    """When much waits nothing is read any more, until there is room again; nobody is forgotten and the order stays."""
+    seen: list[bytes] = []
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        seen.append(request.body[:8])
+        go.wait()
+        return b""
+
+    count, size = 100, 2**20  # of 64 MiB
+    with Server(f"ipc://{tmp_path}/s", handler, deadline=LONG, max_inflight=1, context=context) as server:
+        sock = context.socket(zmq.DEALER)
+        sock.connect(f"ipc://{tmp_path}/s")
+        for number in range(count):
+            sock.send_multipart([b"", b"%08d" % number + bytes(size)])
+        wait_until(lambda: server._pump is not None and server._pump.is_paused)
+        assert server._watchdog is not None
+        assert server._watchdog.backlog < count - 1
+        go.set()
+        for _ in range(count):
+            assert sock.recv_multipart(timeout=LONG) == [b"", b""]
+    assert seen == [b"%08d" % number for number in range(count)]
+
+
+# The end.
+
+
+def test_clients_are_told_of_the_end_once(context: zmq.Context) -> None:
+    """A client with requests that run is told DRAINING when stop() begins, one that asks then is told when it does."""
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        go.wait()
+        return request.body
+
+    server = Server("tcp://127.0.0.1:0", handler, deadline=LONG, context=context)
+    server.start()
+    assert server.endpoint is not None
+    clients = [context.socket(zmq.DEALER) for _ in range(2)]
+    for client in clients:
+        client.connect(server.endpoint)
+
+    def ask(client: Any, number: int) -> None:
+        client.send_multipart([Header(Kind.REQUEST, number.to_bytes(16, "big")).encode(), b"", b"x"])
+
+    def kinds(client: Any, count: int) -> list[int]:
+        headers = [decode(client.recv_multipart()[0]) for _ in range(count)]
+        return [header.kind for header in headers if isinstance(header, ServerHeader)]
+
+    ask(clients[0], 1)
+    wait_until(lambda: server._watchdog is not None and server._watchdog.load == 1)
+    stopping = gevent.spawn(server.stop, LONG)
+    assert kinds(clients[0], 1) == [Kind.DRAINING]
+    for number in (2, 3):
+        ask(clients[0], number)
+        ask(clients[1], number)
+    assert kinds(clients[1], 1) == [Kind.DRAINING]
+    wait_until(lambda: server._watchdog is not None and server._watchdog.load == 5)
+    go.set()
+    assert kinds(clients[0], 3) == [Kind.REPLY] * 3
+    assert kinds(clients[1], 2) == [Kind.REPLY] * 2
+    stopping.get()

@@ -61,9 +61,13 @@ class Pulse:
         self._silent = 0
         self._owed = 0
 
-    def rest(self) -> None:
-        """Nobody waits for this peer: what happens until the next look is not judged."""
-        self._last = self._before = None
+    def rest(self, now: float | None = None) -> None:
+        """Nobody waits for this peer: what happens until the next look is not judged.
+
+        Args:
+            now: When this was found by a look, or looks begin; None if the next one cannot be late.
+        """
+        self._last, self._before = now, None
         self._silent = self._owed = 0
 
     def is_late(self, now: float) -> bool:

@@ -112,6 +112,15 @@ def test_what_is_late() -> None:
     assert [pulse.is_late(now) for now in (100.0, 101.0, 103.0, 105.01, 106.0)] == [False, False, False, True, False]
 
 
+def test_the_first_look_after_a_rest_can_be_late_too() -> None:
+    """A process that was stopped before it had looked once is not judged for what it could not hear."""
+    pulse = Pulse(5.0)
+    pulse.rest(100.0)
+    assert not pulse.is_late(101.0)
+    pulse.rest(101.0)
+    assert pulse.is_late(104.0)
+
+
 def test_rest() -> None:
     """What happens while nobody waits is not judged: neither the silence nor the pause between the looks."""
     tcp = _Tcp()

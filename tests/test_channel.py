@@ -1,0 +1,331 @@
+"""Tests of greensafe.channel, through a Client: one endpoint, and all that can be wrong with it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+import zmq as plain
+from helpers import LONG, MS, wait_until
+from zmtp import Listener
+
+import greensafe as zmq
+from greensafe import Client, Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Request, Server, Unreachable
+from greensafe.auth import Authenticator
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+needs_curve = pytest.mark.skipif(not zmq.has("curve"), reason="this libzmq was built without CURVE")
+
+#: A heartbeat limit for tests in which its end is waited for, and nobody is slow.
+SHORT = 300 * MS
+
+ANY_PORT = "tcp://127.0.0.1:0"
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    with Listener(ANY_PORT if request.param == "tcp" else f"ipc://{tmp_path}/s") as made:
+        yield made
+
+
+def _echo(request: Request) -> bytes:
+    return request.body
+
+
+def _error_of(client: Client, kind: type[PeerError], endpoint: str, maybe_executed: bool) -> PeerError:
+    """What a request ends with, checked for all that an error of this kind tells."""
+    with pytest.raises(kind) as caught:
+        client.request(b"x")
+    error = caught.value
+    assert type(error) is kind
+    assert error.endpoint == endpoint
+    assert error.request_id is not None
+    assert len(bytes.fromhex(error.request_id)) == 16
+    assert error.maybe_executed is maybe_executed
+    assert endpoint in str(error)
+    return error
+
+
+def _bound_again(endpoint: str, handle: Any, context: zmq.Context) -> Server:
+    """A server where another socket was a moment ago: libzmq gives the place back some time after the close."""
+    server = Server(endpoint, handle, deadline=LONG, context=context)
+
+    def start() -> bool:
+        try:
+            server.start()
+        except zmq.ZMQError as error:
+            assert error.errno == zmq.EADDRINUSE
+        return server.started
+
+    wait_until(start)
+    return server
+
+
+def _ask_until_answered(client: Client, *errors: type[PeerError]) -> bytes:
+    """Ask again after each error that says that nobody was there, as a program would."""
+
+    def ask() -> bytes | None:
+        try:
+            return client.request(b"x")
+        except errors as error:
+            assert not error.maybe_executed
+            return None
+
+    answer: bytes = wait_until(ask)
+    return answer
+
+
+# Refused.
+
+
+@needs_curve
+def test_credentials_that_are_refused(context: zmq.Context) -> None:
+    """A client whose key is not known is Refused at once; when the key is known it is served without being made anew."""
+    server_public, server_secret = plain.curve_keypair()
+    known: list[bytes] = []
+
+    class Keys:
+        def callback(self, domain: str, key: bytes) -> bool:
+            return key in known
+
+    with Authenticator(context) as auth, zmq.Context() as own:
+        auth.configure_curve_callback(credentials_provider=Keys())
+        router = context.socket(plain.ROUTER)
+        router.curve_server, router.curve_secretkey = True, server_secret
+        router.bind("tcp://127.0.0.1:*")
+        own.curve_publickey, own.curve_secretkey = plain.curve_keypair()
+        own.curve_serverkey = server_public
+        endpoint = router.last_endpoint.decode()
+        with Client(endpoint, context=own) as client:
+            assert "400" in str(_error_of(client, Refused, endpoint, False))
+            _error_of(client, Refused, endpoint, False)
+            known.append(plain.curve_public(own.curve_secretkey))
+            answering = gevent.spawn(lambda: router.send_multipart(router.recv_multipart()))
+            assert _ask_until_answered(client, Refused) == b"x"
+            answering.get()
+
+
+@needs_curve
+def test_mechanisms_that_differ(context: zmq.Context) -> None:
+    """A plain client at a CURVE server is Refused at once."""
+    router = context.socket(plain.ROUTER)
+    router.curve_server, router.curve_secretkey = True, plain.curve_keypair()[1]
+    router.bind("tcp://127.0.0.1:*")
+    endpoint = router.last_endpoint.decode()
+    with Client(endpoint, context=context) as client:
+        for _ in range(2):
+            assert "mechanism" in str(_error_of(client, Refused, endpoint, False))
+
+
+@needs_curve
+def test_a_wrong_key_of_the_server(context: zmq.Context) -> None:
+    """A client that has another server's key cannot tell it from a server that dies: Unreachable, Refused in the end."""
+    router = context.socket(plain.ROUTER)
+    router.curve_server, router.curve_secretkey = True, plain.curve_keypair()[1]
+    router.bind("tcp://127.0.0.1:*")
+    endpoint = router.last_endpoint.decode()
+    with zmq.Context() as own:
+        own.curve_publickey, own.curve_secretkey = plain.curve_keypair()
+        own.curve_serverkey = plain.curve_keypair()[0]
+        with Client(endpoint, context=own, wait=False) as client:
+            assert "CURVE" in str(_error_of(client, Unreachable, endpoint, False))
+        with Client(endpoint, context=own, heartbeat=SHORT) as client:
+            assert "CURVE" in str(_error_of(client, Refused, endpoint, False))
+
+
+@pytest.mark.parametrize(("transport", "kind"), [("tcp", "PUB"), ("tcp", "PULL"), ("tcp", "REQ"), ("ipc", "PUB")])
+def test_a_socket_of_the_wrong_type(context: zmq.Context, tmp_path: Path, transport: str, kind: str) -> None:
+    """Who is no REP, ROUTER or DEALER does not answer: Refused at once, until somebody who does has taken the place."""
+    wrong = context.socket(getattr(plain, kind))
+    wrong.bind("tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{tmp_path}/s")
+    endpoint = wrong.last_endpoint.decode()
+    with Client(endpoint, context=context) as client:
+        for _ in range(2):
+            assert "type" in str(_error_of(client, Refused, endpoint, False))
+        wrong.close(0)
+        with _bound_again(endpoint, _echo, context):
+            assert _ask_until_answered(client, Refused) == b"x"
+
+
+def test_an_http_server(context: zmq.Context, listener: Listener) -> None:
+    """Somebody who speaks another protocol is Unreachable, and Refused when it goes on for as long as the limit."""
+
+    def serve() -> None:
+        while True:
+            with listener.accept_raw() as sock:
+                sock.recv(100)
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    serving = gevent.spawn(serve)
+    with Client(listener.endpoint, context=context, wait=False) as client:
+        _error_of(client, Unreachable, listener.endpoint, False)
+    with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
+        assert "ZeroMQ" in str(_error_of(client, Refused, listener.endpoint, False))
+    serving.kill()
+
+
+def test_somebody_who_only_listens(context: zmq.Context, listener: Listener) -> None:
+    """Who accepts and says nothing is PeerSilent; nothing was delivered."""
+    with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
+        error = _error_of(client, PeerSilent, listener.endpoint, False)
+        assert isinstance(error, PeerSilent)
+        assert error.silent == "process"
+
+
+# Unreachable.
+
+
+def test_nobody_then_somebody(context: zmq.Context, tmp_path: Path) -> None:
+    """wait=False: Unreachable while nobody is there, answered as soon as a server is."""
+    endpoint = f"ipc://{tmp_path}/s"
+    with Client(endpoint, context=context, wait=False) as client:
+        for _ in range(2):
+            _error_of(client, Unreachable, endpoint, False)
+        with Server(endpoint, _echo, deadline=LONG, context=context):
+            assert _ask_until_answered(client, Unreachable) == b"x"
+
+
+def test_who_hangs_up_after_each_handshake_is_not_hammered(context: zmq.Context, listener: Listener) -> None:
+    """A connection that is lost as soon as it was made is made again after a pause that grows."""
+    accepted = 0
+
+    def serve() -> None:
+        nonlocal accepted
+        while True:
+            connection = listener.accept()
+            accepted += 1
+            connection.close()
+
+    serving = gevent.spawn(serve)
+    with Client(listener.endpoint, context=context, retries=1000) as client:
+        with pytest.raises((OperationTimeout, Disconnected)):
+            client.request(b"x", timeout=500 * MS, idempotent=True)
+    serving.kill()
+    assert accepted < 20
+
+
+# What arrived before the end.
+
+
+@pytest.mark.parametrize(("how", "size"), [("FIN", 1), ("FIN", 200_000), ("RST", 1), ("garbage", 1), ("garbage", 200_000)])
+def test_a_reply_with_the_end_right_behind_it(context: zmq.Context, listener: Listener, how: str, size: int) -> None:
+    """A reply that arrived is delivered, though the connection's end was known at the same moment."""
+
+    def serve() -> None:
+        while True:
+            connection = listener.accept()
+            header, empty, _ = connection.receive()
+            connection.send([header, empty, bytes(size)], b"\xff" * 20 if how == "garbage" else b"")
+            if how == "RST":
+                gevent.sleep(5 * MS)  # a RST throws away what the client's kernel has not handed over
+            connection.close(is_reset=how == "RST")
+
+    serving = gevent.spawn(serve)
+    for _ in range(20):  # a client each: one that is hung up on again and again makes pauses
+        with Client(listener.endpoint, context=context) as client:
+            assert len(client.request(b"x")) == size
+    serving.kill()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc", "inproc"])
+def test_a_server_that_is_gone_after_its_reply(context: zmq.Context, tmp_path: Path, transport: str) -> None:
+    """Of two requests the one that was answered gets its reply, the other Disconnected, each time."""
+    endpoint = {"tcp": ANY_PORT, "ipc": f"ipc://{tmp_path}/s", "inproc": "inproc://s"}[transport]
+    for _ in range(20):
+        router = context.socket(plain.ROUTER)
+        router.bind(endpoint.replace(":0", ":*"))
+        with Client(router.last_endpoint.decode(), context=context) as client:
+            asked = [gevent.spawn(client.request, b"%d" % number) for number in range(2)]
+            messages = [router.recv_multipart() for _ in asked]
+            answered = messages[0][-1]
+            router.send_multipart(messages[0])
+            router.close(1000)
+            gevent.joinall(asked)
+            for number, greenlet in enumerate(asked):
+                if answered == b"%d" % number:
+                    assert greenlet.value == answered
+                else:
+                    assert type(greenlet.exception) is Disconnected
+                    assert greenlet.exception.maybe_executed
+
+
+def test_a_lost_request_is_not_delivered_to_the_next_server(context: zmq.Context, tmp_path: Path) -> None:
+    """Requests that were handed over when the server died never reach its successor, on inproc either."""
+    for endpoint in (f"ipc://{tmp_path}/s", "inproc://s"):
+        first = context.socket(plain.ROUTER)
+        first.bind(endpoint)
+        with Client(endpoint, context=context) as client:
+            asked = [gevent.spawn(client.request, b"old %d" % number) for number in range(50)]
+            first.recv_multipart()
+            first.close(0)
+            gevent.joinall(asked)
+            assert {type(each.exception) for each in asked} == {Disconnected}
+            seen: list[bytes] = []
+
+            def handle(request: Request) -> bytes:
+                seen.append(request.body)  # noqa: B023 - used up within this turn
+                return request.body
+
+            with _bound_again(endpoint, handle, context):
+                assert client.request(b"new") == b"new"
+            assert seen == [b"new"]
+
+
+# What cannot be seen.
+
+
+def test_a_peer_of_zmtp_2(context: zmq.Context, listener: Listener) -> None:
+    """A peer that is too old to announce its handshake is used, though a little later, and not judged by heartbeats."""
+
+    def serve() -> None:
+        connection = listener.accept(is_old=True)
+        for _ in range(2):
+            frames = connection.receive()
+            gevent.sleep(2 * SHORT)
+            connection.send(frames)
+        connection.close()
+
+    serving = gevent.spawn(serve)
+    with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
+        for body in (b"1", b"2"):
+            assert client.request(body) == body
+    serving.get()
+
+
+def test_no_descriptor_for_a_monitor(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a monitor requests are answered all the same; one warning says what will not be noticed."""
+    with zmq.Context() as servers, plain.Context() as scarce:
+        scarce.set(plain.MAX_SOCKETS, 1)
+        with Server(ANY_PORT, _echo, deadline=LONG, context=servers) as server:
+            assert server.endpoint is not None
+            with caplog.at_level(logging.WARNING), Client(server.endpoint, context=scarce) as client:
+                assert client.request(b"x") == b"x"
+    assert [record.message for record in caplog.records if "monitor" in record.message]
+
+
+def test_an_endpoint_that_cannot_be_connected_to_leaves_nothing_behind(context: zmq.Context) -> None:
+    """Also the second of two: the first one's socket is closed."""
+    for _ in range(20):
+        with pytest.raises(zmq.ZMQError) as caught:
+            Client(ANY_PORT.replace(":0", ":1"), "tcp://no such host:1", context=context)
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_two_clients_of_one_dead_server(context: zmq.Context, listener: Listener) -> None:
+    """Each client learns of it by itself."""
+    clients = [Client(listener.endpoint, context=context) for _ in range(2)]
+    asked = [gevent.spawn(client.request, b"x") for client in clients]
+    connections = [listener.accept() for _ in clients]
+    for connection in connections:
+        connection.receive()
+    for connection in connections:
+        connection.close()
+    gevent.joinall(asked)
+    assert [type(each.exception) for each in asked] == [Disconnected, Disconnected]
+    for client in clients:
+        client.close()
