@@ -122,6 +122,10 @@ class Watchdog:
         if request is None:
             return
         exchange = request._exchange
+        # Who is new here hears at once who we are, so that our silence is noticed if the handler, or a stop, comes between.
+        is_new = exchange.caller is not None and len(exchange.caller.origin) == 1
+        if is_new:
+            self.greet(request)
         if exchange.is_answered:
             self._guarded(self.finish, request)
         elif self._kept or self.load > self._max_inflight:
@@ -131,7 +135,8 @@ class Watchdog:
             self._keep(request)
         else:
             self._start(request)
-        self.greet(request)
+        if not is_new:
+            self.greet(request)
 
     def open(self, frames: list[bytes]) -> Request | None:
         """Take a message in; a request is watched over, who handles it is up to the caller. None: it was no request.

@@ -369,7 +369,9 @@ def test_working_and_greeting(context: zmq.Context, server: Server, handler: _Ha
     answers = [raw.recv_multipart() for _ in range(2)]
     assert {_server_header(frame).request_id for frame, *_ in answers} == {_id(1), _id(2)}
     raw.send_multipart([Header(Kind.REQUEST, _id(3), None, 500, GREET).encode(), b"", b"quick"])
-    assert _server_header(raw.recv_multipart()[0]).kind == Kind.REPLY
+    assert [_server_header(raw.recv_multipart()[0]).kind for _ in range(2)] == [Kind.WORKING, Kind.REPLY]
+    raw.send_multipart([b"a proxy's id", Header(Kind.REQUEST, _id(4), None, 500, GREET).encode(), b"", b"quick"])
+    assert _server_header(raw.recv_multipart()[1]).kind == Kind.REPLY
 
 
 @pytest.mark.parametrize("kind", [0x05, 0x7F])

@@ -237,7 +237,7 @@ class Responder:
         return [self.cancel(exchange, now) for caller in gone for exchange in list(caller.open.values())]
 
     def greeting(self, exchange: Exchange) -> list[bytes] | None:
-        """What is said at once about a request that is not answered at once: frames of a WORKING, or None."""
+        """What is said at once about a request that is not answered: frames of a WORKING, or None if it need not be said."""
         header = exchange.envelope.header
         if not isinstance(header, Header) or not header.flags & GREET or exchange.is_answered:
             return None
