@@ -9,7 +9,7 @@ from statistics import median
 import gevent
 import zmq
 
-from . import idle, servers, sockets, waits
+from . import clients, idle, servers, sockets, waits
 
 Round = dict[str, dict[str, float]]
 
@@ -30,6 +30,15 @@ def show_waits(rounds: int, count: int) -> None:
         show("a wait for a message: µs", [waits.rows(echo, count) for _ in range(rounds)])
     finally:
         echo.close()
+
+
+def show_clients(rounds: int, count: int) -> None:
+    asking = clients.Asking()
+    try:
+        results = [asking.rows(count) for _ in range(rounds)]
+    finally:
+        asking.close()
+    show("a request, 64 bytes: µs that its caller waits; of many, µs for each", results)
 
 
 def show_servers(rounds: int, count: int) -> None:
@@ -53,6 +62,7 @@ def main() -> None:
     show("a call with nothing to wait for: µs", [sockets.rows(1_000 if quick else 5_000) for _ in range(rounds)])
     show_waits(rounds, 200 if quick else 1_000)
     show("sockets on which nothing happens: ms of CPU per second", [idle.rows(200, 0.2) if quick else idle.rows(10_000, 5)])
+    show_clients(3 if quick else 21, 1_000 if quick else 5_000)
     show_servers(3 if quick else 7, 2_000 if quick else 10_000)
 
 

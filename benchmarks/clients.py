@@ -1,6 +1,7 @@
-"""What does one request cost its client: alone, and as one of many?
+"""What does a request cost its client: alone, and as one of many at a time?
 
-All ask the same bare ROUTER loop, a process of its own, over ipc, in turn.
+All ask the same bare ROUTER loop, a process of its own, in turn; the time is what the caller waits. `tcp` is used where
+heartbeats count bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import gevent
 import zmq.green
 
 import greensafe
+from greensafe.client import HEARTBEAT
 
 from .servers import BODY, KINDS, Bench
 
 GREENLETS = 50
 
-#: Who asks one thing after another, and what all are compared with.
-ALONE = "zmq.green REQ"
+Ask = Callable[[], object]
 
 
-def _req(module: Any, endpoint: str) -> tuple[Callable[[], object], Callable[[], object]]:
+def _req(module: Any, endpoint: str) -> tuple[Ask, Ask]:
     context = module.Context()
     sock = context.socket(module.REQ)
     sock.connect(endpoint)
@@ -38,12 +39,12 @@ def _req(module: Any, endpoint: str) -> tuple[Callable[[], object], Callable[[],
     return ask, close
 
 
-def _client(endpoint: str, heartbeat: float | None) -> tuple[Callable[[], object], Callable[[], object]]:
+def _client(endpoint: str, heartbeat: float | None) -> tuple[Ask, Ask]:
     client = greensafe.Client(endpoint, heartbeat=heartbeat)
     return lambda: client.request(BODY), client.close
 
 
-def _timed(ask: Callable[[], object], greenlets: int, count: int) -> float:
+def _timed(ask: Ask, greenlets: int, count: int) -> float:
     """Microseconds for each request."""
 
     def work() -> None:
@@ -55,26 +56,38 @@ def _timed(ask: Callable[[], object], greenlets: int, count: int) -> float:
     return (time.perf_counter() - start) / count * 1e6
 
 
-def rows(server: Bench, count: int) -> dict[str, dict[str, float]]:
-    """One round: {what: {who: microseconds}}."""
-    makers = {
-        ALONE: lambda: _req(zmq.green, server.endpoint),
-        "greensafe REQ": lambda: _req(greensafe, server.endpoint),
-        "Client": lambda: _client(server.endpoint, greensafe.client.HEARTBEAT),
-        "no heartbeat": lambda: _client(server.endpoint, None),
-    }
-    found: dict[str, dict[str, float]] = {"one at a time": {}, f"{GREENLETS} greenlets": {}}
-    for who, make in makers.items():
-        ask, close = make()
-        ask()
-        found["one at a time"][who] = _timed(ask, 1, count // 10)
-        if "REQ" not in who:
-            found[f"{GREENLETS} greenlets"][who] = _timed(ask, GREENLETS, count)
-        close()
-    found[f"{GREENLETS} greenlets"] = {ALONE: found["one at a time"][ALONE], **found[f"{GREENLETS} greenlets"]}
-    return found
+class Asking:
+    """Everybody who asks, connected to one server each transport."""
 
+    def __init__(self) -> None:
+        self._servers = {transport: Bench(KINDS[0], transport) for transport in ("ipc", "tcp")}
+        self._askers: dict[tuple[str, str], tuple[Ask, Ask]] = {}
+        for transport, server in self._servers.items():
+            self._askers[transport, "zmq.green REQ"] = _req(zmq.green, server.endpoint)
+            self._askers[transport, "greensafe REQ"] = _req(greensafe, server.endpoint)
+            self._askers[transport, "no heartbeat"] = _client(server.endpoint, None)
+            self._askers[transport, "Client"] = _client(server.endpoint, HEARTBEAT)
+        for ask, _ in self._askers.values():
+            ask()
 
-def main_server() -> Bench:
-    """The server that all ask."""
-    return Bench(KINDS[0])
+    def close(self) -> None:
+        for _, close in self._askers.values():
+            close()
+        for server in self._servers.values():
+            server.close()
+
+    def _time(self, transport: str, who: str, greenlets: int, count: int) -> float:
+        return _timed(self._askers[transport, who][0], greenlets, count)
+
+    def rows(self, count: int) -> dict[str, dict[str, float]]:
+        """One round: {what: {who: microseconds}}."""
+        found: dict[str, dict[str, float]] = {}
+        for transport in self._servers:
+            everybody = ("zmq.green REQ", "greensafe REQ", "no heartbeat", "Client")
+            alone = {who: self._time(transport, who, 1, count // 10) for who in everybody}
+            found[f"{transport}, one at a time"] = alone
+            found[f"{transport}, {GREENLETS} greenlets"] = {
+                "zmq.green REQ": alone["zmq.green REQ"],
+                **{who: self._time(transport, who, GREENLETS, count) for who in ("no heartbeat", "Client")},
+            }
+        return found

@@ -1,7 +1,8 @@
 """What does one echoed request cost the server's process, in CPU?
 
 Each server is a process of its own; a second one keeps N requests in flight over ipc with a plain DEALER. `python -m
-benchmarks.servers KIND ENDPOINT` is a server: on each line on its standard input it prints its CPU time so far.
+benchmarks.servers KIND ENDPOINT` is a server: on each line on its standard input it prints its CPU time so far,
+after its endpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def bare(endpoint: str) -> None:
     sock = zmq.Context().socket(zmq.ROUTER)
     sock.set_hwm(0)  # at the default of 1000 a plain ROUTER drops answers without a word when its client is that far behind
     sock.bind(endpoint)
-    print("ready", flush=True)
+    print(sock.last_endpoint.decode(), flush=True)
     while True:
         sock.send_multipart(sock.recv_multipart())
 
@@ -45,7 +46,7 @@ def green(endpoint: str) -> None:
     sock: Any = zmq.green.Context().socket(zmq.ROUTER)
     sock.set_hwm(0)
     sock.bind(endpoint)
-    print("ready", flush=True)
+    print(sock.last_endpoint.decode(), flush=True)
 
     def handle(frames: list[bytes]) -> None:
         with gevent.Timeout(30):
@@ -62,23 +63,23 @@ def greensafe_server(endpoint: str) -> None:
     threading.Thread(target=_tell, daemon=True).start()
     server = greensafe.Server(endpoint, lambda request: request.body, deadline=30)
     server.start()
-    print("ready", flush=True)
+    print(server.endpoint, flush=True)
     server.serve_forever()
 
 
 class Bench:
     """A server process and the load on it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, transport: str = "ipc") -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self.endpoint = f"ipc://{self._folder.name}/s"
-        command = [sys.executable, "-m", "benchmarks.servers", kind, self.endpoint]
+        endpoint = f"ipc://{self._folder.name}/s" if transport == "ipc" else "tcp://127.0.0.1:*"
+        command = [sys.executable, "-m", "benchmarks.servers", kind, endpoint]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._context = zmq.Context()
         self._sock = self._context.socket(zmq.DEALER)
         self._sock.setsockopt(zmq.RCVTIMEO, 20_000)
         self._sock.set_hwm(0)
-        self._line()
+        self.endpoint = self._line().strip()
         self._sock.connect(self.endpoint)
 
     def _line(self) -> str:
