@@ -36,7 +36,17 @@ from gevent.hub import Hub
 
 from .errors import Cancelled, DeadlineExceeded
 
-__all__ = ["DeadlineSignal", "check", "deadline", "move_on", "shield", "start_timer", "to_seconds"]
+__all__ = [
+    "DeadlineSignal",
+    "check",
+    "deadline",
+    "move_on",
+    "preemptible",
+    "raise_if_preempted",
+    "shield",
+    "start_timer",
+    "to_seconds",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,6 +185,7 @@ class deadline:
 
     _quiet = False
     _shields = False
+    _preempts = False
 
     def __init__(self, seconds: Any = None, *, at: float | None = None) -> None:
         if at is not None:
@@ -442,6 +453,13 @@ class shield(deadline):
     _shields = True
 
 
+class preemptible(deadline):
+    """A server's scope whose end is also raised in a greenlet that does not wait, see `hubwatch`."""
+
+    __slots__ = ()
+    _preempts = True
+
+
 _NEW, _ENTERED, _ATTACHED, _LEFT = "new", "entered", "attached", "left"
 
 
@@ -462,6 +480,16 @@ def check(limited: bool) -> None:
         scope = None if scope._shields else scope._outer
     if due is not None:
         raise _delivered(due, getcurrent())
+
+
+def raise_if_preempted() -> None:
+    """Raise the signal of the running greenlet's own preemptible scope if that is over: once, and not inside of a shield."""
+    greenlet = getcurrent()
+    scope: deadline | None = getattr(greenlet, _SCOPE, None)
+    while scope is not None and not scope._preempts:
+        scope = None if scope._shields else scope._outer
+    if scope is not None and scope._greenlet is greenlet and not scope.delivered and scope._is_due():
+        raise _delivered(scope, greenlet)
 
 
 def _delivered(target: deadline, greenlet: Any) -> DeadlineSignal:

@@ -9,7 +9,7 @@ from .deadlines import to_seconds
 from .errors import RemoteError
 from .request import Request
 
-__all__ = ["Handler", "OnError", "check_handler", "check_limits", "check_options"]
+__all__ = ["Handler", "OnError", "check_handler", "check_limits", "check_options", "check_watch"]
 
 Handler = Callable[[Request], Any]
 OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
@@ -38,3 +38,16 @@ def check_options(max_inflight: Any, on_error: Any) -> None:
         raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
     if on_error is not None and not callable(on_error):
         raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")
+
+
+def check_watch(blocked_after: Any, exit_when_blocked: Any, max_zombies: Any) -> tuple[float | None, float | None]:
+    """Check what tells a server that is not well; gives the first two in seconds."""
+    found = []
+    for name, value in (("blocked_after", blocked_after), ("exit_when_blocked", exit_when_blocked)):
+        seconds = to_seconds(value)
+        if seconds is not None and seconds <= 0:
+            raise ValueError(f"{name} is a number of seconds above 0, or None for never, not {value!r}")
+        found.append(seconds)
+    if not isinstance(max_zombies, int) or isinstance(max_zombies, bool) or max_zombies < 0:
+        raise ValueError(f"max_zombies is a whole number from 0, not {max_zombies!r}")
+    return found[0], found[1]

@@ -29,13 +29,15 @@ import gevent
 import zmq
 from gevent.event import Event
 
-from .deadlines import move_on, shield, to_seconds
+from . import systemd
+from .deadlines import move_on, preemptible, shield, to_seconds
 from .endpoints import check_endpoint, explained
 from .errors import RemoteError
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
-from .options import Handler, OnError, check_handler, check_limits, check_options
+from .hubwatch import HubWatch, Wish, check_preempt, watch
+from .options import Handler, OnError, check_handler, check_limits, check_options, check_watch
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
@@ -68,6 +70,11 @@ class Server:
             nothing is read and clients feel backpressure.
         overload: "wait", or "reject": those beyond max_inflight are answered RESOURCE_EXHAUSTED at once, and not run.
         on_error: Called with (request, error) before an error goes to a plain client; returns what to send instead, or None.
+        blocked_after: Seconds without a turn of the hub after which what runs is logged; None for never.
+        exit_when_blocked: The same, after which the process ends itself with code 70, for its supervisor to restart it.
+        preempt: Experimental: end overdue handlers that do not wait, by an exception at whatever they do just then. Main thread
+            only; takes SIGUSR2, which also interrupts system calls.
+        max_zombies: Handlers that may have survived a kill before the server is no longer healthy.
         cancel_vanished: Stop the handlers of a client whose connection is gone (tcp and ipc; behind a proxy, the proxy's).
         journal: None; journals are not part of this version.
         context: The Context to use; by default the shared one.
@@ -86,6 +93,10 @@ class Server:
         max_inflight: int = 1000,
         overload: str = "wait",
         on_error: OnError | None = None,
+        blocked_after: Any = 1.0,
+        exit_when_blocked: Any = None,
+        preempt: bool = False,
+        max_zombies: int = 100,
         cancel_vanished: bool = False,
         journal: None = None,
         context: zmq.Context[Any] | None = None,
@@ -100,6 +111,9 @@ class Server:
         self._bind_to = check_endpoint(endpoint)
         self._handler = handler
         self._limit, self._grace = check_limits(deadline, grace)
+        self._blocked_after, self._exit_when_blocked = check_watch(blocked_after, exit_when_blocked, max_zombies)
+        self._preempts = bool(preempt)
+        self._max_zombies = max_zombies
         self._max_inflight = max_inflight
         self._rejects = overload == "reject"
         self._on_error = on_error
@@ -108,6 +122,8 @@ class Server:
         self._context = context
         self._pump: Pump | None = None
         self._watchdog: Watchdog | None = None
+        self._watch: tuple[HubWatch, Wish] | None = None
+        self._systemd: systemd.Notifier | None = None
         self._idle = Event()
         self._stopped = Event()
         self._stopped.set()
@@ -130,18 +146,25 @@ class Server:
         """Whether max_inflight is reached, so that nothing is read."""
         return self._watchdog is not None and self._watchdog.load >= self._max_inflight
 
+    @property
+    def healthy(self) -> bool:
+        """Whether no more than max_zombies handlers have survived a kill; otherwise only a restart helps."""
+        return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
+
     def start(self) -> None:
         """Bind and begin to serve, in this thread's hub; returns at once. Does nothing if started already.
 
         Raises:
             zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport); nothing is left behind.
-            RuntimeError: It is stopping: wait for `stop` to return.
+            RuntimeError: It is stopping: wait for `stop` to return. Or preempt=True cannot work here.
         """
         self._forget_parent()
         if self._stopping:
             raise RuntimeError("the server is stopping: start it again when stop() has returned")
         if self._pump is not None:
             return
+        if self._preempts:
+            check_preempt()
         context = self._context or Context.instance()
         sock = plain_socket(context, zmq.ROUTER)
         try:
@@ -169,6 +192,9 @@ class Server:
             on_error=self._on_error,
             on_room=self._on_room,
         )
+        if self._preempts:
+            self._watchdog.scope = preemptible
+        self._watch = self._watch_hub(self._watchdog)
         if self._cancel_vanished:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
         self._pump.start()
@@ -203,6 +229,8 @@ class Server:
         now = monotonic()
         at = None if limit is None else now + limit
         self._watchdog.drain()
+        if self._systemd is not None:
+            self._systemd.stopping()
         quiet_at = now if self._bind_to.startswith("inproc:") else now + LAST_REQUESTS
         try:
             # Another call of stop may have ended it meanwhile, and start may have made a new pump.
@@ -222,10 +250,11 @@ class Server:
     def serve_forever(self, stop_timeout: Any = STOP_TIMEOUT) -> None:
         """Start, and return when the server was stopped, by `stop` or by SIGTERM or SIGINT.
 
-        In the main thread the two signals stop it with `stop_timeout`, a second one at once.
+        In the main thread the two signals stop it with `stop_timeout`, a second one at once. systemd is told,
+        where there is one that asks (see `systemd`).
         """
         self.start()
-        with _signals(lambda: self.stop(stop_timeout), self.close):
+        with _signals(lambda: self.stop(stop_timeout), self.close), self._told():
             try:
                 self._stopped.wait()
             finally:
@@ -265,10 +294,26 @@ class Server:
         if self._stopping and not self._watchdog.load and not self._watchdog.backlog:
             self._idle.set()
 
+    def _watch_hub(self, watchdog: Watchdog) -> tuple[HubWatch, Wish] | None:
+        after, exit_after = (math.inf if limit is None else limit for limit in (self._blocked_after, self._exit_when_blocked))
+        if not self._preempts and after == exit_after == math.inf:
+            return None
+        wish = Wish(after, exit_after, (lambda: watchdog.soonest) if self._preempts else None)
+        return watch(wish), wish
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell systemd while inside."""
+        with systemd.notifier(lambda: self.healthy) as self._systemd:
+            try:
+                yield
+            finally:
+                self._systemd = None
+
     def _forget_parent(self) -> None:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
         if self._pump is not None and self._pump.is_inherited:
-            self._pump = self._watchdog = self._vanished = self.endpoint = None
+            self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self.endpoint = None
             self._stopping = False
             self._stopped.set()
 
@@ -288,6 +333,10 @@ class Server:
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
         self._pump = None
         self._stopping = False
+        if self._watch is not None:
+            found, wish = self._watch
+            found.remove(wish)
+            self._watch = None
         if self._vanished is not None:
             self._vanished.close()
             self._vanished = None

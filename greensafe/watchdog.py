@@ -62,7 +62,12 @@ class Watchdog:
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
             or None; or answers by itself.
         on_room: Called whenever `load` or `backlog` has become less.
+
+    Attributes:
+        scope: The kind of scope that handlers run in.
     """
+
+    scope: type[deadline] = deadline
 
     def __init__(
         self,
@@ -107,6 +112,11 @@ class Watchdog:
     def backlog(self) -> int:
         """Requests that wait for their turn."""
         return len(self._kept)
+
+    @property
+    def soonest(self) -> float:
+        """The monotonic time at which the timer is due, infinity for none; may be asked in any thread."""
+        return self._timer_at
 
     @property
     def is_full(self) -> bool:
@@ -154,7 +164,7 @@ class Watchdog:
                 self._guarded(self._apply, received)
             self._rearm()
             return None
-        scope = deadline(at=received.at)
+        scope = self.scope(at=received.at)
         received.owner = scope
         self._owed[received.key] = received
         request = Request(self, received, scope)
@@ -332,9 +342,10 @@ class Watchdog:
         if isinstance(error, DeadlineSignal) and error.scope is request.deadline:
             if exchange.is_answered:
                 return
-            told = RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", "DeadlineExceeded")
-            if error.scope._is_cancelled:
-                told = error_for(error.scope._outcome())
+            if not error.scope._is_cancelled:
+                self._answer_overdue(exchange)  # before the timer has come to it
+                return
+            told = error_for(error.scope._outcome())
         else:
             told = error_for(error)
             log.error("handler of %r failed", request, exc_info=(type(error), error, error.__traceback__))
