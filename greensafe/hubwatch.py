@@ -52,7 +52,10 @@ BEATS = 4
 #: Seconds between two beats, at least.
 SHORTEST = 0.005
 
-#: Seconds between two looks of a thread that preempts, and between two signals to a greenlet that goes on.
+#: Seconds between two looks of a thread that preempts, at most: a limit that is shorter may be noticed late by as much.
+LOOK = 0.02
+
+#: Seconds between two signals to a greenlet that goes on.
 POKE = 0.005
 
 #: Seconds that the hub has to deal with what is due before the thread interferes.
@@ -207,7 +210,7 @@ class HubWatch:
         if left <= 0:
             _poke(self._thread)
             return POKE
-        return min(POKE, left)
+        return min(LOOK, self._period, left)
 
     def _judge(self, beat: float, late: float) -> None:
         """Act upon a beat that is late by so many seconds, as far as this thread has seen it."""
@@ -227,7 +230,7 @@ class HubWatch:
     def _exit(self, late: float) -> None:
         stacks = _all_stacks(self._thread)
         text = f"the hub has not turned for {late:.3f} s: this process ends itself with code {EXIT_CODE}\n{stacks}"
-        for say in (lambda: log.critical("%s", text), lambda: os.write(2, text.encode(errors="replace"))):
+        for say in (lambda: log.critical("%s", text), lambda: os.write(2, text.encode(errors="replace") + b"\n")):
             if _aside(say).acquire(timeout=LAST_WORDS):
                 break  # else somebody who is blocked holds logging's lock, or nobody reads what is written
         os._exit(EXIT_CODE)
@@ -274,14 +277,14 @@ def _aside(say: Callable[[], object]) -> Any:
 
 
 def _stack(frame: FrameType) -> str:
-    return "".join(traceback.format_stack(frame))
+    return "".join(traceback.format_stack(frame)).rstrip()
 
 
 def _all_stacks(first: int) -> str:
     frames = sys._current_frames()
     frames.pop(_get_ident(), None)
     order = sorted(frames, key=lambda ident: ident != first)
-    return "".join(f"{'the hub' if ident == first else 'another'}'s thread:\n{_stack(frames[ident])}" for ident in order)
+    return "\n".join(f"{'the hub' if ident == first else 'another'}'s thread:\n{_stack(frames[ident])}" for ident in order)
 
 
 # Preemption.

@@ -67,6 +67,28 @@ def test_watchdog_loop() -> None:
         assert server.wait(LONG) == 0
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="needs SIGUSR2")
+def test_spinning_handler_is_interrupted() -> None:
+    """With preempt=True the handler alone is ended at its deadline; the log names it, and the next request is served."""
+    result = run_python(EXAMPLES / "spinning_handler.py", "preempt")
+    assert result.out.splitlines() == [
+        "this is the answer to Hello",
+        "DEADLINE_EXCEEDED: the handler did not answer in time (DeadlineExceeded)",
+        "this is the answer to Hello again",
+    ], result.err
+    assert result.code == 0
+    assert "in count_for_ever" in result.err
+
+
+def test_spinning_handler_ends_its_process() -> None:
+    """With exit_when_blocked the process ends with code 70, and the log says why and in whose code."""
+    result = run_python(EXAMPLES / "spinning_handler.py", "exit")
+    assert result.out == "this is the answer to Hello\n", result.err
+    assert result.code == 70
+    assert "ends itself with code 70" in result.err
+    assert "in count_for_ever" in result.err
+
+
 def test_wsgi_app(context: zmq.Context) -> None:
     """The web application answers 200, 502 when the handler fails and 504 when it does not answer in time."""
 
