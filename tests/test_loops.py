@@ -11,7 +11,7 @@ from helpers import LONG, run_python
 
 HERE = Path(__file__).parent
 
-TESTS = ["deadlines", "handlers", "watchdog", "supervision", "server", "client"]
+TESTS = ["deadlines", "handlers", "watchdog", "hubwatch", "systemd", "supervision", "server", "client"]
 
 
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
