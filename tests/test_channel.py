@@ -169,6 +169,25 @@ def test_an_http_server(context: zmq.Context, listener: Listener) -> None:
     serving.kill()
 
 
+def test_a_server_that_dies_as_it_starts_more_than_once(context: zmq.Context, tmp_path: Path) -> None:
+    """Handshakes that fail count as hopeless only if nothing else was there between: a server may fail as often as it likes."""
+
+    def hang_up(listener: Listener) -> None:
+        while True:
+            listener.accept_raw().close()
+
+    path = tmp_path / "s"
+    with Client(f"ipc://{path}", context=context, heartbeat=SHORT, wait=False) as client:
+        for _ in range(3):
+            with Listener(f"ipc://{path}") as listener:
+                hanging_up = gevent.spawn(hang_up, listener)
+                wait_until(lambda: "handshake" in str(_error_of(client, Unreachable, f"ipc://{path}", False)))
+                hanging_up.kill()
+            path.unlink()
+            wait_until(lambda: "nobody" in str(_error_of(client, Unreachable, f"ipc://{path}", False)))
+            gevent.sleep(SHORT)
+
+
 def test_somebody_who_only_listens(context: zmq.Context, listener: Listener) -> None:
     """Who accepts and says nothing is PeerSilent; nothing was delivered."""
     with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
