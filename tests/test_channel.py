@@ -251,6 +251,26 @@ def test_a_reply_with_the_end_right_behind_it(context: zmq.Context, listener: Li
     serving.kill()
 
 
+def test_nothing_is_sent_on_a_connection_that_is_known_to_be_lost(context: zmq.Context, listener: Listener) -> None:
+    """A request that comes while what had arrived is still read goes to the next connection, without an error."""
+    with Client(listener.endpoint, context=context) as client:
+        asked = gevent.spawn(client.request, b"lost")
+        connection = listener.accept()
+        connection.receive()
+        connection.sock.sendall(b"\xff" * 50)  # which libzmq does not follow by another event
+        channel = client._channels[0]
+        while not channel._is_dying:
+            gevent.sleep(0)
+        late = gevent.spawn(client.request, b"late")
+        again = listener.accept()
+        frames = again.receive()
+        assert frames[-1] == b"late"
+        again.send(frames)
+        assert late.get() == b"late"
+        with pytest.raises(Disconnected):
+            asked.get()
+
+
 @pytest.mark.parametrize("transport", ["tcp", "ipc", "inproc"])
 def test_a_server_that_is_gone_after_its_reply(context: zmq.Context, tmp_path: Path, transport: str) -> None:
     """Of two requests the one that was answered gets its reply, the other Disconnected, each time."""
