@@ -376,6 +376,7 @@ class Channel:
             self._has_failed = True
             self._fail(self._bad_handshake(event))
         elif kind == zmq.EVENT_CLOSED:
+            self._failing_since = None
             self._fail(_NOBODY)
 
     def _bad_handshake(self, event: ConnectionEvent) -> Trouble:

@@ -169,6 +169,25 @@ def test_an_http_server(context: zmq.Context, listener: Listener) -> None:
     serving.kill()
 
 
+def test_a_server_that_dies_as_it_starts_more_than_once(context: zmq.Context, tmp_path: Path) -> None:
+    """Handshakes that fail count as hopeless only if nothing else was there between: a server may fail as often as it likes."""
+
+    def hang_up(listener: Listener) -> None:
+        while True:
+            listener.accept_raw().close()
+
+    path = tmp_path / "s"
+    with Client(f"ipc://{path}", context=context, heartbeat=SHORT, wait=False) as client:
+        for _ in range(3):
+            with Listener(f"ipc://{path}") as listener:
+                hanging_up = gevent.spawn(hang_up, listener)
+                wait_until(lambda: "handshake" in str(_error_of(client, Unreachable, f"ipc://{path}", False)))
+                hanging_up.kill()
+            path.unlink()
+            wait_until(lambda: "nobody" in str(_error_of(client, Unreachable, f"ipc://{path}", False)))
+            gevent.sleep(SHORT)
+
+
 def test_somebody_who_only_listens(context: zmq.Context, listener: Listener) -> None:
     """Who accepts and says nothing is PeerSilent; nothing was delivered."""
     with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
@@ -230,6 +249,26 @@ def test_a_reply_with_the_end_right_behind_it(context: zmq.Context, listener: Li
         with Client(listener.endpoint, context=context) as client:
             assert len(client.request(b"x")) == size
     serving.kill()
+
+
+def test_nothing_is_sent_on_a_connection_that_is_known_to_be_lost(context: zmq.Context, listener: Listener) -> None:
+    """A request that comes while what had arrived is still read goes to the next connection, without an error."""
+    with Client(listener.endpoint, context=context) as client:
+        asked = gevent.spawn(client.request, b"lost")
+        connection = listener.accept()
+        connection.receive()
+        connection.sock.sendall(b"\xff" * 50)  # which libzmq does not follow by another event
+        channel = client._channels[0]
+        while not channel._is_dying:
+            gevent.sleep(0)
+        late = gevent.spawn(client.request, b"late")
+        again = listener.accept()
+        frames = again.receive()
+        assert frames[-1] == b"late"
+        again.send(frames)
+        assert late.get() == b"late"
+        with pytest.raises(Disconnected):
+            asked.get()
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc", "inproc"])
