@@ -41,6 +41,7 @@ from .green.monitor import ConnectionEvent, Monitor
 from .sansio.backoff import LONGEST, delay
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
+from .stats import EndpointStats
 
 __all__ = ["Channel", "Loss", "Owner", "Trouble"]
 
@@ -150,6 +151,9 @@ class Channel:
         connection: What is known of the present one.
         is_up: Whether requests can be handed over.
         trouble: How the last attempt to connect ended, None if none has ended since the channel was up.
+        losses: Connections, or servers behind one, that were lost.
+        lost_requests: Requests that were in flight on them and may have run.
+        failed_attempts: Attempts to connect that have failed.
     """
 
     __slots__ = (
@@ -176,7 +180,10 @@ class Channel:
         "_was_silent",
         "connection",
         "endpoint",
+        "failed_attempts",
         "is_up",
+        "losses",
+        "lost_requests",
         "trouble",
     )
 
@@ -198,6 +205,9 @@ class Channel:
         self._failing_since: float | None = None
         self._was_silent = False
         self._is_closed = False
+        self.losses = 0
+        self.lost_requests = 0
+        self.failed_attempts = 0
         self.trouble: Trouble | None
         self._open()
 
@@ -210,6 +220,25 @@ class Channel:
     def is_inherited(self) -> bool:
         """Whether this process is a forked child and all this is its parent's."""
         return self._generation != generation()
+
+    @property
+    def stats(self) -> EndpointStats:
+        """How it stands now."""
+        return EndpointStats(
+            endpoint=self.endpoint,
+            is_up=self.is_up,
+            is_draining=self.connection.is_draining,
+            is_greensafe=self.connection.is_known,
+            inflight=self.load,
+            losses=self.losses,
+            lost_requests=self.lost_requests,
+            failed_attempts=self.failed_attempts,
+            trouble="" if self.trouble is None else self.trouble.message,
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "up" if self.is_up else "down"
+        return f"<Channel {state} {self.endpoint} inflight={self.load} losses={self.losses}>"
 
     def send(self, asked: Asked, now: float) -> None:
         """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
@@ -274,7 +303,7 @@ class Channel:
         elif unheard:
             for asked in unheard:  # its server is gone behind a proxy; those of others are not
                 self._requester.unsend(asked)
-            self._owner.on_lost(self, Loss(_SILENT["hub"], unheard, [], self.connection.is_journaling))
+            self._tell_lost(Loss(_SILENT["hub"], unheard, [], self.connection.is_journaling))
 
     def close(self, linger: int) -> None:
         """Close; what is queued may leave for `linger` milliseconds more."""
@@ -337,7 +366,8 @@ class Channel:
         except zmq.ZMQError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            log.warning("%s: no descriptor is left for a monitor: a lost connection will not be noticed", self.endpoint)
+            what = "%s: no descriptor is left for a monitor: a lost connection will not be noticed"
+            log.warning(what, self.endpoint, extra={"endpoint": self.endpoint})
             return None
 
     def _shut(self, linger: int) -> None:
@@ -352,6 +382,7 @@ class Channel:
         if not self.is_up:
             self.is_up = True
             self.trouble = self._failing_since = None
+            log.debug("%s: up", self.endpoint, extra={"endpoint": self.endpoint})
             self._owner.on_up(self)
 
     # What libzmq tells.
@@ -404,6 +435,8 @@ class Channel:
 
     def _fail(self, trouble: Trouble) -> None:
         self.trouble = trouble
+        self.failed_attempts += 1
+        log.debug("%s: %s", self.endpoint, trouble.message, extra={"endpoint": self.endpoint})
         self._owner.on_down(self)
 
     def _on_gone(self) -> None:
@@ -435,9 +468,16 @@ class Channel:
         self._was_silent = trouble.kind is PeerSilent
         self._losses = 1 if monotonic() - self._opened_at > SHORT_LIVED else self._losses + 1
         self.connection = Connection()
-        self._owner.on_lost(self, loss)
+        self._tell_lost(loss)
         if not self._is_closed and self._pump is None and self._owner.is_wanted(self):
             self._connect_again()
+
+    def _tell_lost(self, loss: Loss) -> None:
+        self.losses += 1
+        self.lost_requests += len(loss.lost)
+        what = "%s: %s; %d requests may have run, %d were not handed over"
+        log.info(what, self.endpoint, loss.trouble.message, len(loss.lost), len(loss.unsent), extra={"endpoint": self.endpoint})
+        self._owner.on_lost(self, loss)
 
     def _count(self, trouble: Trouble) -> Loss:
         kept = set() if self._pump is None else {id(frames) for frames in self._pump.unsent()}
@@ -473,7 +513,7 @@ class Channel:
         try:
             self._open()
         except zmq.ZMQError:
-            log.exception("%s: cannot be connected to again", self.endpoint)
+            log.exception("%s: cannot be connected to again", self.endpoint, extra={"endpoint": self.endpoint})
             self._fail(_NOBODY)
             return
         assert self._pump is not None

@@ -48,10 +48,22 @@ from .errors import (
 from .green._forks import generation
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
+from .hooks import (
+    CallAnswered,
+    CallFailed,
+    CallRetried,
+    CallStarted,
+    ConnectionFailed,
+    ConnectionLost,
+    ConnectionUp,
+    Hooks,
+    teller,
+)
 from .sansio.backoff import Budget, delay
 from .sansio.envelope import CALLER_LIMIT, MAX_METADATA, Kind
 from .sansio.liveness import LOOKS
 from .sansio.requester import Asked, Requester, Resolution
+from .stats import ClientStats
 
 __all__ = ["HEARTBEAT", "Client"]
 
@@ -84,14 +96,16 @@ class _Call:
         "is_timed_out",
         "outcome",
         "pause",
+        "since",
         "switch",
         "tries",
     )
 
     asked: Asked
 
-    def __init__(self, switch: Any, idempotent: bool) -> None:
+    def __init__(self, switch: Any, idempotent: bool, since: float) -> None:
         self.switch = switch
+        self.since = since
         self.idempotent = idempotent
         self.asleep = False
         self.is_timed_out = False
@@ -104,6 +118,11 @@ class _Call:
         self.avoids: tuple[Channel, ...] = ()
         #: What the last try ended with.
         self.error: GreensafeError | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where it was sent last."""
+        return "" if self.channel is None else self.channel.endpoint
 
     def is_answered(self) -> bool:
         return self.outcome is not None
@@ -133,6 +152,7 @@ class Client:
             no heartbeats; then a frozen or cut-off server is not noticed. (A plain server over ipc: Disconnected, within a
             little more than twice that.) It takes a peer that answers ZMTP 3.1's PING, as
             libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.
+        hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
         context: The Context to use, with its options for sockets (CURVE keys, say); by default the shared one.
 
     Raises:
@@ -147,6 +167,7 @@ class Client:
         retries: int = 0,
         wait: bool = True,
         heartbeat: Any = HEARTBEAT,
+        hooks: Hooks | None = None,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         if not endpoints:
@@ -161,6 +182,7 @@ class Client:
         self._retries = retries
         self._waits_for_servers = bool(wait)
         self._heartbeat = _check_heartbeat(heartbeat)
+        self._tell = teller(hooks)
         self._context = context or Context.instance()
         self._closed = False
         self._begin()
@@ -212,15 +234,32 @@ class Client:
         check(at is not None)
         if limit == 0:
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
-        call = _Call(gevent.getcurrent().switch, idempotent)
+        call = _Call(gevent.getcurrent().switch, idempotent, now)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
         call.asked = self._requester.open(request_id, body, at, call, _told(), metadata)
         self._budget.earn()
         try:
+            if self._tell is not None:
+                self._tell(CallStarted(self._endpoints, request_id.hex(), metadata))
             self._place(call, now)
-            return self._wait(call, at, limit)
-        finally:
+            frames = self._wait(call, at, limit)
+        except BaseException as error:
             self._leave(call)
+            self._count_failure(call, error)
+            raise
+        self._leave(call)
+        self._answered += 1
+        if self._tell is not None:
+            self._tell(CallAnswered(call.endpoint, request_id.hex(), monotonic() - now, call.tries))
+        return frames
+
+    def _count_failure(self, call: _Call, error: BaseException) -> None:
+        # A scope's signal is DeadlineExceeded as soon as it has left the scope.
+        name = "DeadlineExceeded" if isinstance(error, DeadlineSignal) else type(error).__name__
+        self._failures[name] = self._failures.get(name, 0) + 1
+        if self._tell is not None:
+            took = monotonic() - call.since
+            self._tell(CallFailed(call.endpoint, call.asked.request_id.hex(), took, call.tries, error, name))
 
     def close(self) -> None:
         """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers."""
@@ -240,6 +279,24 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def stats(self) -> ClientStats:
+        """How it stands now, counted since it was made; to be asked in its own thread."""
+        table = self._requester
+        since = min((asked.owner.since for asked in table.asked()), default=None)
+        return ClientStats(
+            state="closed" if self._closed else "open",
+            answered=self._answered,
+            failures=dict(self._failures),
+            inflight=len(table),
+            waiting=sum(asked.connection is None for asked in table.asked()),
+            oldest_seconds=None if since is None else monotonic() - since,
+            retries=self._retried,
+            rejections=self._rejected,
+            drops={"late": table.late, "malformed": table.malformed, "ignored": table.ignored},
+            endpoints=tuple(channel.stats for channel in self._channels),
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -317,15 +374,19 @@ class Client:
 
     def _retry_or_end(self, call: _Call, error: GreensafeError, is_safe: bool) -> None:
         if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
-            self._pause(call)
+            self._pause(call, error)
         else:
             call.outcome = error
             self._wake(call)
 
-    def _pause(self, call: _Call) -> None:
+    def _pause(self, call: _Call, error: GreensafeError) -> None:
         call.tries += 1
         call.avoids = ()
-        call.pause = start_timer(self._hub, delay(call.tries, random.random()), lambda: self._on_paused(call))
+        pause = delay(call.tries, random.random())
+        call.pause = start_timer(self._hub, pause, lambda: self._on_paused(call))
+        self._retried += 1
+        if self._tell is not None:
+            self._tell(CallRetried(call.endpoint, call.asked.request_id.hex(), call.tries, pause, error))
 
     def _on_paused(self, call: _Call) -> None:
         call.stop_pause()
@@ -334,13 +395,21 @@ class Client:
     # What channels tell.
 
     def on_up(self, channel: Channel) -> None:
+        if self._tell is not None and not channel.connection.is_heard:  # said again when it is heard of
+            self._tell(ConnectionUp(channel.endpoint, channel.losses))
         self._place_waiting()
 
     def on_down(self, channel: Channel) -> None:
+        if self._tell is not None and channel.trouble is not None:
+            self._tell(ConnectionFailed(channel.endpoint, channel.trouble.kind.__name__, channel.trouble.message))
         if self._waiting:
             self._end_hopeless()
 
     def on_lost(self, channel: Channel, loss: Loss) -> None:
+        if self._tell is not None:
+            kind, message, silent = loss.trouble
+            lost, unsent = len(loss.lost), len(loss.unsent)
+            self._tell(ConnectionLost(channel.endpoint, kind.__name__, message, silent, lost, unsent))
         now = monotonic()
         for asked in loss.unsent:
             self._place(asked.owner, now)
@@ -372,6 +441,7 @@ class Client:
     def _on_rejected(self, call: _Call, channel: Channel, answer: Resolution) -> None:
         """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""
         error = _error_in(answer)
+        self._rejected += 1
         call.avoids = (*call.avoids, channel)
         if isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
             channel.connection.is_draining = channel.connection.is_direct
@@ -379,7 +449,7 @@ class Client:
                 call.avoids = ()
                 self._place(call, monotonic())
             else:
-                self._pause(call)  # the proxy may choose the same server again
+                self._pause(call, error)  # the proxy may choose the same server again
         elif self._pick(call) is not None:
             self._place(call, monotonic())
         else:
@@ -404,6 +474,8 @@ class Client:
         self._timer: Any = None
         self._timer_at = float("inf")
         self._looks: Any = None
+        self._answered = self._retried = self._rejected = 0
+        self._failures: dict[str, int] = {}
         self._prefix = os.urandom(8)
         self._numbers = itertools.count(1)
         self._channels: list[Channel] = []

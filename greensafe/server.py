@@ -16,6 +16,7 @@ It does not know what a request is about, nor how the watchdog decides.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -36,11 +37,15 @@ from .errors import RemoteError
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
+from .hooks import Hooks, ServerStarted, ServerStopped, teller
 from .hubwatch import HubWatch, Wish, check_preempt, watch
 from .options import Handler, OnError, check_handler, check_limits, check_options, check_watch
+from .stats import ServerStats
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
+
+log = logging.getLogger(__name__)
 
 #: Seconds that answers still queued in libzmq may take to leave after a server was stopped.
 FLUSH = 1.0
@@ -76,6 +81,7 @@ class Server:
             only; takes SIGUSR2, which also interrupts system calls.
         max_zombies: Handlers that may have survived a kill before the server is no longer healthy.
         cancel_vanished: Stop the handlers of a client whose connection is gone (tcp and ipc; behind a proxy, the proxy's).
+        hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
         journal: None; journals are not part of this version.
         context: The Context to use; by default the shared one.
 
@@ -98,6 +104,7 @@ class Server:
         preempt: bool = False,
         max_zombies: int = 100,
         cancel_vanished: bool = False,
+        hooks: Hooks | None = None,
         journal: None = None,
         context: zmq.Context[Any] | None = None,
     ) -> None:
@@ -119,11 +126,13 @@ class Server:
         self._on_error = on_error
         self._cancel_vanished = bool(cancel_vanished)
         self._vanished: Vanished | None = None
+        self._tell = teller(hooks)
         self._context = context
         self._pump: Pump | None = None
         self._watchdog: Watchdog | None = None
         self._watch: tuple[HubWatch, Wish] | None = None
         self._systemd: systemd.Notifier | None = None
+        self._undelivered = (0, 0)
         self._idle = Event()
         self._stopped = Event()
         self._stopped.set()
@@ -140,6 +149,44 @@ class Server:
     def closed(self) -> bool:
         """Whether it has no socket: not started yet, or stopped."""
         return self._pump is None
+
+    @property
+    def state(self) -> str:
+        """One of "started", "stopping" and "closed"."""
+        return "closed" if self._pump is None else "stopping" if self._stopping else "started"
+
+    @property
+    def stats(self) -> ServerStats:
+        """How it stands now, counted since the last start; to be asked in its own thread."""
+        self._forget_parent()
+        watchdog, pump = self._watchdog, self._pump
+        endpoint = self.endpoint or self._bind_to
+        if watchdog is None:
+            return ServerStats(endpoint, self.state)
+        counts = watchdog.responder
+        dropped, unreachable = self._undelivered if pump is None else (pump.dropped, pump.unreachable)
+        return ServerStats(
+            endpoint=endpoint,
+            state=self.state,
+            received=counts.received,
+            answered=counts.answered,
+            failures=dict(watchdog.failures),
+            cancelled=counts.cancelled,
+            inflight=counts.inflight,
+            running=watchdog.load,
+            backlog=watchdog.backlog,
+            oldest_seconds=watchdog.oldest_seconds,
+            zombie_count=counts.zombies,
+            zombies=watchdog.zombies(),
+            unsent=0 if pump is None else pump.queued,
+            drops={
+                "malformed": counts.malformed,
+                "ignored": counts.ignored,
+                "duplicates": counts.duplicates,
+                "unreachable": unreachable,
+                "full_outbox": dropped,
+            },
+        )
 
     @property
     def full(self) -> bool:
@@ -191,6 +238,8 @@ class Server:
             instance=os.urandom(16),
             on_error=self._on_error,
             on_room=self._on_room,
+            endpoint=self.endpoint,
+            tell=self._tell,
         )
         if self._preempts:
             self._watchdog.scope = preemptible
@@ -198,6 +247,9 @@ class Server:
         if self._cancel_vanished:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
         self._pump.start()
+        log.info("serving at %s", self.endpoint, extra={"endpoint": self.endpoint})
+        if self._tell is not None:
+            self._tell(ServerStarted(self.endpoint))
 
     def _bind(self, sock: zmq.Socket[Any]) -> None:
         """Bind; libzmq gives an address back some time after the socket was closed that had it, which may have been ours."""
@@ -269,12 +321,11 @@ class Server:
         self.stop()
 
     def __repr__(self) -> str:
-        state = "stopping" if self._stopping and self._pump else "started" if self._pump else "closed"
         if self._watchdog is None:
-            return f"<Server {state} {self._bind_to}>"
+            return f"<Server {self.state} {self._bind_to}>"
         counts = self._watchdog.responder
         return (
-            f"<Server {state} {self.endpoint or self._bind_to} inflight={counts.inflight} answered={counts.answered}"
+            f"<Server {self.state} {self.endpoint or self._bind_to} inflight={counts.inflight} answered={counts.answered}"
             f" cancelled={counts.cancelled} zombies={counts.zombies} malformed={counts.malformed}>"
         )
 
@@ -340,10 +391,15 @@ class Server:
         if self._vanished is not None:
             self._vanished.close()
             self._vanished = None
+        self._undelivered = (pump.dropped, pump.unreachable)
         pump.close(int(FLUSH * 1000))
         self._closed_at = monotonic()
         watchdog.close()
         self._stopped.set()
+        answered, endpoint = watchdog.responder.answered, str(self.endpoint)
+        log.info("stopped at %s; %d requests were answered", endpoint, answered, extra={"endpoint": endpoint})
+        if self._tell is not None:
+            self._tell(ServerStopped(endpoint, answered))
 
 
 def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> None:

@@ -17,6 +17,7 @@ It does not know how frames travel: `send` is given, and `accept` is called in t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,11 +29,14 @@ from gevent.hub import Hub
 
 from .deadlines import DeadlineSignal, deadline, start_timer
 from .errors import Cancelled, LocalProtocolError, RemoteError, RemoteProtocolError
+from .hooks import HandlerStuck, Tell
 from .options import Handler, OnError
+from .reports import answered, extra, started, zombie
 from .request import LATER, Request, as_frames, error_for
 from .sansio.envelope import CALLER_LIMIT, Kind
 from .sansio.exchange import Exchange
-from .sansio.responder import Cancel, Effect, Expire, Kill, Responder, Send, Zombie
+from .sansio.responder import Cancel, Effect, Expire, Kill, Responder, Send, Zombie as ZombieFound
+from .stats import Zombie
 
 __all__ = ["Watchdog"]
 
@@ -41,6 +45,9 @@ log = logging.getLogger(__name__)
 #: Requests kept beyond those that run, and the bytes of their bodies; then `is_full` says so.
 BACKLOG = 10_000
 BACKLOG_BYTES = 64 * 2**20
+
+#: Zombies that `Watchdog.zombies` names.
+NAMED = 100
 
 #: What a client is told whose request is not even kept.
 _FULL = RemoteError("RESOURCE_EXHAUSTED", "the server has as many requests as it may run: try again later", "ServerFull")
@@ -62,8 +69,12 @@ class Watchdog:
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
             or None; or answers by itself.
         on_room: Called whenever `load` or `backlog` has become less.
+        endpoint: What the records for hooks, and log lines, call this server.
+        tell: Told of what happens, in the records of `hooks`.
 
     Attributes:
+        responder: The table, with its counts.
+        failures: Answers that were errors, by their code.
         scope: The kind of scope that handlers run in.
     """
 
@@ -82,6 +93,8 @@ class Watchdog:
         instance: bytes = bytes(16),
         on_error: OnError | None = None,
         on_room: Callable[[], None] | None = None,
+        endpoint: str = "",
+        tell: Tell | None = None,
     ) -> None:
         self.responder = Responder(grace=grace, instance=instance)
         self._handler = handler
@@ -92,6 +105,9 @@ class Watchdog:
         self._rejects = rejects
         self._on_error = on_error
         self._on_room = on_room
+        self._endpoint = endpoint
+        self._tell = tell
+        self.failures: dict[str, int] = {}
         self._hub: Hub = gevent.get_hub()
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
@@ -122,6 +138,27 @@ class Watchdog:
     def is_full(self) -> bool:
         """Whether no more should be accepted for the time being."""
         return len(self._kept) >= BACKLOG or self._kept_bytes >= BACKLOG_BYTES
+
+    @property
+    def oldest_seconds(self) -> float | None:
+        """Age of the oldest request that is not answered; None if there is none."""
+        arrived = next((exchange.arrived_at for exchange in self._owed.values() if not exchange.is_answered), None)
+        return None if arrived is None else monotonic() - arrived
+
+    def zombies(self) -> tuple[Zombie, ...]:
+        """The oldest `NAMED` handlers that have survived a kill and still run."""
+        survivors = (each for each in self._owed.values() if each.kills > 1 and each.key in self._greenlets)
+        now = monotonic()
+        return tuple(self._name(each, now) for each in itertools.islice(survivors, NAMED))
+
+    def _name(self, exchange: Exchange, now: float) -> Zombie:
+        return zombie(Request(self, exchange, exchange.owner), self._handler, self._greenlets[exchange.key], now)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Watchdog {self._endpoint} load={self.load} backlog={self.backlog} answered={self.responder.answered}"
+            f" failed={sum(self.failures.values())} zombies={self.responder.zombies}>"
+        )
 
     def accept(self, frames: list[bytes]) -> None:
         """Deal with a message as a ROUTER received it; called in the hub. A request's handler is started when it is its turn.
@@ -157,7 +194,7 @@ class Watchdog:
         try:
             received = self.responder.receive(frames, now)
         except RemoteProtocolError as error:
-            log.warning("malformed request dropped: %s", error)
+            log.warning("malformed request dropped: %s", error, extra={"endpoint": self._endpoint})
             return None
         if not isinstance(received, Exchange):
             if received is not None:
@@ -188,10 +225,16 @@ class Watchdog:
                 if notice is not None:
                     self._send(notice)
 
-    def answer(self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY) -> None:
-        """Open the reply gate and send; LocalProtocolError if it was opened before."""
+    def answer(
+        self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY, error: RemoteError | None = None
+    ) -> None:
+        """Open the reply gate and send; LocalProtocolError if it was opened before. `error` is what the body says, if any."""
         self._send(self.responder.answer(exchange, body, kind))
+        if error is not None:
+            self.failures[error.code] = self.failures.get(error.code, 0) + 1
         self._settle(exchange)
+        if self._tell is not None:
+            self._tell(answered(self._endpoint, Request(self, exchange, exchange.owner), error))
 
     def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR) -> None:
         """Answer with an error, as the kind of client understands it.
@@ -207,10 +250,10 @@ class Watchdog:
                 frames = self._on_error(request, error)
                 body = body if frames is None else as_frames(frames)
         except Exception:
-            log.exception("on_error failed for %r: the standard error is sent", request)
+            log.exception("on_error failed for %r: the standard error is sent", request, extra=extra(self._endpoint, request))
         finally:
             if not exchange.is_answered:
-                self.answer(exchange, body, kind)
+                self.answer(exchange, body, kind, error)
 
     def refuse(self, frames: list[bytes], error: RemoteError) -> None:
         """Answer a message without running a handler."""
@@ -308,6 +351,8 @@ class Watchdog:
         scope = request.deadline
         try:
             scope._attach(gevent.getcurrent())
+            if self._tell is not None:
+                self._tell(started(self._endpoint, request))
             self._returned(request, self._handler(request))
         except BaseException as error:  # noqa: BLE001 - the one place that supervises
             self._guarded(self.raised, request, error)
@@ -321,7 +366,7 @@ class Watchdog:
         try:
             act(*args)
         except BaseException:
-            log.exception("answering failed")
+            log.exception("answering failed", extra={"endpoint": self._endpoint})
 
     def _returned(self, request: Request, result: object) -> None:
         exchange = request._exchange
@@ -331,10 +376,16 @@ class Watchdog:
                 weakref.finalize(request, self._on_forgotten, exchange).atexit = False
         elif result is not None:
             if exchange.is_answered:
-                log.error("handler of %r returned an answer to a request that is answered already: dropped", request)
+                log.error(
+                    "handler of %r returned an answer though it is answered: dropped",
+                    request,
+                    extra=extra(self._endpoint, request),
+                )
                 self.responder.duplicates += 1
             else:
                 self._send_soon(self.responder.answer(exchange, as_frames(result)))
+                if self._tell is not None:
+                    self._tell(answered(self._endpoint, request, None))
 
     def raised(self, request: Request, error: BaseException) -> None:
         """An exception ended the handling: answer for it, unless it was answered before."""
@@ -348,7 +399,8 @@ class Watchdog:
             told = error_for(error.scope._outcome())
         else:
             told = error_for(error)
-            log.error("handler of %r failed", request, exc_info=(type(error), error, error.__traceback__))
+            what = (type(error), error, error.__traceback__)
+            log.error("handler of %r failed", request, exc_info=what, extra=extra(self._endpoint, request))
         if not exchange.is_answered:
             self.fail(request, told)
 
@@ -420,19 +472,27 @@ class Watchdog:
         elif isinstance(effect, Expire):
             self._expire(effect.exchange)
         elif (greenlet := self._greenlets.get(effect.exchange.key)) is not None:
-            if isinstance(effect, Zombie):
-                log.error("a handler has survived its deadline and a kill: %r", greenlet)
-                self._tell_room()
+            if isinstance(effect, ZombieFound):
+                self._on_zombie(effect.exchange)
             else:
                 assert isinstance(effect, Kill)
                 self._kill(greenlet)
+
+    def _on_zombie(self, exchange: Exchange) -> None:
+        found = self._name(exchange, monotonic())
+        request = Request(self, exchange, exchange.owner)
+        what = "a handler has survived its deadline and a kill: %s of %r in %s, at %s"
+        log.error(what, found.handler, request, found.greenlet, found.where, extra=extra(self._endpoint, request))
+        self._tell_room()
+        if self._tell is not None:
+            self._tell(HandlerStuck(self._endpoint, found))
 
     def _stop(self, exchange: Exchange) -> None:
         """The client does not want the answer any more."""
         error = RemoteError("CANCELLED", "the client has cancelled its request", "Cancelled")
         kept = self._take(exchange.key)
         if not exchange.is_answered:
-            self.answer(exchange, [error.to_reply()], Kind.ERROR)
+            self.answer(exchange, [error.to_reply()], Kind.ERROR, error)
         if kept is not None:
             self.finish(kept)
         else:

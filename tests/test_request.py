@@ -35,7 +35,7 @@ class Answers:
 def _request(*body: bytes, header: bool = True, metadata: bytes = b"") -> tuple[Request, Answers]:
     head = [Header(Kind.REQUEST, ID, metadata=metadata).encode()] if header else []
     gate = Answers()
-    return Request(gate, Exchange(7, split([b"rid", *head, b"", *body])), deadline(None)), gate
+    return Request(gate, Exchange(7, split([b"rid", *head, b"", *body]), 0.0), deadline(None)), gate
 
 
 def test_what_a_handler_sees() -> None:

@@ -161,6 +161,10 @@ class Pump:
         self.unreachable = 0
         self._first: zmq.Frame | None = None
 
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "paused" if self.is_paused else "started" if self._started else "stopped"
+        return f"<Pump {state} queued={self.queued} dropped={self.dropped} unreachable={self.unreachable}>"
+
     @property
     def source(self) -> int:
         if self._first is None:

@@ -35,6 +35,9 @@ class Vanished:
         self._descriptors: dict[bytes, int] = {}
         self._monitor = Monitor(sock, self._on_event, zmq.EVENT_DISCONNECTED)
 
+    def __repr__(self) -> str:
+        return f"<Vanished connections={len(self._clients)} {self._monitor!r}>"
+
     def note(self, client: bytes, descriptor: int) -> None:
         """A message of this client came by this descriptor; one that has come again by another way belongs there."""
         self._monitor.drain()

@@ -68,6 +68,7 @@ class Exchange:
     Attributes:
         key: A number that no other exchange of this responder has.
         envelope: The request.
+        arrived_at: When it came.
         state: See the module's head.
         at: When it is due next: the deadline, then the kill, then each further one. None for never.
         is_running: Whether its handler has not ended.
@@ -79,6 +80,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "arrived_at",
         "at",
         "caller",
         "envelope",
@@ -91,9 +93,10 @@ class Exchange:
         "state",
     )
 
-    def __init__(self, key: int, envelope: Envelope) -> None:
+    def __init__(self, key: int, envelope: Envelope, arrived_at: float) -> None:
         self.key = key
         self.envelope = envelope
+        self.arrived_at = arrived_at
         self.state = _RUNNING
         self.at: float | None = None
         self.is_running = True

@@ -159,6 +159,9 @@ class Requester:
         """Requests that are open."""
         return len(self._open)
 
+    def __repr__(self) -> str:
+        return f"<Requester open={len(self)} late={self.late} malformed={self.malformed} ignored={self.ignored}>"
+
     def asked(self) -> list[Asked]:
         """The requests that are open."""
         return list(self._open.values())

@@ -147,6 +147,18 @@ class Responder:
         self.soonest = math.inf
         self.is_draining = False
 
+    @property
+    def received(self) -> int:
+        """Requests that have come."""
+        return self._key
+
+    def __repr__(self) -> str:
+        state = "draining" if self.is_draining else "open"
+        return (
+            f"<Responder {state} received={self.received} inflight={self.inflight} running={self.running}"
+            f" zombies={self.zombies} answered={self.answered}>"
+        )
+
     def receive(self, frames: Sequence[bytes], now: float) -> Exchange | Effect | None:
         """Take in a message as a ROUTER received it.
 
@@ -186,7 +198,7 @@ class Responder:
 
     def _open(self, envelope: Envelope, header: Header | None, now: float) -> Exchange:
         self._key += 1
-        exchange = Exchange(self._key, envelope)
+        exchange = Exchange(self._key, envelope, now)
         self.inflight += 1
         self.running += 1
         if header is not None:

@@ -32,7 +32,7 @@ TABLE = {
 @pytest.mark.parametrize("state", list(State))
 def test_every_event_in_every_state(state: State, is_running: bool, event: Event) -> None:
     """Each event fits exactly the states of the table; elsewhere the error names role, state and event, and nothing changes."""
-    exchange = Exchange(7, split([b"id", b"", b"x"]))
+    exchange = Exchange(7, split([b"id", b"", b"x"]), 0.0)
     exchange.state, exchange.is_running = state, is_running
     expected = TABLE.get((state, is_running, event))
     if expected is not None:
@@ -46,7 +46,7 @@ def test_every_event_in_every_state(state: State, is_running: bool, event: Event
 
 def test_what_is_told_of_a_state() -> None:
     """Answered are ANSWERED and OVER, over is OVER."""
-    exchange = Exchange(1, split([b"id", b"", b"x"]))
+    exchange = Exchange(1, split([b"id", b"", b"x"]), 0.0)
     told = {}
     for state in State:
         exchange.state = state

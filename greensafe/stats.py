@@ -1,0 +1,157 @@
+"""How do a server and a client stand, at the moment when they are asked?
+
+`server.stats` and `client.stats` are made when asked for, of counts that are kept anyway, and do not change afterwards.
+
+Rules:
+
+* All counts begin at the last `start` of a server, at the making of a client, and anew in a forked child (with the client's
+  first request there).
+* Ages are seconds on the monotonic clock; what is bounded says so.
+* A record's dicts are copies: `dataclasses.asdict` of a record can be sent as JSON, but for the bytes in it.
+
+It does not know how anything is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+__all__ = ["ClientStats", "EndpointStats", "ServerStats", "Zombie"]
+
+
+@dataclass(frozen=True, slots=True)
+class Zombie:
+    """A handler that has survived its deadline and a kill, and still runs.
+
+    Attributes:
+        request_id: As `Request.id`.
+        client: The routing id of the connection that the request came by.
+        handler: The handler's name.
+        greenlet: The name of the greenlet that it runs in.
+        where: "file:line function" of what it does, gevent's own left out; "" if that cannot be seen.
+        age_seconds: Since the request arrived.
+        kills: How often it was to be killed.
+    """
+
+    request_id: str
+    client: bytes
+    handler: str
+    greenlet: str
+    where: str
+    age_seconds: float
+    kills: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """How a Server stands.
+
+    Attributes:
+        endpoint: Where it is bound; where it is to be bound before the first start.
+        state: "started", "stopping" or "closed".
+        received: Requests that have arrived and were read.
+        answered: Those that were answered, errors included.
+        failures: Answers that were errors, by their code, such as {"DEADLINE_EXCEEDED": 3}; only codes that did occur.
+        cancelled: Requests whose clients did not want the answer any more, or were gone.
+        inflight: Requests that are owed an answer: their handlers run, or have promised one, or wait for their turn.
+        running: Requests whose handlers were started and that are not over, zombies not counted: what max_inflight limits.
+        backlog: Requests that wait for their turn.
+        oldest_seconds: Age of the oldest request that is not answered; None if there is none.
+        zombie_count: Handlers that have survived a kill and still run.
+        zombies: The 100 oldest of them.
+        unsent: Messages that wait until their client has room for them.
+        drops: What was thrown away, by cause:
+            "malformed": messages that were no request;
+            "ignored": notes for requests that are not open (cancelled too late, acknowledged);
+            "duplicates": second answers of handlers, and those that came when the watchdog had answered;
+            "unreachable": answers for clients that are gone;
+            "full_outbox": answers for clients that do not read.
+    """
+
+    endpoint: str
+    state: str
+    received: int = 0
+    answered: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    cancelled: int = 0
+    inflight: int = 0
+    running: int = 0
+    backlog: int = 0
+    oldest_seconds: float | None = None
+    zombie_count: int = 0
+    zombies: tuple[Zombie, ...] = ()
+    unsent: int = 0
+    drops: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointStats:
+    """How one endpoint of a Client stands.
+
+    Attributes:
+        endpoint: As it was given.
+        is_up: Whether requests can be handed over. (On inproc this is so until a server that was there is gone.)
+        is_draining: The server there is about to stop and gets no further requests.
+        is_greensafe: A greensafe server has answered on this connection.
+        inflight: Requests that were handed over and are not answered.
+        losses: Connections, or servers behind one, that were lost.
+        lost_requests: Requests that were in flight on them and may have run.
+        failed_attempts: Attempts to connect that have failed.
+        trouble: How the last attempt failed; "" if none has since it was up.
+    """
+
+    endpoint: str
+    is_up: bool
+    is_draining: bool
+    is_greensafe: bool
+    inflight: int
+    losses: int
+    lost_requests: int
+    failed_attempts: int
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientStats:
+    """How a Client stands.
+
+    Attributes:
+        state: "open" or "closed".
+        answered: Requests that have returned their reply.
+        failures: Requests that ended with an exception, by its class, such as {"RemoteError": 2, "OperationTimeout": 1}.
+        inflight: Requests that are open.
+        waiting: Those among them that were not handed over to any endpoint.
+        oldest_seconds: Age of the oldest open request; None if there is none.
+        retries: How often a request was sent again after an error.
+        rejections: How often a server has sent one back unrun.
+        drops: What was thrown away, by cause:
+            "late": answers to requests that nobody waits for any more;
+            "malformed": messages that were no answer;
+            "ignored": kinds of messages that mean nothing here.
+        endpoints: One for each, in the order in which they were given.
+    """
+
+    state: str
+    answered: int
+    failures: dict[str, int]
+    inflight: int
+    waiting: int
+    oldest_seconds: float | None
+    retries: int
+    rejections: int
+    drops: dict[str, int]
+    endpoints: tuple[EndpointStats, ...]
+
+
+def where(frame: FrameType | None) -> str:
+    """What a greenlet that does not run is at: the innermost frame that is not gevent's, else the innermost."""
+    found = next((each for each in _outwards(frame) if not str(each.f_globals.get("__name__")).startswith("gevent")), frame)
+    return "" if found is None else f"{found.f_code.co_filename}:{found.f_lineno} {found.f_code.co_qualname}"
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
