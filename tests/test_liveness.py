@@ -228,9 +228,9 @@ def test_lost_connection(context: zmq.Context, start: Start, fault: str) -> None
 def test_long_reply_over_a_slow_link(context: zmq.Context, start: Start) -> None:
     """A single frame that takes several times the limit to arrive is not mistaken for death."""
     server = start("tcp://127.0.0.1:0")
-    with FaultyLink(server.endpoint) as link, Client(link.endpoint, context=context, heartbeat=LIMIT / 2) as client:
+    with FaultyLink(server.endpoint) as link, Client(link.endpoint, context=context, heartbeat=LIMIT) as client:
         link.throttle(400_000 / (1000 * MS), "to_client")
-        assert len(client.request(b"big 1200000")) == 1_200_000
+        assert len(client.request(b"big 1600000")) == 1_600_000
 
 
 def test_long_request_over_a_slow_link(context: zmq.Context, start: Start) -> None:
