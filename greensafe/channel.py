@@ -57,6 +57,9 @@ SHORT_LIVED = 1.0
 #: that libzmq announces, is taken for one of ZMTP 2.
 SHY = 0.2
 
+#: Bytes of a frame on the wire besides its own, about.
+FRAMING = 2
+
 _TCP_INFO = 11
 _TCP_INFO_SIZE = 148
 
@@ -177,6 +180,7 @@ class Channel:
         "_reopen",
         "_requester",
         "_settle",
+        "_taken",
         "_was_silent",
         "connection",
         "endpoint",
@@ -296,6 +300,8 @@ class Channel:
         if late:
             self._requester.forgive(self.connection, now)
         silent = self._pulse.look(None if self._is_mute else self._sample(), late)
+        if self._pulse.is_busy:
+            self._requester.forgive(self.connection, now)
         if silent is not None:
             self._lose(_SILENT[silent])
         elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
@@ -324,6 +330,7 @@ class Channel:
         self._is_mute = False  # of ZMTP 2, which knows no PING
         self._has_failed = False
         self._descriptor = -1
+        self._taken = 0
         self._opened_at = monotonic()
         sock = plain_socket(self._context, zmq.DEALER)
         try:
@@ -445,6 +452,9 @@ class Channel:
     def _on_message(self, frames: list[bytes]) -> None:
         was_heard = self.connection.is_heard
         answer = self._requester.receive(frames, self.connection, monotonic())
+        if answer is None or not self.connection.is_direct:
+            # Answers of a server without a proxy need not be counted: it is there, and the next may stand right behind.
+            self._taken += sum(map(len, frames)) + FRAMING * len(frames)
         if answer is None:
             if not was_heard and self.connection.is_heard:
                 self._owner.on_up(self)  # what waited for a sign that somebody answers here
@@ -569,7 +579,7 @@ class Channel:
         received, acked, waiting, unacked = (
             int.from_bytes(info[field], sys.byteorder) for field in (_RECEIVED, _ACKED, _WAITING, _UNACKED)
         )
-        return Sample(received, acked, waiting, unacked)
+        return Sample(received, acked, waiting, unacked, self._taken)
 
 
 def _unread(descriptor: int) -> int:

@@ -9,6 +9,8 @@ thread of its own, so a peer that is alive is heard of, whatever its program doe
   frame. While nothing waits they prove nothing: the kernel of a stopped process acknowledges PINGs, too.
 * Buffers on the way (a proxy's, say) take as long to empty as they took to fill, and the PING stands behind what is in them:
   each look at which acknowledgements were the only sign of life is one more look to wait afterwards, up to one more limit.
+* While a long message is on its way, in either direction, no WORKING can come by it, or none is due yet: a server's silence
+  then means nothing (`is_busy`). One that is arriving shows in bytes that neither the messages taken so far nor PONGs explain.
 * A look that comes late judges nothing: this process was itself stopped or blocked, and what came meanwhile is still unread.
 
 Time and counts are arguments.
@@ -28,6 +30,9 @@ LOOKS = 5
 SILENT_LOOKS = 3
 WORDLESS = 0.8
 
+#: Bytes between two looks that PONGs may explain.
+PONGS = 256
+
 
 class Sample(NamedTuple):
     """What a TCP connection has counted.
@@ -37,12 +42,14 @@ class Sample(NamedTuple):
         acked: Bytes sent that the peer's kernel has acknowledged.
         waiting: Bytes that wait to be sent.
         unacked: Segments sent that are not acknowledged.
+        taken: Bytes among those received of which the program has taken messages that prove nothing of others on their way.
     """
 
     received: int
     acked: int
     waiting: int
     unacked: int
+    taken: int = 0
 
 
 class Pulse:
@@ -50,9 +57,12 @@ class Pulse:
 
     Args:
         limit: Seconds of silence after which the peer is taken for dead.
+
+    Attributes:
+        is_busy: Whether, at the last look, a long message was on its way.
     """
 
-    __slots__ = ("_before", "_last", "_owed", "_silent", "interval")
+    __slots__ = ("_before", "_last", "_owed", "_silent", "interval", "is_busy")
 
     def __init__(self, limit: float) -> None:
         self.interval = limit / LOOKS
@@ -60,6 +70,7 @@ class Pulse:
         self._before: Sample | None = None
         self._silent = 0
         self._owed = 0
+        self.is_busy = False
 
     def rest(self, now: float | None = None) -> None:
         """Nobody waits for this peer: what happens until the next look is not judged.
@@ -69,6 +80,7 @@ class Pulse:
         """
         self._last, self._before = now, None
         self._silent = self._owed = 0
+        self.is_busy = False
 
     def is_late(self, now: float) -> bool:
         """Whether this look comes so late that it can judge nothing; asked once for each look, before `look`."""
@@ -83,6 +95,7 @@ class Pulse:
             late: What `is_late` has said of this look.
         """
         before, self._before = self._before, sample
+        is_arriving = sample is not None and before is not None and _unexplained(before, sample) > PONGS
         if late or sample is None or before is None:
             self._silent = 0
         elif sample.received != before.received:
@@ -92,6 +105,11 @@ class Pulse:
             self._owed = min(self._owed + 1, LOOKS)
         else:
             self._silent += 1
+        self.is_busy = is_arriving or self._owed > 0
         if sample is None or self._silent < SILENT_LOOKS + self._owed:
             return None
         return "link" if sample.unacked else "process"
+
+
+def _unexplained(before: Sample, now: Sample) -> int:
+    return (now.received - now.taken) - (before.received - before.taken)

@@ -24,7 +24,7 @@ class _Tcp:
     def look(self, after: float = 1.0, **changes: int) -> str | None:
         """The next look; `changes` are added to received and acked, and put in the place of waiting and unacked."""
         self.now += after
-        received, acked, waiting, unacked = self.sample
+        received, acked, waiting, unacked, _ = self.sample
         self.sample = Sample(
             received + changes.get("received", 0),
             acked + changes.get("acked", 0),
@@ -153,3 +153,29 @@ def test_the_process_is_judged_before_the_hub() -> None:
     """A stopped process has said nothing for at most 4 looks when it is found, and a missing WORKING is judged after 4."""
     assert math.isclose((SILENT_LOOKS + 1) / LOOKS, WORDLESS)
     assert WORDLESS < 1
+
+
+def test_a_long_message_on_its_way() -> None:
+    """It is seen in bytes that are no PONG and of which no message was taken; in an upload, until its PONG is back."""
+    tcp = _Tcp()
+    tcp.look()
+    busy = []
+    for changes in ({"received": PONG}, {"received": 100_000}, {"received": 200_000}, {"received": PONG}, {}):
+        tcp.look(**changes)
+        busy.append(tcp.pulse.is_busy)
+    assert busy == [False, True, True, False, False]
+    tcp.look(waiting=1_000_000)
+    assert not tcp.pulse.is_busy
+    for changes in ({"acked": 500_000, "waiting": 500_000}, {"acked": 500_000, "waiting": 0}, {"acked": PING}):
+        tcp.look(**changes)
+        assert tcp.pulse.is_busy
+    tcp.look(received=PONG)
+    assert not tcp.pulse.is_busy
+
+
+def test_messages_that_were_taken_do_not_make_a_connection_busy() -> None:
+    """However many small ones arrive, the silence about another request counts."""
+    pulse = Pulse(5.0)
+    for number in range(20):
+        pulse.look(Sample(received=number * 5_000, acked=0, waiting=0, unacked=0, taken=number * 5_000), late=False)
+        assert not pulse.is_busy
