@@ -247,7 +247,11 @@ class Channel:
     def send(self, asked: Asked, now: float) -> None:
         """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
         assert self._pump is not None
-        self._pump.send_soon(self._requester.send(asked, self.connection, now))
+        frames = self._requester.send(asked, self.connection, now)
+        if len(self.connection.sent) > 1:
+            self._pump.send_soon(frames)
+        else:
+            self._pump.send(frames)  # alone: its server may begin while this goes to sleep
 
     def tell(self, frames: list[bytes]) -> None:
         """Send what is no request."""
