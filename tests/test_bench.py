@@ -32,6 +32,8 @@ def test_quick_run() -> None:
         "ping-pong ipc",
         "200 in recv",
         "200 in Poller.poll",
+        "ipc, one at a time",
+        "tcp, 50 greenlets",
         "1 in flight",
         "100 in flight",
         "1000 in flight",
