@@ -42,6 +42,7 @@ class Asked:
         owner: The shell's own object.
         frames: What was sent last, empty before.
         connection: Where it was sent, None while it waits.
+        tried: All connections it was ever sent on: an answer by any other is none.
         is_heard: The server has said that it works on it.
         heard_at: When it was sent or heard of last.
         is_open: Not resolved, given up or expired.
@@ -59,6 +60,7 @@ class Asked:
         "owner",
         "request_id",
         "told",
+        "tried",
     )
 
     def __init__(
@@ -72,6 +74,7 @@ class Asked:
         self.owner = owner
         self.frames: list[bytes] = []
         self.connection: Connection | None = None
+        self.tried: tuple[Connection, ...] = ()
         self.is_heard = False
         self.heard_at = 0.0
         self.is_open = True
@@ -199,6 +202,8 @@ class Requester:
         left = None if limit is None else remaining_ms(now, limit)
         header = pack(Kind.REQUEST, asked.request_id, left, self._patience_ms, flags, asked.metadata)
         asked.connection = connection
+        if connection not in asked.tried:
+            asked.tried += (connection,)
         asked.is_heard = False
         asked.heard_at = now
         connection.sent[asked.request_id] = asked
@@ -230,7 +235,7 @@ class Requester:
         """An answer to an earlier try counts as well, if it is one: what has arrived is not asked for again."""
         asked = self._open.get(header.request_id)
         is_rejected = header.kind == Kind.REJECTED
-        if asked is None or not asked.frames or (is_rejected and asked.connection is not connection):
+        if asked is None or connection not in asked.tried or (is_rejected and asked.connection is not connection):
             self.late += 1
             return None
         if is_rejected:

@@ -369,3 +369,18 @@ def test_memory_is_bounded() -> None:
         assert requester.receive(_said(Kind.REPLY, number), connection, 0.0) is not None
         assert len(requester._due) < 200
     assert (len(requester), connection.sent) == (0, {})
+
+
+def test_an_answer_of_a_stranger() -> None:
+    """A server that was not asked cannot answer: only a connection on which the request was sent, also in an earlier try."""
+    requester = Requester()
+    asked_one, other, never = Connection(), Connection(), Connection()
+    asked = requester.open(_id(1), [b"x"], None, None)
+    requester.send(asked, asked_one, 0.0)
+    assert requester.receive(_said(Kind.REPLY, 1, b"lie"), never, 0.0) is None
+    assert requester.late == 1
+    requester.unsend(asked)
+    requester.send(asked, other, 0.0)
+    answer = requester.receive(_said(Kind.REPLY, 1, b"late but true"), asked_one, 0.0)
+    assert answer is not None
+    assert answer.body == [b"late but true"]
