@@ -622,25 +622,28 @@ def test_messages_stay_whole_when_everybody_is_interrupted_at_random(
     context.setsockopt(zmq.RCVHWM, 2)
     context.setsockopt(zmq.SNDHWM, 2)
     a, b = pair(*kinds)
-    count = 150
+    total = dict.fromkeys((b"x", b"y"), 150)
     queued: list[list[bytes]] = []
     rounds: list[object] = []
     got: list[list[bytes]] = []
-    first = [0.0] * 4  # so that somebody is interrupted, however fast all this goes
-    waiting = {name: deque(_message(name, number) for number in range(count)) for name in (b"x", b"y")}
+    waiting = {name: deque(_message(name, number) for number in range(total[name])) for name in total}
 
     def send(name: bytes) -> None:
         while waiting[name]:
             b.send_multipart(waiting[name][0], copy=chance.random() < 0.5, timeout=pause() if how == "timeout" else None)
             queued.append(waiting[name].popleft())
+            if not waiting[name] and len(rounds) <= 4 and total[name] < 30_000:
+                # However fast all this goes: on until somebody was interrupted.
+                waiting[name].extend(_message(name, number) for number in range(total[name], total[name] + 150))
+                total[name] += 150
 
     def receive() -> None:
-        while len(got) < 2 * count:
+        while len(got) < sum(total.values()):
             message = a.recv_multipart(timeout=pause() if how == "timeout" else None)
             got.append(message[1:] if a.type == zmq.ROUTER else message)
 
     def pause() -> float:
-        return first.pop() if first else chance.choice([0, 1, 2]) * MS
+        return chance.choice([0, 1, 2]) * MS
 
     def persist(work: Callable[[], None], is_over: Callable[[], bool]) -> None:
         while not is_over():
@@ -652,11 +655,11 @@ def test_messages_stay_whole_when_everybody_is_interrupted_at_random(
             greenlet.join()
 
     workers = [gevent.spawn(persist, lambda name=name: send(name), lambda name=name: not waiting[name]) for name in waiting]
-    workers += [gevent.spawn(persist, receive, lambda: len(got) == 2 * count) for _ in range(2)]
+    workers += [gevent.spawn(persist, receive, lambda: len(got) == sum(total.values())) for _ in range(2)]
     gevent.joinall(workers, raise_error=True)
     for name in waiting:
-        assert [each for each in got if each[0].startswith(name)] == [_message(name, number) for number in range(count)]
-    assert len(got) == len(queued) == 2 * count
+        assert [each for each in got if each[0].startswith(name)] == [_message(name, number) for number in range(total[name])]
+    assert len(got) == len(queued) == sum(total.values())
     assert len(rounds) > len(workers)
 
 
