@@ -283,6 +283,16 @@ class Channel:
         if self._pump is not None and not self.is_inherited:
             self._pump.drain_all()
 
+    def catch_up(self) -> None:
+        """Learn what has happened to the connection while the loop did not turn."""
+        if self._monitor is not None and not self._is_closed:
+            self._monitor.drain()
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether it is up only as far as anybody can tell: on inproc, until somebody has answered."""
+        return self._monitor is None and not self.connection.is_heard
+
     def begin_looks(self, now: float) -> None:
         """Nothing was looked at so far; from now on it will be, and a look that comes late will be known for that."""
         if self._pulse is not None:
@@ -406,7 +416,7 @@ class Channel:
             self._descriptor = event.value
             self._is_connected = True
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._was_silent = False
+            self._was_silent = self._is_mute = False  # a slow handshake looks like ZMTP 2's until it is done
             self._set_up()
         elif kind == zmq.EVENT_DISCONNECTED:
             self._on_disconnected()
@@ -434,6 +444,7 @@ class Channel:
         self._is_connected = False
         if self.is_up:
             self._is_dying = True
+            self.is_up = False  # what comes now waits for the next connection
             self._settle = start_timer(gevent.get_hub(), SETTLE, self._on_settled)
         elif self._has_failed:
             self._has_failed = False
@@ -515,8 +526,10 @@ class Channel:
         if self._losses <= 1 or monotonic() - self._opened_at > LONGEST:
             self._open_again()
         elif self._reopen is None:
-            pause = delay(self._losses, random.random())
-            self._reopen = start_timer(gevent.get_hub(), pause, self._on_reopen)
+            self._pause()
+
+    def _pause(self) -> None:
+        self._reopen = start_timer(gevent.get_hub(), delay(self._losses, random.random()), self._on_reopen)
 
     def _on_reopen(self) -> None:
         self._stop_reopening()
@@ -528,7 +541,10 @@ class Channel:
             self._open()
         except zmq.ZMQError:
             log.exception("%s: cannot be connected to again", self.endpoint, extra={"endpoint": self.endpoint})
+            self._losses += 1
             self._fail(_NOBODY)
+            if not self._is_closed and self._pump is None and self._reopen is None and self._owner.is_wanted(self):
+                self._pause()  # nothing else keeps the loop running for those who wait
             return
         assert self._pump is not None
         if self._owner.is_wanted(self):

@@ -70,8 +70,11 @@ __all__ = ["HEARTBEAT", "Client"]
 #: Seconds of silence after which a server is taken for dead, by default.
 HEARTBEAT = 5.0
 
-#: The shortest that is not a mistake: a peer may be busy for a moment.
-SHORTEST_HEARTBEAT = 0.05
+#: The shortest that is not a mistake: a server says WORKING 50 ms apart at most, and has to be heard within 4/5 of the limit.
+SHORTEST_HEARTBEAT = 0.1
+
+#: Seconds since the loop had a turn in which the monitors are not asked again: it costs more than the moment is worth.
+RECENT = 0.001
 
 #: Seconds between two looks at the connections if there is no such limit.
 LOOK = 1.0
@@ -91,9 +94,9 @@ class _Call:
         "asleep",
         "avoids",
         "channel",
-        "error",
         "idempotent",
         "is_timed_out",
+        "may_have_run",
         "outcome",
         "pause",
         "since",
@@ -116,8 +119,8 @@ class _Call:
         self.pause: Any = None
         #: Channels whose servers have rejected it.
         self.avoids: tuple[Channel, ...] = ()
-        #: What the last try ended with.
-        self.error: GreensafeError | None = None
+        #: A try of it was lost that had been handed over.
+        self.may_have_run = False
 
     @property
     def endpoint(self) -> str:
@@ -232,6 +235,8 @@ class Client:
         now = monotonic()
         at = None if limit is None else now + limit
         check(at is not None)
+        if now - self._turned_at > RECENT:
+            self._catch_up(now)
         if limit == 0:
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
         call = _Call(gevent.getcurrent().switch, idempotent, now)
@@ -266,6 +271,7 @@ class Client:
         if self._closed:
             return
         self._closed = True
+        self._waiting.clear()
         has_told = [self._tell_cancelled(asked.owner) for asked in self._requester.asked()]
         for asked in self._requester.abandon_all():
             asked.owner.outcome = Cancelled("the client or its context was closed")
@@ -307,6 +313,12 @@ class Client:
 
     # Where requests go.
 
+    def _catch_up(self, now: float) -> None:
+        """The loop may not have turned for long: a request must not go to a connection that is known to be gone."""
+        self._turned_at = now
+        for channel in self._channels:
+            channel.catch_up()
+
     def _place(self, call: _Call, now: float) -> None:
         """Hand a request over, or have it wait until a channel can take it."""
         channel = self._pick(call)
@@ -323,7 +335,8 @@ class Client:
     def _pick(self, call: _Call) -> Channel | None:
         """The usable channel with the fewest requests in flight.
 
-        With retries, one of which nothing was heard yet gets a single request: the others need no retry if it is dead.
+        With retries, one of which nothing was heard yet gets a single request: the others need no retry if it is dead. One of
+        which nobody knows whether it is up (inproc) comes after all that are.
         """
         best: Channel | None = None
         for channel in self._channels:
@@ -332,7 +345,7 @@ class Client:
                 continue
             if self._retries and connection.sent and not connection.is_heard:
                 continue
-            if best is None or channel.load < best.load:
+            if best is None or (channel.is_blind, channel.load) < (best.is_blind, best.load):
                 best = channel
         return best
 
@@ -358,7 +371,7 @@ class Client:
             channel, trouble = found
             for call in list(self._waiting):
                 del self._waiting[call]
-                self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, False), True)
+                self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.may_have_run), True)
 
     def _hopeless(self) -> tuple[Channel, Trouble] | None:
         """Why nobody can be expected, None as long as somebody can."""
@@ -412,9 +425,11 @@ class Client:
             self._tell(ConnectionLost(channel.endpoint, kind.__name__, message, silent, lost, unsent))
         now = monotonic()
         for asked in loss.unsent:
+            asked.owner.avoids = ()  # it must not wait for a better place while there is any
             self._place(asked.owner, now)
         for asked in loss.lost:
             call: _Call = asked.owner
+            call.may_have_run = True
             error = loss.trouble.error(channel.endpoint, asked.request_id, True)
             self._retry_or_end(call, error, call.idempotent or loss.is_journaled)
         if self._waiting:
@@ -476,6 +491,7 @@ class Client:
         self._looks: Any = None
         self._answered = self._retried = self._rejected = 0
         self._failures: dict[str, int] = {}
+        self._turned_at = monotonic()
         self._prefix = os.urandom(8)
         self._numbers = itertools.count(1)
         self._channels: list[Channel] = []
@@ -519,6 +535,7 @@ class Client:
             self._hub.switch()
         finally:
             call.asleep = False
+            self._turned_at = monotonic()
 
     def _leave(self, call: _Call) -> None:
         """Nobody waits for this request any more: nothing of it stays, here or on the server."""

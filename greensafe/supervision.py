@@ -140,7 +140,13 @@ class supervised:
         check_options(1, on_error)
         self._sock = sock
         self._watchdog = Watchdog(
-            _no_handler, _sender(sock), limit=limit, grace=grace, instance=_instance_of(sock), on_error=on_error
+            _no_handler,
+            _sender(sock),
+            limit=limit,
+            grace=grace,
+            instance=_instance_of(sock),
+            reads_on=False,
+            on_error=on_error,
         )
         self._request: Request | None = None
 

@@ -49,6 +49,10 @@ BACKLOG_BYTES = 64 * 2**20
 #: Zombies that `Watchdog.zombies` names.
 NAMED = 100
 
+#: Seconds for which handlers that do not yield may run, one after the other, before the loop gets a turn. It reads on then, and
+#: clients hear that they are not forgotten, however many requests stand before theirs.
+TURN = 0.02
+
 #: What a client is told whose request is not even kept.
 _FULL = RemoteError("RESOURCE_EXHAUSTED", "the server has as many requests as it may run: try again later", "ServerFull")
 
@@ -66,6 +70,7 @@ class Watchdog:
         max_inflight: Handlers that run at a time.
         rejects: What comes beyond that is answered RESOURCE_EXHAUSTED instead of being kept.
         instance: 16 bytes that tell this server from the one that was there before.
+        reads_on: See Responder.
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
             or None; or answers by itself.
         on_room: Called whenever `load` or `backlog` has become less.
@@ -91,12 +96,13 @@ class Watchdog:
         max_inflight: int = 1000,
         rejects: bool = False,
         instance: bytes = bytes(16),
+        reads_on: bool = True,
         on_error: OnError | None = None,
         on_room: Callable[[], None] | None = None,
         endpoint: str = "",
         tell: Tell | None = None,
     ) -> None:
-        self.responder = Responder(grace=grace, instance=instance)
+        self.responder = Responder(grace=grace, instance=instance, reads_on=reads_on)
         self._handler = handler
         self._send = send
         self._send_soon = send_soon or send
@@ -116,6 +122,8 @@ class Watchdog:
         #: The keys of each client's requests that are kept, in order of arrival; the clients in the order of their turns.
         self._turns: dict[tuple[bytes, ...], dict[int, None]] = {}
         self._is_starting = False
+        self._spent = 0.0
+        self._next_turn: Any = None
         self._timer: Any = None
         self._timer_at = float("inf")
 
@@ -175,11 +183,14 @@ class Watchdog:
             self.greet(request)
         if exchange.is_answered:
             self._guarded(self.finish, request)
+        elif self._rejects and self.load + len(self._kept) > self._max_inflight:
+            self._guarded(self._drop, request, _FULL)
+            return
         elif self._kept or self.load > self._max_inflight:
-            if self._rejects:
-                self._guarded(self._drop, request, _FULL)
-                return
             self._keep(request)
+        elif self._spent > TURN:
+            self._keep(request)
+            self._start_next_turn()
         else:
             self._start(request)
         if not is_new:
@@ -294,16 +305,19 @@ class Watchdog:
             self._kill(greenlet)
 
     def close(self) -> None:
-        """Stop the timer. Handlers that still run are not watched any more."""
+        """Stop the timers. Handlers that still run are not watched any more."""
         self._disarm()
+        self._stop_next_turn()
 
     # A request's turn.
 
     def _start(self, request: Request) -> None:
         self.begin(request)
         self._greenlets[request._exchange.key] = greenlet = gevent.Greenlet(self._run, request)
+        before = monotonic()
         # Straight from the hub, so the handler cannot be killed before it starts.
         greenlet.switch()
+        self._spent += monotonic() - before
 
     def _keep(self, request: Request) -> None:
         key = request._exchange.key
@@ -340,9 +354,28 @@ class Watchdog:
             self.finish(request)
 
     def _start_kept(self) -> None:
-        self._is_starting = False
-        while self._kept and self.load < self._max_inflight:
+        self._spent = 0.0
+        while self._kept and self.load < self._max_inflight and self._spent <= TURN:
             self._start(self._next())
+        self._is_starting = False
+        if self._kept and self.load < self._max_inflight:
+            self._start_next_turn()
+
+    def _start_next_turn(self) -> None:
+        # By a timer: callbacks that make callbacks are called in the same turn, up to fifty of them.
+        if not self._is_starting:
+            self._is_starting = True
+            self._next_turn = start_timer(self._hub, 0, self._on_next_turn)
+
+    def _on_next_turn(self) -> None:
+        self._stop_next_turn()
+        self._start_kept()
+
+    def _stop_next_turn(self) -> None:
+        if self._next_turn is not None:
+            self._next_turn.stop()
+            self._next_turn.close()
+            self._next_turn = None
 
     # A handler's life.
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, MS, wait_until
+from helpers import LONG, MS, run_python, running, wait_until
 from zmtp import Listener
 
 import greensafe as zmq
 from greensafe import Client, Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Request, Server, Unreachable
 from greensafe.auth import Authenticator
+from greensafe.testing import FaultyLink
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -368,3 +372,93 @@ def test_two_clients_of_one_dead_server(context: zmq.Context, listener: Listener
     assert [type(each.exception) for each in asked] == [Disconnected, Disconnected]
     for client in clients:
         client.close()
+
+
+def test_a_slow_handshake_is_not_one_of_zmtp_2(context: zmq.Context) -> None:
+    """A peer that took long to shake hands is judged like any other: when the link is cut, it is PeerSilent."""
+    router = context.socket(plain.ROUTER)
+    router.bind("tcp://127.0.0.1:*")
+    with FaultyLink(router.last_endpoint.decode()) as link:
+        link.delay(150 * MS)
+        with Client(link.endpoint, context=context, heartbeat=1000 * MS) as client:
+            asked = gevent.spawn(client.request, b"x")
+            router.recv_multipart()
+            link.heal()
+            link.cut()
+            with pytest.raises(PeerSilent):
+                asked.get()
+
+
+SERVER = """
+import os, sys
+from greensafe import Server
+
+server = Server(sys.argv[1], lambda request: os._exit(1) if request.body == b"die" else request.body, deadline=None)
+server.start()
+print(server.endpoint, flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_server_that_was_restarted_while_the_hub_did_not_turn(context: zmq.Context) -> None:
+    """The next request does not go to the connection that is gone."""
+    command = [sys.executable, "-c", SERVER]
+    with ExitStack() as stack:
+        process, endpoint = stack.enter_context(running([*command, ANY_PORT]))
+        client = stack.enter_context(Client(endpoint, context=context))
+        assert client.request(b"x") == b"x"
+        process.kill()
+        process.wait()
+        monitor = client._channels[0]._monitor
+        assert monitor is not None
+        while not monitor._pair.get(plain.EVENTS) & plain.POLLIN:
+            time.sleep(MS)  # not gevent's: the hub must not turn
+        stack.enter_context(running([*command, endpoint]))
+        assert client.request(b"x") == b"x"
+
+
+NO_DESCRIPTOR = """
+import os, resource, subprocess, sys, threading, time
+import greensafe
+
+SERVER = sys.argv[1]
+
+def start(endpoint):
+    process = subprocess.Popen([sys.executable, "-c", SERVER, endpoint], stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+process, endpoint = start("tcp://127.0.0.1:0")
+client = greensafe.Client(endpoint)
+client.request(b"x")
+try:
+    client.request(b"die")
+except greensafe.Disconnected:
+    pass
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+
+def restart():
+    time.sleep(0.3)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    started.append(start(endpoint)[0])
+
+started = []
+threading.Thread(target=restart).start()
+try:
+    print(client.request(b"x"))
+finally:
+    [each.kill() for each in started]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_no_descriptor_to_connect_again() -> None:
+    """A request waits until there is one, although nothing else keeps the loop running."""
+    result = run_python(NO_DESCRIPTOR, SERVER)
+    assert result.out == "b'x'\n", result.err

@@ -384,3 +384,24 @@ def test_metadata_of_a_retry(context: zmq.Context) -> None:
         assert header.metadata == metadata
         raw.say(frames, Kind.REPLY, b"done")
         assert asked.get() == b"done"
+
+
+def test_a_request_of_which_one_try_was_lost_may_have_run(context: zmq.Context, build: Build) -> None:
+    """Also if a later try finds nobody, and was itself not delivered."""
+    one = build(b"one")
+    with Client(one.endpoint, context=context, retries=2, wait=False) as client:
+        _up(client, 1)
+        asked = gevent.spawn(client.request, b"wait", idempotent=True)
+        wait_until(lambda: one.seen)
+        one.die()
+        with pytest.raises(Unreachable) as caught:
+            asked.get()
+        assert caught.value.maybe_executed
+
+
+def test_inproc_does_not_keep_what_others_can_take(context: zmq.Context, build: Build) -> None:
+    """Nobody says whether somebody is there on inproc: so one that has not answered yet comes after those that are up."""
+    one = build(b"one")
+    with Client("inproc://nobody", one.endpoint, context=context) as client:
+        wait_until(lambda: "up=2" in repr(client))
+        assert [client.request(b"x") for _ in range(3)] == [b"one"] * 3

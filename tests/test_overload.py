@@ -11,7 +11,7 @@ import gevent
 import pytest
 import zmq as plain
 from gevent.event import Event
-from helpers import LONG, MS, ROOT, wait_until
+from helpers import LONG, MS, ROOT, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
@@ -197,3 +197,31 @@ def test_draining_server_takes_what_is_under_way(context: zmq.Context) -> None:
         gevent.joinall(asking, raise_error=True)
     for server in servers:
         server.stop()
+
+
+BUSY = """
+import sys
+from time import monotonic
+from greensafe import Server
+
+def handler(request):
+    end = monotonic() + float(sys.argv[1])
+    while monotonic() < end:
+        pass
+    return request.body
+
+server = Server("tcp://127.0.0.1:0", handler, deadline=None, max_inflight=int(sys.argv[2]))
+server.start()
+print(server.endpoint, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("max_inflight", [1, 1000])
+def test_many_requests_that_compute_are_not_silence(context: zmq.Context, max_inflight: int) -> None:
+    """Each holds the hub for a moment, and all of them for longer than the heartbeat limit: their clients hear of it."""
+    command = [sys.executable, "-c", BUSY, str(20 * MS), str(max_inflight)]
+    with running(command) as (_, endpoint), Client(endpoint, context=context, heartbeat=1000 * MS) as client:
+        assert client.request(b"x") == b"x"
+        asked = [gevent.spawn(client.request, b"%d" % number) for number in range(120)]
+        assert [each.get() for each in asked] == [b"%d" % number for number in range(120)]

@@ -331,3 +331,22 @@ def test_a_loop_of_its_own_that_cannot_decode(context: zmq.Context, receive: str
     assert json.loads(req.recv())["error"]["code"] == "ABORTED"
     req.send(b"fine")
     assert rep.recv() == b"fine"
+
+
+def test_clients_of_a_supervised_router_wait_their_turn(context: zmq.Context) -> None:
+    """What a loop of one's own has not received yet is not taken for forgotten, however long the requests before it take."""
+    sock = context.socket(zmq.ROUTER)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+
+    def loop() -> None:
+        while True:
+            with supervised(sock, deadline=LONG) as request:
+                gevent.sleep(300 * MS)
+                request.reply(request.body)
+
+    looping = gevent.spawn(loop)
+    with zmq.Client(f"tcp://127.0.0.1:{port}", context=context, heartbeat=250 * MS) as client:
+        assert client.request(b"first") == b"first"
+        asked = [gevent.spawn(client.request, b"%d" % number) for number in range(3)]
+        assert [each.get() for each in asked] == [b"0", b"1", b"2"]
+    looping.kill()

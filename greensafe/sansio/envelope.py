@@ -156,7 +156,8 @@ class ServerHeader:
         request_id: 16 bytes, the client's.
         instance: 16 bytes, other ones each time a server is started.
         journal: 16 bytes of its journal, NO_JOURNAL without one.
-        hops: Routing ids that stood before the request's header: 1 if nobody is between the two.
+        hops: Routing ids that stood before the request's header: 1 if nobody is between the two; 0 if the server does not say,
+            since it receives no request while another is open.
         metadata: The request's.
     """
 

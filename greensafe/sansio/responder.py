@@ -94,6 +94,8 @@ class Responder:
     Args:
         grace: Seconds between the deadline and the kill, and, if it is more than `AGAIN`, between kills.
         instance, journal: 16 bytes each, see ServerHeader.
+        reads_on: Requests are received while others are open. If not, clients are not told that nobody is in between, since
+            they would take a request that was not received yet for forgotten.
 
     Attributes:
         inflight: Requests that are owed an answer.
@@ -116,6 +118,7 @@ class Responder:
         "_journal",
         "_key",
         "_pulses",
+        "_reads_on",
         "answered",
         "cancelled",
         "duplicates",
@@ -128,10 +131,13 @@ class Responder:
         "zombies",
     )
 
-    def __init__(self, *, grace: float, instance: bytes = bytes(16), journal: bytes = NO_JOURNAL) -> None:
+    def __init__(
+        self, *, grace: float, instance: bytes = bytes(16), journal: bytes = NO_JOURNAL, reads_on: bool = True
+    ) -> None:
         self._grace = grace
         self._instance = instance
         self._journal = journal
+        self._reads_on = reads_on
         self._key = 0
         self._due: DueQueue[Exchange] = DueQueue(_is_due)
         self._pulses: DueQueue[_Caller] = DueQueue(_is_pulse)
@@ -347,7 +353,8 @@ class Responder:
     def _say(
         self, kind: Kind, origin: Sequence[bytes], request_id: bytes, body: Sequence[bytes], metadata: bytes = b""
     ) -> list[bytes]:
-        header = pack_server(kind, request_id, self._instance, self._journal, len(origin), metadata)
+        hops = len(origin) if self._reads_on else 0
+        header = pack_server(kind, request_id, self._instance, self._journal, hops, metadata)
         return [*origin, header, b"", *body]
 
 
