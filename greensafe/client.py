@@ -428,6 +428,8 @@ class Client:
             asked.owner.avoids = ()  # it must not wait for a better place while there is any
             self._place(asked.owner, now)
         for asked in loss.lost:
+            if not asked.is_open:
+                continue  # answered meanwhile, by what those woken before it have read
             call: _Call = asked.owner
             call.may_have_run = True
             error = loss.trouble.error(channel.endpoint, asked.request_id, True)

@@ -190,7 +190,7 @@ class Server:
 
     @property
     def full(self) -> bool:
-        """Whether max_inflight is reached, so that nothing is read."""
+        """Whether max_inflight is reached: what comes now waits for its turn, or is rejected."""
         return self._watchdog is not None and self._watchdog.load >= self._max_inflight
 
     @property
