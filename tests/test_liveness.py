@@ -147,6 +147,24 @@ def test_nothing_is_delivered_behind_the_callers_back(context: zmq.Context, star
         assert got not in lost
 
 
+def test_what_was_still_queued_is_not_delivered_later(context: zmq.Context, start: Start, address: str) -> None:
+    """Nor does one that libzmq had not sent yet: it would go out with the next connection."""
+    server = start(address)
+    with Client(server.endpoint, context=context, heartbeat=None) as client:
+        assert client.request(b"x") == b"x"
+        server.line()
+        server.signal(signal.SIGSTOP)
+        body = b"sleep 0 " + bytes(1_000_000)  # more in all than the kernels' buffers hold
+        asked = [gevent.spawn(client.request, body) for _ in range(30)]
+        wait_until(lambda: client._channels[0].load == 30)
+        gevent.sleep(0)
+        server.kill()
+        lost = {_error(each).request_id for each in asked}
+        restarted = start(server.endpoint)
+        assert client.request(b"last") == b"last"
+        assert restarted.line().partition(" ")[2] not in lost
+
+
 def test_idempotent_request_survives_a_restart(context: zmq.Context, start: Start, address: str) -> None:
     """With retries an idempotent request is sent again under its id, within the caller's limit; its caller just waits."""
     server = start(address)
