@@ -62,7 +62,8 @@ class Garbage:
         kind = pick([*(kind for kind in Kind if kind < 0x80), Kind.REQUEST, self.random.randrange(0x80)])
         remaining = pick([None, None, 0, 1, 30, 10**6])
         patience = pick([0, 1, 100, 5000, 0xFFFFFFFF])
-        return Header(kind, request_id, remaining, patience, pick([0, 1, 0xFFFF]), self.bytes()).encode()
+        flags, age, journal = pick([0, 1, 0xFFFF]), pick([0, 0, 1, 0xFFFFFFFF]), pick([bytes(16), bytes(16), b"j" * 16])
+        return Header(kind, request_id, remaining, patience, flags, self.bytes(), age, journal).encode()
 
     def mutated(self, frame: bytes) -> bytes:
         """The same with something changed, cut off or added; now and then nothing."""

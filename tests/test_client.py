@@ -262,7 +262,7 @@ def test_garbage_from_a_server(context: zmq.Context) -> None:
     with Client(router.last_endpoint.decode(), context=context) as client:
         asked = gevent.spawn(client.request, b"x")
         rid, header, empty, body = router.recv_multipart()
-        for frames in ([b""], [b"x"], [b"", b"x"], [header], [header, b""], [header, b"x", b"y"], [b"\0" * 34, b"", b"x"]):
+        for frames in ([b""], [b"x"], [b"", b"x"], [header], [header, b""], [header, b"x", b"y"], [b"\0" * 54, b"", b"x"]):
             router.send_multipart([rid, *frames])
         for kind in (Kind.WORKING, Kind.PONG, 0xFF):
             router.send_multipart([rid, ServerHeader(kind, header[8:24], bytes(16), hops=7).encode(), b"", b"not an id"])

@@ -17,7 +17,10 @@ The header is the last frame before that delimiter. In network byte order:
                   FF FF FF FF for no limit                  40    16  its journal; zeros for none
         28     4  patience in ms; 0 for no WORKING          56     2  hops: routing ids before the header
         32     2  flags, see GREET                          58     -  metadata, up to the end of the frame
-        34     -  metadata, up to the end of the frame
+        34     4  age in ms: how long ago it was first sent,
+                  if it may have run since; 0: it was not
+        38    16  the only journal that may run it; zeros for any
+        54     -  metadata, up to the end of the frame
 
 It is valid if and only if the magic fits, the version is 1, the length is the frame's and at least that of its half of the
 table, and the metadata fits into either half. Any other frame in that place is somebody's id. See docs/protocol.md.
@@ -40,6 +43,7 @@ __all__ = [
     "MAX_METADATA",
     "MAX_ROUTE",
     "NO_JOURNAL",
+    "OTHER_JOURNAL",
     "SERVER_HEADER_SIZE",
     "VERSION",
     "Envelope",
@@ -56,7 +60,7 @@ __all__ = [
 MAGIC = b"\x89GS\n"
 VERSION = 1
 
-_CLIENT = struct.Struct("!4sBBH16sIIH")
+_CLIENT = struct.Struct("!4sBBH16sIIHI16s")
 _SERVER = struct.Struct("!4sBBH16s16s16sH")
 
 #: Bytes of a client's header and of a server's, without metadata.
@@ -75,7 +79,10 @@ GREET = 0x0001
 #: The type of the error that answers a request whose own limit, not the server's, has run out.
 CALLER_LIMIT = "CallerLimit"
 
-#: What a server without a journal says in its place.
+#: The type of the error that rejects a request which may have run for a server with another journal.
+OTHER_JOURNAL = "OtherJournal"
+
+#: What a server without a journal says in its place, and a client whom any may serve.
 NO_JOURNAL = bytes(16)
 
 _NO_LIMIT = 0xFFFFFFFF
@@ -110,9 +117,11 @@ class Header:
         patience_ms: Milliseconds of silence after which it takes the server for dead; 0: it wants no WORKING.
         flags: GREET, or 0. Other bits mean nothing yet.
         metadata: Bytes that are passed through.
+        age_ms: Milliseconds since it was first sent, if it may have run since then; 0 if it was not sent before.
+        journal: 16 bytes of the journal of the server for which it may have run: no other server may run it. NO_JOURNAL: any.
     """
 
-    __slots__ = ("flags", "kind", "metadata", "patience_ms", "remaining_ms", "request_id")
+    __slots__ = ("age_ms", "flags", "journal", "kind", "metadata", "patience_ms", "remaining_ms", "request_id")
 
     def __init__(
         self,
@@ -122,6 +131,8 @@ class Header:
         patience_ms: int = 0,
         flags: int = 0,
         metadata: bytes = b"",
+        age_ms: int = 0,
+        journal: bytes = NO_JOURNAL,
     ) -> None:
         self.kind = kind
         self.request_id = request_id
@@ -129,11 +140,23 @@ class Header:
         self.patience_ms = patience_ms
         self.flags = flags
         self.metadata = metadata
+        self.age_ms = age_ms
+        self.journal = journal
 
     def encode(self) -> bytes:
-        """The frame. ValueError if the id has not 16 bytes or the metadata is too long."""
+        """The frame. ValueError if one of the ids has not 16 bytes or the metadata is too long."""
         _check(self.request_id, self.metadata)
-        return pack(self.kind, self.request_id, self.remaining_ms, self.patience_ms, self.flags, self.metadata)
+        _check(self.journal)
+        return pack(
+            self.kind,
+            self.request_id,
+            self.remaining_ms,
+            self.patience_ms,
+            self.flags,
+            self.metadata,
+            self.age_ms,
+            self.journal,
+        )
 
     def __eq__(self, other: object) -> bool:
         return self._fields() == other._fields() if isinstance(other, Header) else NotImplemented
@@ -142,7 +165,16 @@ class Header:
         return hash(self._fields())
 
     def _fields(self) -> tuple[object, ...]:
-        return self.kind, self.request_id, self.remaining_ms, self.patience_ms, self.flags, self.metadata
+        return (
+            self.kind,
+            self.request_id,
+            self.remaining_ms,
+            self.patience_ms,
+            self.flags,
+            self.metadata,
+            self.age_ms,
+            self.journal,
+        )
 
     def __repr__(self) -> str:
         return f"<Header {_name(self.kind)} {self.request_id.hex()} remaining={self.remaining_ms} ms>"
@@ -199,12 +231,22 @@ class ServerHeader:
         return f"<ServerHeader {_name(self.kind)} {self.request_id.hex()} of {self.instance.hex()} hops={self.hops}>"
 
 
-def pack(kind: int, request_id: bytes, remaining_ms: int | None, patience_ms: int, flags: int, metadata: bytes) -> bytes:
+def pack(
+    kind: int,
+    request_id: bytes,
+    remaining_ms: int | None,
+    patience_ms: int,
+    flags: int,
+    metadata: bytes,
+    age_ms: int = 0,
+    journal: bytes = NO_JOURNAL,
+) -> bytes:
     """A client's header of arguments that are known to be right; see Header."""
     remaining = _NO_LIMIT if remaining_ms is None else min(max(remaining_ms, 0), _MAX_MS)
     patience = min(patience_ms, 0xFFFFFFFF)
+    age = min(age_ms, 0xFFFFFFFF)
     length = HEADER_SIZE + len(metadata)
-    return _CLIENT.pack(MAGIC, VERSION, kind, length, request_id, remaining, patience, flags) + metadata
+    return _CLIENT.pack(MAGIC, VERSION, kind, length, request_id, remaining, patience, flags, age, journal) + metadata
 
 
 def pack_server(kind: int, request_id: bytes, instance: bytes, journal: bytes, hops: int, metadata: bytes) -> bytes:
@@ -220,11 +262,11 @@ def decode(frame: bytes) -> Header | ServerHeader | None:
     if size < HEADER_SIZE or not frame.startswith(MAGIC):
         return None
     if frame[5] < _SERVERS:
-        _, version, kind, length, request_id, remaining, patience, flags = _CLIENT.unpack_from(frame)
+        _, version, kind, length, request_id, remaining, patience, flags, age, journal = _CLIENT.unpack_from(frame)
         if version != VERSION or length != size or size > HEADER_SIZE + MAX_METADATA:
             return None
         limit = None if remaining == _NO_LIMIT else remaining
-        return Header(kind, request_id, limit, patience, flags, frame[HEADER_SIZE:])
+        return Header(kind, request_id, limit, patience, flags, frame[HEADER_SIZE:], age, journal)
     if size < SERVER_HEADER_SIZE:
         return None
     _, version, kind, length, request_id, instance, journal, hops = _SERVER.unpack_from(frame)

@@ -47,15 +47,17 @@ def _parts(frame: bytes, *tables: list[list[str]]) -> dict[str, bytes]:
 def test_byte_tables() -> None:
     """Each field of both halves is where the document says, and as long."""
     both, client, server = _tables("offset | bytes | field")
-    assert _parts(Header(Kind.CANCEL, ID, 5, 6, GREET, b"meta").encode(), both, client) == {
+    assert _parts(Header(Kind.CANCEL, ID, 5, 6, GREET, b"meta", 7, JOURNAL).encode(), both, client) == {
         "magic": MAGIC,
         "version": b"\x01",
         "kind": b"\x02",
-        "length of the whole frame in bytes": b"\x00\x26",
+        "length of the whole frame in bytes": b"\x00\x3a",
         "request id": ID,
         "milliseconds that the client goes on waiting": b"\0\0\0\x05",
         "patience": b"\0\0\0\x06",
         "flags": b"\0\x01",
+        "age": b"\0\0\0\x07",
+        "the id of the only journal that may run it": JOURNAL,
         "metadata": b"meta",
     }
     assert _parts(ServerHeader(Kind.PONG, ID, INSTANCE, JOURNAL, 3, b"meta").encode(), both, server) == {

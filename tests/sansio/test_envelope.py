@@ -34,7 +34,8 @@ ids = st.binary(min_size=16, max_size=16)
 metadata = st.binary(max_size=200)
 uint16 = st.integers(0, 0xFFFF)
 uint32 = st.integers(0, 0xFFFFFFFF)
-clients = st.builds(Header, st.integers(0, 0x7F), ids, st.none() | st.integers(0, 0xFFFFFFFE), uint32, uint16, metadata)
+remaining = st.none() | st.integers(0, 0xFFFFFFFE)
+clients = st.builds(Header, st.integers(0, 0x7F), ids, remaining, uint32, uint16, metadata, uint32, ids)
 servers = st.builds(ServerHeader, st.integers(0x80, 0xFF), ids, ids, ids, uint16, metadata)
 headers = clients | servers
 
@@ -51,7 +52,7 @@ def test_round_trip(header: Header | ServerHeader) -> None:
 @given(
     st.binary(max_size=80)
     | st.binary(min_size=24, max_size=80).map(lambda tail: MAGIC + b"\x01" + tail)
-    | st.tuples(st.integers(0, 255), st.binary(min_size=16, max_size=80)).map(
+    | st.tuples(st.integers(0, 255), st.binary(min_size=16, max_size=120)).map(
         lambda parts: struct.pack("!4sBBH", MAGIC, 1, parts[0], 8 + len(parts[1])) + parts[1]
     )
 )
@@ -67,7 +68,7 @@ def _is_valid(frame: bytes) -> bool:
     if frame[:4] != b"\x89GS\n" or frame[4:5] != b"\x01" or len(frame) < 8:
         return False
     is_servers = frame[5] >= 0x80
-    fixed = 58 if is_servers else 34
+    fixed = 58 if is_servers else 54
     return int.from_bytes(frame[6:8], "big") == len(frame) >= fixed and len(frame) - fixed <= 65_477
 
 
@@ -99,19 +100,21 @@ def test_other_versions(version: int) -> None:
 
 def test_byte_table_of_a_client() -> None:
     """Each byte of a client's half is where the table says."""
-    frame = Header(Kind.REQUEST, ID, 0x01020304, 0x05060708, GREET, b"meta").encode()
-    assert HEADER_SIZE == 34
-    assert len(frame) == 38
+    frame = Header(Kind.REQUEST, ID, 0x01020304, 0x05060708, GREET, b"meta", 0x090A0B0C, JOURNAL).encode()
+    assert HEADER_SIZE == 54
+    assert len(frame) == 58
     assert frame[0:4] == b"\x89\x47\x53\x0a"
     assert frame[4] == 1
     assert frame[5] == 1
-    assert frame[6:8] == b"\x00\x26"
+    assert frame[6:8] == b"\x00\x3a"
     assert frame[8:24] == ID
     assert frame[24:28] == b"\x01\x02\x03\x04"
     assert frame[28:32] == b"\x05\x06\x07\x08"
     assert frame[32:34] == b"\x00\x01"
-    assert frame[34:] == b"meta"
-    assert Header(Kind.REQUEST, ID).encode()[24:] == b"\xff\xff\xff\xff" + b"\0\0\0\0" + b"\0\0"
+    assert frame[34:38] == b"\x09\x0a\x0b\x0c"
+    assert frame[38:54] == JOURNAL
+    assert frame[54:] == b"meta"
+    assert Header(Kind.REQUEST, ID).encode()[24:] == b"\xff\xff\xff\xff" + bytes(4 + 2 + 4 + 16)
 
 
 def test_byte_table_of_a_server() -> None:
@@ -151,6 +154,7 @@ def test_encode_refuses_what_does_not_fit() -> None:
     """Ids of another length and metadata that is too long are errors."""
     for header in (
         Header(Kind.REQUEST, b"short"),
+        Header(Kind.REQUEST, ID, journal=b"short"),
         ServerHeader(Kind.REPLY, b"short", INSTANCE),
         ServerHeader(Kind.REPLY, ID, b"short"),
         ServerHeader(Kind.REPLY, ID, INSTANCE, b"short"),
