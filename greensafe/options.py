@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .deadlines import to_seconds
 from .errors import RemoteError
+from .journal.base import Journal
 from .request import Request
+from .sansio.resume import RESUMES
 
-__all__ = ["Handler", "OnError", "check_handler", "check_limits", "check_options", "check_watch"]
+__all__ = [
+    "Handler",
+    "OnError",
+    "check_handler",
+    "check_journal",
+    "check_limits",
+    "check_options",
+    "check_resume",
+    "check_watch",
+]
 
 Handler = Callable[[Request], Any]
 OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
@@ -38,6 +50,27 @@ def check_options(max_inflight: Any, on_error: Any) -> None:
         raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
     if on_error is not None and not callable(on_error):
         raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")
+
+
+def check_resume(resume: Any, max_attempts: Any, codec: Any) -> None:
+    """Check what tells a server with a journal how to go on."""
+    if resume not in RESUMES:
+        raise ValueError(f'resume is "rerun" or "abort", not {resume!r}')
+    if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
+        raise ValueError(f"max_attempts is a whole number from 1, not {max_attempts!r}")
+    if codec is not None and not (callable(getattr(codec, "encode", None)) and callable(getattr(codec, "decode", None))):
+        raise TypeError(f"step_codec has encode and decode, which {type(codec).__name__} has not")
+
+
+def check_journal(journal: Any) -> Journal | None:
+    """The journal that an argument stands for: a path is one of sqlite."""
+    if journal is None or isinstance(journal, Journal):
+        return journal
+    if isinstance(journal, (str, os.PathLike)):
+        from .journal.sqlite import SqliteJournal
+
+        return SqliteJournal(journal)
+    raise TypeError(f"journal is a path, a Journal or None, not {type(journal).__name__}")
 
 
 def check_watch(blocked_after: Any, exit_when_blocked: Any, max_zombies: Any) -> tuple[float | None, float | None]:

@@ -6,13 +6,14 @@ It does not know who watches over the request: answers go through a `Gate`, whic
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import gevent
 
 from .deadlines import deadline
-from .errors import Cancelled, RemoteError, RemoteProtocolError
+from .errors import Cancelled, JournalError, RemoteError, RemoteProtocolError
+from .journal.steps import InTransaction
 from .sansio.envelope import Header
 from .sansio.exchange import Exchange
 
@@ -43,6 +44,9 @@ class Gate(Protocol):
     def fail(self, request: Request, error: RemoteError) -> None:
         """Send an error as the answer; LocalProtocolError if there was one."""
 
+    def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
+        """Run a step, or return what is stored of it."""
+
 
 class Request:
     """One request, as its handler sees it.
@@ -50,12 +54,9 @@ class Request:
     Attributes:
         frames: The body, a list of bytes; never empty.
         deadline: The scope in which the handler runs; it ends when the answer is overdue.
-        attempt: 1; more when a journal runs the request again.
     """
 
     __slots__ = ("__weakref__", "_exchange", "_gate", "deadline", "frames")
-
-    attempt: Final = 1
 
     def __init__(self, gate: Gate, exchange: Exchange, scope: deadline) -> None:
         self._gate = gate
@@ -78,6 +79,12 @@ class Request:
     def client(self) -> bytes:
         """The routing id of the connection that the request came by; the same for all on a REP, which keeps it to itself."""
         return self._exchange.envelope.route[0]
+
+    @property
+    def attempt(self) -> int:
+        """1; more when a journal has the request run again."""
+        memory = self._exchange.memory
+        return 1 if memory is None else int(memory.attempt)
 
     @property
     def metadata(self) -> bytes:
@@ -118,6 +125,31 @@ class Request:
         """Answer with an error; `code` is one of `errors.CODES`. Errors as in `reply`."""
         self._gate.fail(self, RemoteError(code, message))
 
+    def step(self, name: str, fn: Callable[..., Any] | InTransaction, *args: Any) -> Any:
+        """Call `fn(*args)`, once for all runs of this request, and return its result.
+
+        With a journal the result is stored before this returns. When the request is run again, what is stored is returned and
+        `fn` is not called: the handler goes on at its first unfinished step. What is returned is the *decoded stored* result,
+        in the first run too: by default bytes stay bytes, and anything else is what JSON makes of it (a tuple a list).
+
+        A step is known by its name and by how often this run has used the name before: in a loop each turn is a step of its
+        own. Where the order may change from run to run, put what tells them apart into the name.
+
+        At least once: if the process dies after `fn` has done something and before that is stored, the next run calls it again.
+        Only a step in the journal's own transaction (`greensafe.journal.in_transaction`) runs exactly once. A step that raises
+        is not stored. Requests of plain clients, and servers without a journal, store nothing; nor is anything stored after the
+        answer.
+
+        Raises:
+            TypeError, ValueError: The result cannot be encoded; `fn` was called, nothing is stored.
+            JournalError: It could not be stored; `fn` was called. Let it out, and the client is told UNAVAILABLE.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"a step's name is a str, not {type(name).__name__}")
+        if not callable(fn) and not isinstance(fn, InTransaction):
+            raise TypeError(f"a step is a function, not {type(fn).__name__}")
+        return self._gate.step(self, name, fn, args)
+
     def __repr__(self) -> str:
         return f"<Request {self.id} {self._exchange.state.name.lower()} {len(self.frames)} frames>"
 
@@ -140,6 +172,8 @@ def _told(error: BaseException) -> RemoteError:
         return RemoteError("ABORTED", "the handler was killed", kind)
     if isinstance(error, Cancelled):
         return RemoteError("CANCELLED", str(error), kind)
+    if isinstance(error, JournalError):
+        return RemoteError("UNAVAILABLE", str(error), kind)  # the request stays open, and runs when it is sent again
     if isinstance(error, MemoryError):
         return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
     return RemoteError("INTERNAL", str(error), kind)

@@ -39,7 +39,20 @@ from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
 from .hooks import Hooks, ServerStarted, ServerStopped, teller
 from .hubwatch import HubWatch, Wish, check_preempt, watch
-from .options import Handler, OnError, check_handler, check_limits, check_options, check_watch
+from .journal.base import Journal
+from .journal.commits import Commits
+from .journal.steps import Codec
+from .journaled import Journaled
+from .options import (
+    Handler,
+    OnError,
+    check_handler,
+    check_journal,
+    check_limits,
+    check_options,
+    check_resume,
+    check_watch,
+)
 from .stats import ServerStats
 from .watchdog import Watchdog
 
@@ -82,7 +95,12 @@ class Server:
         max_zombies: Handlers that may have survived a kill before the server is no longer healthy.
         cancel_vanished: Stop the handlers of a client whose connection is gone (tcp and ipc; behind a proxy, the proxy's).
         hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
-        journal: None; journals are not part of this version.
+        journal: Where requests, steps and answers are kept, so that the next server goes on where this one has left off: a
+            path, for a file of sqlite, or a Journal. See docs/journal.md.
+        resume: What becomes of a request that the last server was interrupted at, when it is sent again: "rerun" or "abort"
+            (ABORTED).
+        max_attempts: How often such a request is begun without a step that is new; then it is ABORTED.
+        step_codec: Has encode and decode for the results of steps; by default bytes and JSON.
         context: The Context to use; by default the shared one.
 
     Raises:
@@ -105,7 +123,10 @@ class Server:
         max_zombies: int = 100,
         cancel_vanished: bool = False,
         hooks: Hooks | None = None,
-        journal: None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
+        resume: str = "rerun",
+        max_attempts: int = 3,
+        step_codec: Codec | None = None,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         check_handler(handler)
@@ -113,8 +134,10 @@ class Server:
         check_context(context)
         if overload not in ("wait", "reject"):
             raise ValueError(f'overload is "wait" or "reject", not {overload!r}')
-        if journal is not None:
-            raise ValueError("journal must be None: this version has no journal yet")
+        check_resume(resume, max_attempts, step_codec)
+        self._journal = check_journal(journal)
+        self._resume, self._max_attempts, self._codec = resume, max_attempts, step_codec
+        self._commits: Commits | None = None
         self._bind_to = check_endpoint(endpoint)
         self._handler = handler
         self._limit, self._grace = check_limits(deadline, grace)
@@ -185,7 +208,9 @@ class Server:
                 "duplicates": counts.duplicates,
                 "unreachable": unreachable,
                 "full_outbox": dropped,
+                "misdirected": counts.misdirected,
             },
+            journal=watchdog.stats if isinstance(watchdog, Journaled) and pump is not None else None,
         )
 
     @property
@@ -195,7 +220,9 @@ class Server:
 
     @property
     def healthy(self) -> bool:
-        """Whether no more than max_zombies handlers have survived a kill; otherwise only a restart helps."""
+        """Whether no more than max_zombies handlers have survived a kill, and the journal, if any, can be written."""
+        if self._commits is not None and self._commits.error is not None:
+            return False
         return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
 
     def start(self) -> None:
@@ -203,6 +230,7 @@ class Server:
 
         Raises:
             zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport); nothing is left behind.
+            JournalError: The journal cannot be opened; nothing is left behind.
             RuntimeError: It is stopping: wait for `stop` to return. Or preempt=True cannot work here.
         """
         self._forget_parent()
@@ -212,6 +240,20 @@ class Server:
             return
         if self._preempts:
             check_preempt()
+        if self._journal is None:
+            self._open()
+            return
+        if self._commits is not None:
+            raise RuntimeError("the server is starting: another greenlet has called start()")
+        self._commits = Commits(self._journal, self._running)
+        try:
+            self._commits.open()
+            self._open()
+        except BaseException:
+            self._close_journal()
+            raise
+
+    def _open(self) -> None:
         context = self._context or Context.instance()
         sock = plain_socket(context, zmq.ROUTER)
         try:
@@ -227,20 +269,25 @@ class Server:
         self._stopped.clear()
         self._pump = Pump(sock, self._on_message, self.close)
         close_first(context, self)
-        self._watchdog = Watchdog(
-            self._handler,
-            self._pump.send,
-            send_soon=self._pump.send_soon,
-            limit=self._limit,
-            grace=self._grace,
-            max_inflight=self._max_inflight,
-            rejects=self._rejects,
-            instance=os.urandom(16),
-            on_error=self._on_error,
-            on_room=self._on_room,
-            endpoint=self.endpoint,
-            tell=self._tell,
-        )
+        options: dict[str, Any] = {
+            "send_soon": self._pump.send_soon,
+            "limit": self._limit,
+            "grace": self._grace,
+            "max_inflight": self._max_inflight,
+            "rejects": self._rejects,
+            "instance": os.urandom(16),
+            "on_error": self._on_error,
+            "on_room": self._on_room,
+            "endpoint": self.endpoint,
+            "tell": self._tell,
+            "codec": self._codec,
+        }
+        if self._journal is None or self._commits is None:
+            self._watchdog = Watchdog(self._handler, self._pump.send, **options)
+        else:
+            options |= {"journal": self._journal, "commits": self._commits}
+            options |= {"resume": self._resume, "max_attempts": self._max_attempts}
+            self._watchdog = Journaled(self._handler, self._pump.send, **options)
         if self._preempts:
             self._watchdog.scope = preemptible
         self._watch = self._watch_hub(self._watchdog)
@@ -291,6 +338,8 @@ class Server:
                 with move_on(POLL if at is None else min(POLL, at - now)):
                     self._idle.wait()
                 now = monotonic()
+            if self._commits is not None and self._pump is pump and gevent.getcurrent() is not gevent.get_hub():
+                self._commits.flush(FLUSH)  # answers that wait for it, and no longer
         finally:
             if self._pump is pump:
                 self._close()
@@ -329,6 +378,18 @@ class Server:
             f" cancelled={counts.cancelled} zombies={counts.zombies} malformed={counts.malformed}>"
         )
 
+    def _running(self) -> set[bytes]:
+        return self._watchdog.running() if isinstance(self._watchdog, Journaled) else set()
+
+    def _close_journal(self) -> None:
+        """Have all stored and the journal given free for the next server; later, in the hub, where nobody can wait."""
+        commits, self._commits = self._commits, None
+        if commits is None:
+            return
+        commits.close()
+        if gevent.getcurrent() is not gevent.get_hub() and not commits.join(FLUSH):
+            log.warning("the journal is not closed yet: its disk takes long", extra={"endpoint": self.endpoint})
+
     def _on_message(self, frames: list[bytes]) -> None:
         assert self._watchdog is not None and self._pump is not None
         if self._vanished is not None:
@@ -364,7 +425,7 @@ class Server:
     def _forget_parent(self) -> None:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
         if self._pump is not None and self._pump.is_inherited:
-            self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self.endpoint = None
+            self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
             self._stopping = False
             self._stopped.set()
 
@@ -383,7 +444,6 @@ class Server:
         if self._bind_to.startswith("inproc:"):
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
         self._pump = None
-        self._stopping = False
         if self._watch is not None:
             found, wish = self._watch
             found.remove(wish)
@@ -395,6 +455,8 @@ class Server:
         pump.close(int(FLUSH * 1000))
         self._closed_at = monotonic()
         watchdog.close()
+        self._close_journal()
+        self._stopping = False
         self._stopped.set()
         answered, endpoint = watchdog.responder.answered, str(self.endpoint)
         log.info("stopped at %s; %d requests were answered", endpoint, answered, extra={"endpoint": endpoint})

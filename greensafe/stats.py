@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-__all__ = ["ClientStats", "EndpointStats", "ServerStats", "Zombie"]
+__all__ = ["ClientStats", "EndpointStats", "JournalStats", "ServerStats", "Zombie"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,31 @@ class Zombie:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalStats:
+    """How a Server and its journal stand.
+
+    Attributes:
+        commits: Batches of writes that were made durable, or tried to.
+        pending: Writes that are not durable yet.
+        failures: Writes that have failed.
+        error: What the last batch has failed with; "" if it has not.
+        joined: Requests that have come again while they were owed their answer.
+        replayed: Those that were answered with what was stored.
+        rerun: Those that were begun again after an interruption.
+        dropped: Requests that the journal has dropped since it was made, by cause.
+    """
+
+    commits: int
+    pending: int
+    failures: int
+    error: str
+    joined: int
+    replayed: int
+    rerun: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class ServerStats:
     """How a Server stands.
 
@@ -67,7 +92,9 @@ class ServerStats:
             "ignored": notes for requests that are not open (cancelled too late, acknowledged);
             "duplicates": second answers of handlers, and those that came when the watchdog had answered;
             "unreachable": answers for clients that are gone;
-            "full_outbox": answers for clients that do not read.
+            "full_outbox": answers for clients that do not read;
+            "misdirected": requests refused because they may have run for a server with another journal.
+        journal: None without one, and while the server is closed.
     """
 
     endpoint: str
@@ -84,6 +111,7 @@ class ServerStats:
     zombies: tuple[Zombie, ...] = ()
     unsent: int = 0
     drops: dict[str, int] = field(default_factory=dict)
+    journal: JournalStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

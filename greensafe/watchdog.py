@@ -6,13 +6,13 @@ is killed. Rules:
 * Everything that happens to a request is an event of `sansio.responder.Responder`; the first answer wins, the rest is counted.
 * One timer for all requests. At its deadline a request is answered DEADLINE_EXCEEDED and its handler gets the signal; after
   `grace` more seconds it is killed; what survives that is a zombie, and killed again every `grace` seconds.
-* `max_inflight` handlers run at a time. What comes beyond that is kept (or rejected at once), and its clients are told that it
-  is worked on. Clients take turns, each with its oldest request, so that one with many does not keep the others waiting. The
-  caller's limit runs meanwhile: what is overdue before its turn, or was so when it came, is answered and not run. The server's
-  own limit is for the handler, and runs from its start.
+* `max_inflight` handlers run at a time. What comes beyond that is kept (see `backlog`) or rejected at once. The caller's limit
+  runs meanwhile: what is overdue before its turn, or was so when it came, is answered and not run. The server's own limit is
+  for the handler, and runs from its start.
 * This is the one place where BaseException is caught: SystemExit or KeyboardInterrupt in a handler end that handler alone.
 
-It does not know how frames travel: `send` is given, and `accept` is called in the hub by whoever receives.
+It does not know how frames travel: `send` is given, and `accept` is called in the hub by whoever receives. Nor does it know of
+journals: see `journaled`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,22 @@ from typing import Any
 import gevent
 from gevent.hub import Hub
 
+from .backlog import Backlog
 from .deadlines import DeadlineSignal, deadline, start_timer
-from .errors import Cancelled, LocalProtocolError, RemoteError, RemoteProtocolError
+from .errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
 from .hooks import HandlerStuck, Tell
+from .journal.steps import Codec, InTransaction, JsonOrBytes
 from .options import Handler, OnError
 from .reports import answered, extra, started, zombie
 from .request import LATER, Request, as_frames, error_for
-from .sansio.envelope import CALLER_LIMIT, Kind
+from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
 from .sansio.exchange import Exchange
-from .sansio.responder import Cancel, Effect, Expire, Kill, Responder, Send, Zombie as ZombieFound
+from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Send, Zombie as ZombieFound
 from .stats import Zombie
 
 __all__ = ["Watchdog"]
 
 log = logging.getLogger(__name__)
-
-#: Requests kept beyond those that run, and the bytes of their bodies; then `is_full` says so.
-BACKLOG = 10_000
-BACKLOG_BYTES = 64 * 2**20
 
 #: Zombies that `Watchdog.zombies` names.
 NAMED = 100
@@ -70,12 +68,14 @@ class Watchdog:
         max_inflight: Handlers that run at a time.
         rejects: What comes beyond that is answered RESOURCE_EXHAUSTED instead of being kept.
         instance: 16 bytes that tell this server from the one that was there before.
+        journal: 16 bytes of its journal.
         reads_on: See Responder.
         on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
             or None; or answers by itself.
         on_room: Called whenever `load` or `backlog` has become less.
         endpoint: What the records for hooks, and log lines, call this server.
         tell: Told of what happens, in the records of `hooks`.
+        codec: For the results of steps.
 
     Attributes:
         responder: The table, with its counts.
@@ -96,13 +96,15 @@ class Watchdog:
         max_inflight: int = 1000,
         rejects: bool = False,
         instance: bytes = bytes(16),
+        journal: bytes = NO_JOURNAL,
         reads_on: bool = True,
         on_error: OnError | None = None,
         on_room: Callable[[], None] | None = None,
         endpoint: str = "",
         tell: Tell | None = None,
+        codec: Codec | None = None,
     ) -> None:
-        self.responder = Responder(grace=grace, instance=instance, reads_on=reads_on)
+        self.responder = Responder(grace=grace, instance=instance, journal=journal, reads_on=reads_on)
         self._handler = handler
         self._send = send
         self._send_soon = send_soon or send
@@ -113,14 +115,12 @@ class Watchdog:
         self._on_room = on_room
         self._endpoint = endpoint
         self._tell = tell
+        self._codec: Codec = codec or JsonOrBytes()
         self.failures: dict[str, int] = {}
         self._hub: Hub = gevent.get_hub()
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
-        self._kept: dict[int, Request] = {}
-        self._kept_bytes = 0
-        #: The keys of each client's requests that are kept, in order of arrival; the clients in the order of their turns.
-        self._turns: dict[tuple[bytes, ...], dict[int, None]] = {}
+        self._kept = Backlog()
         self._is_starting = False
         self._spent = 0.0
         self._next_turn: Any = None
@@ -145,7 +145,7 @@ class Watchdog:
     @property
     def is_full(self) -> bool:
         """Whether no more should be accepted for the time being."""
-        return len(self._kept) >= BACKLOG or self._kept_bytes >= BACKLOG_BYTES
+        return self._kept.is_full
 
     @property
     def oldest_seconds(self) -> float | None:
@@ -187,9 +187,9 @@ class Watchdog:
             self._guarded(self._drop, request, _FULL)
             return
         elif self._kept or self.load > self._max_inflight:
-            self._keep(request)
+            self._kept.keep(request)
         elif self._spent > TURN:
-            self._keep(request)
+            self._kept.keep(request)
             self._start_next_turn()
         else:
             self._start(request)
@@ -241,6 +241,10 @@ class Watchdog:
     ) -> None:
         """Open the reply gate and send; LocalProtocolError if it was opened before. `error` is what the body says, if any."""
         self._send(self.responder.answer(exchange, body, kind))
+        self._count(exchange, error)
+
+    def _count(self, exchange: Exchange, error: RemoteError | None) -> None:
+        """An answer has left; `error` is what it says, if any."""
         if error is not None:
             self.failures[error.code] = self.failures.get(error.code, 0) + 1
         self._settle(exchange)
@@ -265,6 +269,12 @@ class Watchdog:
         finally:
             if not exchange.is_answered:
                 self.answer(exchange, body, kind, error)
+
+    def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
+        """Run a step of a handler; see Request.step. Without a journal nothing of it is kept, and all the rest is the same."""
+        if isinstance(fn, InTransaction):
+            raise JournalError(f"step {name!r} is to run in the journal's transaction, and this server has no journal")
+        return self._codec.decode(self._codec.encode(fn(*args)))
 
     def refuse(self, frames: list[bytes], error: RemoteError) -> None:
         """Answer a message without running a handler."""
@@ -296,7 +306,7 @@ class Watchdog:
 
     def abort_all(self, error: RemoteError) -> None:
         """Answer whatever is still owed with `error` and kill the handlers that still run."""
-        for request in list(self._kept.values()):
+        for request in self._kept.requests():
             self._guarded(self._drop, request, error)
         for exchange in list(self._owed.values()):
             if not exchange.is_answered:
@@ -319,31 +329,9 @@ class Watchdog:
         greenlet.switch()
         self._spent += monotonic() - before
 
-    def _keep(self, request: Request) -> None:
-        key = request._exchange.key
-        self._kept[key] = request
-        self._kept_bytes += sum(map(len, request.frames))
-        self._turns.setdefault(request._exchange.envelope.origin, {})[key] = None
-
     def _take(self, key: int) -> Request | None:
-        request = self._kept.pop(key, None)
-        if request is not None:
-            self._kept_bytes -= sum(map(len, request.frames))
-            origin = request._exchange.envelope.origin
-            keys = self._turns[origin]
-            del keys[key]
-            if not keys:
-                del self._turns[origin]
-        return request
-
-    def _next(self) -> Request:
-        """Take the request whose turn it is; its client is the last to have another one."""
-        origin, keys = next(iter(self._turns.items()))
-        request = self._take(next(iter(keys)))
-        assert request is not None
-        if keys:
-            self._turns[origin] = self._turns.pop(origin)
-        return request
+        """A request that waits does not any more; None if it did not."""
+        return self._kept.take(key)
 
     def _drop(self, request: Request, error: RemoteError) -> None:
         """Answer a request that was not run, and will not be."""
@@ -356,7 +344,7 @@ class Watchdog:
     def _start_kept(self) -> None:
         self._spent = 0.0
         while self._kept and self.load < self._max_inflight and self._spent <= TURN:
-            self._start(self._next())
+            self._start(self._kept.next())
         self._is_starting = False
         if self._kept and self.load < self._max_inflight:
             self._start_next_turn()
@@ -416,9 +404,13 @@ class Watchdog:
                 )
                 self.responder.duplicates += 1
             else:
-                self._send_soon(self.responder.answer(exchange, as_frames(result)))
-                if self._tell is not None:
-                    self._tell(answered(self._endpoint, request, None))
+                self._reply(request, as_frames(result))
+
+    def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
+        """Answer with what the handler has returned, which has nothing more to do."""
+        self._send_soon(self.responder.answer(request._exchange, frames))
+        if self._tell is not None:
+            self._tell(answered(self._endpoint, request, None))
 
     def raised(self, request: Request, error: BaseException) -> None:
         """An exception ended the handling: answer for it, unless it was answered before."""
@@ -504,12 +496,17 @@ class Watchdog:
             self._stop(effect.exchange)
         elif isinstance(effect, Expire):
             self._expire(effect.exchange)
+        elif isinstance(effect, Acked):
+            self._on_acked(effect.request_id)
         elif (greenlet := self._greenlets.get(effect.exchange.key)) is not None:
             if isinstance(effect, ZombieFound):
                 self._on_zombie(effect.exchange)
             else:
                 assert isinstance(effect, Kill)
                 self._kill(greenlet)
+
+    def _on_acked(self, request_id: bytes) -> None:
+        """An answer has arrived: nothing to do without a journal."""
 
     def _on_zombie(self, exchange: Exchange) -> None:
         found = self._name(exchange, monotonic())

@@ -229,7 +229,7 @@ def _check_nothing_is_left(server: Server) -> None:
     # A promise that was dropped is broken at the next collection, one that was not is overdue at its deadline.
     wait_until(lambda: not watchdog._owed)
     assert (responder.inflight, responder.running, responder.zombies) == (0, 0, 0)
-    assert (watchdog._greenlets, watchdog._kept, watchdog._kept_bytes) == ({}, {}, 0)
+    assert (watchdog._greenlets, len(watchdog._kept), watchdog._kept.size) == ({}, 0, 0)
     assert not any(caller.open for caller in responder._callers.values())
 
 

@@ -76,19 +76,25 @@ class Exchange:
         kills: How often the handler was to be killed.
         is_limited_by_caller: The deadline is the caller's own limit, which is earlier than the server's.
         caller: The responder's own object for a client that sends headers.
+        also: The envelopes of others that have sent the same request (with a journal): they get the same answer.
+        is_held: The one answer has been given, and does not leave before it is stored (with a journal).
         owner: The shell's own object.
+        memory: The same, for what a journal keeps of it.
     """
 
     __slots__ = (
+        "also",
         "arrived_at",
         "at",
         "caller",
         "envelope",
         "is_expired",
+        "is_held",
         "is_limited_by_caller",
         "is_running",
         "key",
         "kills",
+        "memory",
         "owner",
         "state",
     )
@@ -104,7 +110,10 @@ class Exchange:
         self.kills = 0
         self.is_limited_by_caller = False
         self.caller: Any = None
+        self.also: tuple[Envelope, ...] = ()
+        self.is_held = False
         self.owner: Any = None
+        self.memory: Any = None
 
     @property
     def is_answered(self) -> bool:
@@ -113,8 +122,8 @@ class Exchange:
 
     @property
     def is_over(self) -> bool:
-        """Answered, and its handler has ended."""
-        return self.state is _OVER
+        """Answered, and its handler has ended; and the answer has left."""
+        return self.state is _OVER and not self.is_held
 
     def move(self, event: Event) -> None:
         """Change the state. LocalProtocolError if the event does not fit; nothing is changed."""

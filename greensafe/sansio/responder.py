@@ -4,6 +4,9 @@ The request table of the server's role: a `Responder` sees to it that each reque
 signalled, killed and finally called a zombie in time, and that its client hears meanwhile that it is worked on. (The client's
 table is `requester`.)
 
+With a journal the same request may come again, by another way: while it is owed its answer it is not opened anew but joined,
+and all who have sent it get the answer. There the gate is opened (`seal`) before the answer is stored; `deliver` has it leave.
+
 It does not know sockets, clocks or greenlets: `now` is an argument, what is to be done is returned.
 """
 
@@ -15,11 +18,11 @@ from typing import NamedTuple
 
 from ..errors import LocalProtocolError, RemoteError, RemoteProtocolError
 from .due import DueQueue
-from .envelope import GREET, NO_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
+from .envelope import GREET, NO_JOURNAL, OTHER_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
 from .exchange import Event, Exchange, State
 from .liveness import LOOKS
 
-__all__ = ["Cancel", "Effect", "Expire", "Kill", "Responder", "Send", "Zombie"]
+__all__ = ["Acked", "Cancel", "Effect", "Expire", "Kill", "Responder", "Send", "Zombie"]
 
 #: Seconds between two WORKING for one client, at least, however short its patience.
 SHORTEST_PULSE = 0.05
@@ -30,6 +33,9 @@ LONGEST_PULSE = 30.0
 #: Seconds between two kills of a handler that survives them, at least: however short the grace, a zombie must not cost more
 #: than the requests.
 AGAIN = 0.1
+
+#: Ways by which the answer to one request leaves, besides that by which it has come last.
+MOST_WAYS = 8
 
 _PROMISE, _FINISH, _ANSWER = Event.PROMISE, Event.FINISH, Event.ANSWER
 
@@ -64,7 +70,13 @@ class Send(NamedTuple):
     frames: list[bytes]
 
 
-Effect = Expire | Cancel | Kill | Zombie | Send
+class Acked(NamedTuple):
+    """The answer to this request has arrived: a journal need not keep it any longer."""
+
+    request_id: bytes
+
+
+Effect = Expire | Cancel | Kill | Zombie | Send | Acked
 
 
 class _Caller:
@@ -106,6 +118,8 @@ class Responder:
         malformed: Messages refused by `receive`.
         ignored: CANCEL and ACK for requests that are not open.
         duplicates: Answers refused because there was one already.
+        joined: Requests that have come again while they were owed their answer.
+        misdirected: Requests refused because only a server with another journal may run them.
         soonest: The time of what is due next, or earlier; infinity for nothing. `next_deadline` makes it exact.
         is_draining: Clients that send requests are told to send the next ones elsewhere.
     """
@@ -114,6 +128,7 @@ class Responder:
         "_callers",
         "_due",
         "_grace",
+        "_ids",
         "_instance",
         "_journal",
         "_key",
@@ -125,7 +140,9 @@ class Responder:
         "ignored",
         "inflight",
         "is_draining",
+        "joined",
         "malformed",
+        "misdirected",
         "running",
         "soonest",
         "zombies",
@@ -142,6 +159,8 @@ class Responder:
         self._due: DueQueue[Exchange] = DueQueue(_is_due)
         self._pulses: DueQueue[_Caller] = DueQueue(_is_pulse)
         self._callers: dict[tuple[bytes, ...], _Caller] = {}
+        #: With a journal: what is owed an answer, by the client's id.
+        self._ids: dict[bytes, Exchange] | None = None if journal == NO_JOURNAL else {}
         self.inflight = 0
         self.running = 0
         self.zombies = 0
@@ -150,6 +169,8 @@ class Responder:
         self.malformed = 0
         self.ignored = 0
         self.duplicates = 0
+        self.joined = 0
+        self.misdirected = 0
         self.soonest = math.inf
         self.is_draining = False
 
@@ -157,6 +178,10 @@ class Responder:
     def received(self) -> int:
         """Requests that have come."""
         return self._key
+
+    def open_ids(self) -> list[bytes]:
+        """With a journal: the ids of the requests that are owed an answer."""
+        return list(self._ids or ())
 
     def __repr__(self) -> str:
         state = "draining" if self.is_draining else "open"
@@ -183,13 +208,20 @@ class Responder:
             self.malformed += 1
             raise
         header = envelope.header
-        if header is None or header.kind == Kind.REQUEST:
+        if header is None:
             return self._open(envelope, header, now)
+        if header.kind == Kind.REQUEST:
+            if header.journal != NO_JOURNAL and header.journal != self._journal:
+                return self._misdirected(envelope, header)
+            earlier = None if self._ids is None else self._ids.get(header.request_id)
+            return self._open(envelope, header, now) if earlier is None else self._join(earlier, envelope, header, now)
         if header.kind == Kind.CANCEL:
             return self._cancelled(envelope, header, now)
         if header.kind == Kind.PING:
             return Send(self._say(Kind.PONG, envelope.origin, header.request_id, envelope.body, header.metadata))
         if header.kind == Kind.ACK:
+            if self._ids is not None:
+                return Acked(header.request_id)
             self.ignored += 1
             return None
         self.malformed += 1
@@ -212,7 +244,38 @@ class Responder:
                 exchange.is_limited_by_caller = True
                 self._set_due(exchange, now + header.remaining_ms / 1000)
             self._add(exchange, envelope.origin, header, now)
+            if self._ids is not None:
+                self._ids[header.request_id] = exchange
         return exchange
+
+    def _join(self, exchange: Exchange, envelope: Envelope, header: Header, now: float) -> Send | None:
+        """It has come again. From now on it counts as come by the way that is known to work."""
+        if envelope.body != exchange.envelope.body:
+            message = "a request with this id and another body is open: an id is for one request"
+            return Send(self._refusal(Kind.ERROR, envelope, header, RemoteError("INVALID_ARGUMENT", message, "OtherBody")))
+        self.joined += 1
+        origin = envelope.origin
+        others = (exchange.envelope, *exchange.also[: MOST_WAYS - 1])
+        exchange.also = tuple(other for other in others if other.origin != origin)
+        exchange.envelope = envelope
+        self._add(exchange, origin, header, now)
+        if header.flags & GREET:
+            return Send(self._say(Kind.WORKING, origin, header.request_id, [header.request_id]))
+        return None
+
+    def _misdirected(self, envelope: Envelope, header: Header) -> Send:
+        self.misdirected += 1
+        message = "this request may have run for a server with another journal: this server must not run it"
+        return Send(self._refusal(Kind.REJECTED, envelope, header, RemoteError("FAILED_PRECONDITION", message, OTHER_JOURNAL)))
+
+    def _refusal(self, kind: Kind, envelope: Envelope, header: Header, error: RemoteError) -> list[bytes]:
+        return self._say(kind, envelope.origin, header.request_id, [error.to_reply()], header.metadata)
+
+    def limit(self, exchange: Exchange, at: float) -> None:
+        """The caller is known to give up at `at`, if that is earlier than what was known before."""
+        if exchange.at is None or at < exchange.at:
+            exchange.is_limited_by_caller = True
+            self._set_due(exchange, at)
 
     def _set_due(self, exchange: Exchange, at: float) -> None:
         exchange.at = at
@@ -287,11 +350,19 @@ class Responder:
         Raises:
             LocalProtocolError: There was an answer already. It is counted; nothing is to be sent.
         """
+        self.seal(exchange)
+        return self.deliver(exchange, body, kind)
+
+    def seal(self, exchange: Exchange) -> None:
+        """The first half of `answer`: there is an answer now. Errors as there."""
         try:
             exchange.move(_ANSWER)
         except LocalProtocolError:
             self.duplicates += 1
             raise
+
+    def deliver(self, exchange: Exchange, body: Sequence[bytes], kind: Kind | int = Kind.REPLY) -> list[bytes]:
+        """The second half: the answer leaves."""
         self.inflight -= 1
         self.answered += 1
         envelope = exchange.envelope
@@ -299,11 +370,27 @@ class Responder:
         caller = exchange.caller
         if header is None or caller is None:
             return [*envelope.route, *body]
-        if caller.open.get(header.request_id) is exchange:
-            del caller.open[header.request_id]
+        self._settle(caller, header.request_id, exchange)
+        if self._ids is not None and self._ids.get(header.request_id) is exchange:
+            del self._ids[header.request_id]
+        return self._say(kind, caller.origin, header.request_id, body, header.metadata)
+
+    def copies(self, exchange: Exchange, body: Sequence[bytes], kind: Kind | int = Kind.REPLY) -> list[list[bytes]]:
+        """The same answer for all others that have sent the same request."""
+        frames = []
+        for envelope in exchange.also:
+            header, origin = envelope.header, envelope.origin
+            if isinstance(header, Header):
+                if (caller := self._callers.get(origin)) is not None:
+                    self._settle(caller, header.request_id, exchange)
+                frames.append(self._say(kind, origin, header.request_id, body, header.metadata))
+        return frames
+
+    def _settle(self, caller: _Caller, request_id: bytes, exchange: Exchange) -> None:
+        if caller.open.get(request_id) is exchange:
+            del caller.open[request_id]
             if not caller.open and caller.due == math.inf:
                 self._callers.pop(caller.origin, None)
-        return self._say(kind, caller.origin, header.request_id, body, header.metadata)
 
     def promise(self, exchange: Exchange) -> None:
         """The handler has returned LATER: the end of its greenlet does not mean that the answer is missing."""
@@ -351,7 +438,7 @@ class Responder:
         return min(times, default=None)
 
     def _say(
-        self, kind: Kind, origin: Sequence[bytes], request_id: bytes, body: Sequence[bytes], metadata: bytes = b""
+        self, kind: Kind | int, origin: Sequence[bytes], request_id: bytes, body: Sequence[bytes], metadata: bytes = b""
     ) -> list[bytes]:
         hops = len(origin) if self._reads_on else 0
         header = pack_server(kind, request_id, self._instance, self._journal, hops, metadata)

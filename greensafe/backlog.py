@@ -1,0 +1,77 @@
+"""Whose turn is it, of the requests that cannot run yet?
+
+Clients take turns, each with its oldest request, so that one with many does not keep the others waiting. A client is a list of
+routing ids. It does not know why the requests wait, nor for how long.
+"""
+
+from __future__ import annotations
+
+from .request import Request
+
+__all__ = ["BACKLOG", "BACKLOG_BYTES", "Backlog"]
+
+#: Requests that are kept, and the bytes of their bodies; then it `is_full`.
+BACKLOG = 10_000
+BACKLOG_BYTES = 64 * 2**20
+
+
+class Backlog:
+    """Requests that wait for their turn, by the key of their exchange.
+
+    Attributes:
+        size: The bytes of their bodies.
+    """
+
+    __slots__ = ("_requests", "_turns", "size")
+
+    def __init__(self) -> None:
+        #: Each with whose turn it waits for: one that is sent again by another way keeps its place.
+        self._requests: dict[int, tuple[Request, tuple[bytes, ...]]] = {}
+        #: The keys of each client's requests, in order of arrival; the clients in the order of their turns.
+        self._turns: dict[tuple[bytes, ...], dict[int, None]] = {}
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __repr__(self) -> str:
+        return f"<Backlog {len(self)} requests of {len(self._turns)} clients, {self.size} bytes>"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be accepted for the time being."""
+        return len(self._requests) >= BACKLOG or self.size >= BACKLOG_BYTES
+
+    def requests(self) -> list[Request]:
+        """All of them, the oldest first."""
+        return [request for request, _ in self._requests.values()]
+
+    def keep(self, request: Request) -> None:
+        """It waits from now on."""
+        key = request._exchange.key
+        origin = request._exchange.envelope.origin
+        self._requests[key] = request, origin
+        self.size += sum(map(len, request.frames))
+        self._turns.setdefault(origin, {})[key] = None
+
+    def take(self, key: int) -> Request | None:
+        """It does not wait any more; None if it did not."""
+        found = self._requests.pop(key, None)
+        if found is None:
+            return None
+        request, origin = found
+        self.size -= sum(map(len, request.frames))
+        keys = self._turns[origin]
+        del keys[key]
+        if not keys:
+            del self._turns[origin]
+        return request
+
+    def next(self) -> Request:
+        """Take the request whose turn it is; its client is the last to have another one."""
+        origin, keys = next(iter(self._turns.items()))
+        request = self.take(next(iter(keys)))
+        assert request is not None
+        if keys:
+            self._turns[origin] = self._turns.pop(origin)
+        return request

@@ -1,0 +1,232 @@
+"""How are many writes made durable at the price of few, without holding up anybody?
+
+Group commit: what is written while one commit is under way is the next one's batch. Rules:
+
+* The hub never waits for the journal: its methods run in a thread, one at a time. `then` is called in the hub, in the order of
+  the writes, when a write is durable or has failed.
+* A batch that fails is tried again in halves, so that a write which cannot be stored fails alone.
+* Between commits, and now and then while nothing happens, the journal may tidy up.
+
+It does not know what is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Collection, Sequence
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent.event import Event
+from gevent.hub import Hub
+from gevent.threadpool import ThreadPool
+
+from ..deadlines import move_on
+from ..errors import JournalError
+from ..sansio.records import Write
+from .base import Journal
+
+__all__ = ["Commits", "Then"]
+
+log = logging.getLogger(__name__)
+
+#: Called with a write's result and None, or with None and the error.
+Then = Callable[[Any, "JournalError | None"], None]
+
+#: Seconds between two times that the journal is asked to tidy up, if it had no more to do.
+TIDY = 5.0
+
+
+class Commits:
+    """The writes to one journal, for one server.
+
+    Args:
+        journal: Not open.
+        running: The ids of the requests that must not be dropped.
+
+    Attributes:
+        count: Batches that were committed.
+        failures: Writes that have failed.
+        error: What the last batch has failed with, None if it has not.
+    """
+
+    def __init__(self, journal: Journal, running: Callable[[], Collection[bytes]]) -> None:
+        self._journal = journal
+        self._running = running
+        self._hub: Hub = gevent.get_hub()
+        self._pool = ThreadPool(1)
+        self._waiting: list[tuple[Write, Then | None]] = []
+        self._batch: Sequence[tuple[Write, Then | None]] = ()
+        self._is_busy = False
+        self._is_open = False
+        self._is_scheduled = False
+        self._done = Event()
+        self._tidy_at = 0.0
+        self._timer: Any = None
+        self.count = 0
+        self.failures = 0
+        self.error: JournalError | None = None
+
+    @property
+    def pending(self) -> int:
+        """Writes that are not durable yet."""
+        return len(self._waiting) + len(self._batch)
+
+    def __repr__(self) -> str:
+        return f"<Commits {self._journal!r} pending={self.pending} count={self.count} failures={self.failures}>"
+
+    def open(self) -> None:
+        """Open the journal; waits, and lets others run. JournalError if it cannot be opened."""
+        try:
+            self._pool.apply(self._journal.open)
+        except BaseException:
+            self._pool.kill()
+            raise
+        self._is_open = True
+        self._timer = self._hub.loop.timer(TIDY, TIDY, ref=False)
+        self._timer.start(self._on_timer)
+
+    def write(self, write: Write, then: Then | None = None) -> None:
+        """Store something. From any greenlet of the server's thread, the hub included; `then` is called in the hub."""
+        self._waiting.append((write, then))
+        if not self._is_busy and not self._is_scheduled:
+            # At the end of this turn, with all that comes in it.
+            self._is_scheduled = True
+            self._hub.loop.run_callback(self._start)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until nothing is pending, but not longer; returns whether that is so."""
+        with move_on(seconds):
+            while self.pending:
+                self._done.clear()
+                self._done.wait()
+        return not self.pending
+
+    def close(self) -> None:
+        """Store what is pending, then close the journal; does not wait for either. Nobody is told any more."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._timer.stop()
+        self._timer.close()
+        # The pool does one thing after the other.
+        self._pool.spawn(_finish, self._journal, [write for write, _ in self._waiting])
+        self._waiting.clear()
+        self._batch = ()
+        self._done.set()
+
+    def join(self, seconds: float) -> bool:
+        """Wait until the journal is closed, but not longer; returns whether it is."""
+        with move_on(seconds):
+            self._pool.join()
+            self._pool.kill()
+            return True
+        return False
+
+    def _start(self) -> None:
+        self._is_scheduled = False
+        if not self._is_open or self._is_busy or not self._waiting:
+            return
+        self._batch, self._waiting = self._waiting, []
+        self._call(_commit, self._journal, [write for write, _ in self._batch])
+
+    def _call(self, act: Callable[..., Any], *args: Any) -> None:
+        self._is_busy = True
+        self._pool.spawn(act, *args).rawlink(self._on_done)
+
+    def _on_done(self, done: Any) -> None:
+        self._is_busy = False
+        try:
+            if self._is_open:
+                batch, self._batch = self._batch, ()
+                if batch:
+                    self._tell(batch, done.get())
+                else:
+                    self._on_tidied(done.get())
+        except BaseException:  # noqa: BLE001 - the next batch must be started whatever happens
+            self._hub.handle_error(self, *sys.exc_info())
+        if self._is_open:
+            self._go_on()
+        if not self.pending:
+            self._done.set()
+
+    def _go_on(self) -> None:
+        if self._waiting:
+            self._start()
+        elif monotonic() >= self._tidy_at:
+            self._tidy_at = monotonic() + TIDY
+            self._call(_tidy, self._journal, frozenset(self._running()))
+
+    def _tell(self, batch: Sequence[tuple[Write, Then | None]], results: Sequence[Any]) -> None:
+        self.count += 1
+        failed: JournalError | None = None
+        for (_, then), result in zip(batch, results, strict=True):
+            error = result if isinstance(result, JournalError) else None
+            if error is not None:
+                failed = error
+                self.failures += 1
+            if then is not None:
+                try:
+                    then(None if error is not None else result, error)
+                except BaseException:  # noqa: BLE001 - one write's failure is reported, and the next is told
+                    self._hub.handle_error(self, *sys.exc_info())
+        self._note(failed)
+
+    def _note(self, failed: JournalError | None) -> None:
+        if failed is not None and self.error is None:
+            log.error("the journal cannot be written: %s", failed)
+        elif failed is None and self.error is not None:
+            log.warning("the journal can be written again")
+        self.error = failed
+
+    def _on_tidied(self, result: Any) -> None:
+        if isinstance(result, JournalError):
+            log.error("the journal cannot be tidied: %s", result)
+        elif result:
+            self._tidy_at = 0.0
+
+    def _on_timer(self) -> None:
+        if not self._is_busy and self._is_open:
+            self._go_on()
+
+
+def _commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
+    """In the thread: the result of each write, or its JournalError."""
+    try:
+        return journal.commit(writes)
+    except JournalError as error:
+        if len(writes) == 1:
+            return [error]
+    except Exception as error:  # a fault of the journal's must not cost a request its answer
+        log.exception("%r has failed", journal)
+        return [_wrapped(error)] * len(writes)
+    half = len(writes) // 2
+    return _commit(journal, writes[:half]) + _commit(journal, writes[half:])
+
+
+def _tidy(journal: Journal, running: Collection[bytes]) -> bool | JournalError:
+    try:
+        return journal.tidy(running)
+    except JournalError as error:
+        return error
+    except Exception as error:  # a fault of the journal's must not end the tidying for good
+        log.exception("%r has failed", journal)
+        return _wrapped(error)
+
+
+def _finish(journal: Journal, writes: Sequence[Write]) -> None:
+    try:
+        if writes:
+            for result in _commit(journal, writes):
+                if isinstance(result, JournalError):
+                    log.error("the journal cannot be written: %s", result)
+    finally:
+        journal.close()
+
+
+def _wrapped(error: Exception) -> JournalError:
+    wrapped = JournalError(f"the journal has failed: {error!r}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,342 @@
+"""How does a request outlive the server that runs it?
+
+A `Journaled` watchdog stores each request before its handler runs, each finished step's result before the handler goes on, and
+the answer before it leaves. Only what comes with an id can come again: requests of plain clients are served as without journal.
+
+    arrived -> its turn -> Begin stored -> handler runs -> answer given -> Finish stored -> answer leaves -> Ack
+                           or known: see `sansio.resume`   (held: nothing leaves)
+
+Rules:
+
+* Until its Begin is stored a request waits like one whose turn has not come: it can expire, be cancelled or refused, and leaves
+  no trace but its Begin.
+* The same request again joins the one that is open here. If that is answered already but its handler has not ended, and the
+  answer was none to be kept, the next run waits for that end: a request never runs twice at a time.
+* An answer that cannot be stored does not leave: its client is told UNAVAILABLE, and asks again if it may. Answers that are not
+  kept (`sansio.resume.is_kept`) leave as without a journal, and the request stays open; so do those to nobody, whose client has
+  vanished and may come back for more.
+* After the answer nothing is stored any more: steps that still run are not for another run.
+
+It does not know how things are stored, nor when the client sends again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+from gevent.event import AsyncResult
+
+from .errors import JournalError, RemoteError
+from .journal.base import Journal
+from .journal.commits import Commits
+from .journal.steps import InTransaction
+from .request import Request
+from .sansio.envelope import Header, Kind
+from .sansio.exchange import Exchange
+from .sansio.records import Ack, Begin, Effect, Failed, Finish, Known, Rerun, Step, Write
+from .sansio.resume import Refuse, Replay, Run, decide, is_kept
+from .stats import JournalStats
+from .watchdog import TURN, Watchdog
+
+__all__ = ["Journaled"]
+
+
+class _Memory:
+    """What is known of one request beyond its exchange.
+
+    Attributes:
+        attempt: As Request.attempt.
+        steps: The results that are stored.
+        counts: How often each name was used in this run.
+        is_begun: Its Begin is stored, so its answer can be.
+        is_vanished: Its client's connection is gone.
+    """
+
+    __slots__ = ("attempt", "counts", "is_begun", "is_vanished", "steps")
+
+    def __init__(self) -> None:
+        self.attempt = 1
+        self.steps: dict[tuple[str, int], bytes] = {}
+        self.counts: dict[str, int] = {}
+        self.is_begun = False
+        self.is_vanished = False
+
+
+class Journaled(Watchdog):
+    """A Watchdog whose requests outlive it.
+
+    Args:
+        journal: Open. Its `commits` write to it.
+        resume, max_attempts: See `sansio.resume.decide`.
+
+    Attributes:
+        replayed: Requests answered with what was stored.
+        rerun: Requests that were begun again.
+    """
+
+    def __init__(self, *args: Any, journal: Journal, commits: Commits, resume: str, max_attempts: int, **options: Any) -> None:
+        super().__init__(*args, journal=journal.id, **options)
+        self._journal = journal
+        self._commits = commits
+        self._resume = resume
+        self._max_attempts = max_attempts
+        #: Requests whose turn has come, and that are not stored yet.
+        self._beginning: dict[int, Request] = {}
+        self._ready: deque[Request] = deque()
+        #: Whose handler runs, by id; and who waits for its end.
+        self._active: dict[bytes, Exchange] = {}
+        self._after: dict[bytes, Request] = {}
+        self.replayed = 0
+        self.rerun = 0
+
+    @property
+    def stats(self) -> JournalStats:
+        """How it stands now."""
+        commits = self._commits
+        return JournalStats(
+            commits=commits.count,
+            pending=commits.pending,
+            failures=commits.failures,
+            error="" if commits.error is None else str(commits.error),
+            joined=self.responder.joined,
+            replayed=self.replayed,
+            rerun=self.rerun,
+            dropped=dict(self._journal.dropped),
+        )
+
+    def running(self) -> set[bytes]:
+        """The ids of all requests that are open here, or whose handlers run."""
+        return {*self.responder.open_ids(), *self._active}
+
+    # Before the handler runs.
+
+    def _start(self, request: Request) -> None:
+        header = request._exchange.envelope.header
+        if not isinstance(header, Header):
+            super()._start(request)
+            return
+        exchange = request._exchange
+        exchange.memory = _Memory()
+        self._beginning[exchange.key] = request
+        request.frames = list(request.frames)  # the handler's to change; what comes again is compared with what came
+        now = self._journal.now()
+        age = header.age_ms / 1000
+        begin = Begin(
+            header.request_id,
+            request.frames,
+            since=now - age,
+            is_resent=header.age_ms > 0,
+            until=None if header.remaining_ms is None else now + header.remaining_ms / 1000,
+            client=request.client,
+            metadata=header.metadata,
+        )
+        self._commits.write(begin, lambda known, error: self._on_begun(request, known, error))
+
+    def _take(self, key: int) -> Request | None:
+        return super()._take(key) or self._beginning.pop(key, None)
+
+    def _on_begun(self, request: Request, known: Known | None, error: JournalError | None) -> None:
+        exchange = request._exchange
+        if exchange.key not in self._beginning:
+            return  # expired or cancelled meanwhile
+        if error is not None:
+            self._guarded(self._drop, request, _not_stored(error))
+        elif known is None:
+            self._run_stored(request)
+        else:
+            self._guarded(self._go_on, request, known)
+
+    def _go_on(self, request: Request, known: Known) -> None:
+        """What was stored before decides."""
+        exchange = request._exchange
+        action = decide(known, self._resume, self._max_attempts)
+        if isinstance(action, Run):
+            self._again(request, known, action)
+            return
+        self._beginning.pop(exchange.key, None)
+        try:
+            if isinstance(action, Replay):
+                self.replayed += 1
+                error = RemoteError.from_reply(action.body[0]) if action.kind == Kind.ERROR else None
+                self._answer_now(exchange, action.body, Kind(action.kind), error)
+            else:
+                assert isinstance(action, Refuse)
+                exchange.memory.is_begun = action.is_final
+                self.fail(request, action.error)
+        finally:
+            self.finish(request)
+
+    def _again(self, request: Request, known: Known, run: Run) -> None:
+        exchange = request._exchange
+        if known.until is not None:
+            self.responder.limit(exchange, monotonic() + known.until - self._journal.now())
+            self._rearm()
+            if exchange.at is not None and exchange.at <= monotonic():
+                return  # the timer answers it
+        request_id = _id(exchange)
+        if request_id in self._active:
+            self._after[request_id] = request
+            return
+        exchange.memory.attempt = run.attempt
+        exchange.memory.steps = dict(run.steps)
+        self.rerun += 1
+        self._commits.write(Rerun(request_id), lambda _, error: self._on_rerun(request, error))
+
+    def _on_rerun(self, request: Request, error: JournalError | None) -> None:
+        if request._exchange.key not in self._beginning:
+            return
+        if error is not None:
+            self._guarded(self._drop, request, _not_stored(error))
+        else:
+            self._run_stored(request)
+
+    def _run_stored(self, request: Request) -> None:
+        request._exchange.memory.is_begun = True
+        if self._spent > TURN:
+            self._ready.append(request)
+            self._start_next_turn()
+        else:
+            self._run_now(request)
+
+    def _run_now(self, request: Request) -> None:
+        exchange = request._exchange
+        if self._beginning.pop(exchange.key, None) is not None:
+            self._active[_id(exchange)] = exchange
+            super()._start(request)
+
+    def _start_kept(self) -> None:
+        self._spent = 0.0
+        while self._ready and self._spent <= TURN:
+            self._run_now(self._ready.popleft())
+        super()._start_kept()
+        if self._ready:
+            self._start_next_turn()
+
+    # While it runs.
+
+    def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
+        exchange = request._exchange
+        memory: _Memory | None = exchange.memory
+        if memory is None:
+            if isinstance(fn, InTransaction):
+                return self._effect(b"", name, 0, fn, args)
+            return super().step(request, name, fn, args)
+        number = memory.counts[name] = memory.counts.get(name, 0) + 1
+        stored = memory.steps.get((name, number))
+        if stored is not None:
+            return self._codec.decode(stored)
+        if isinstance(fn, InTransaction):
+            return self._effect(b"" if exchange.is_answered else _id(exchange), name, number, fn, args)
+        data = self._codec.encode(fn(*args))
+        if not exchange.is_answered:
+            self._store(Step(_id(exchange), name, number, data))
+        return self._codec.decode(data)
+
+    def _effect(self, request_id: bytes, name: str, number: int, fn: InTransaction, args: tuple[Any, ...]) -> Any:
+        result = self._store(Effect(request_id, name, number, lambda connection: self._codec.encode(fn.act(connection, *args))))
+        if isinstance(result, Failed):
+            raise result.error
+        return self._codec.decode(result)
+
+    def _store(self, write: Write) -> Any:
+        """Wait until something is stored. Whoever ends the wait leaves it open whether it is."""
+        done = AsyncResult()
+        self._commits.write(write, lambda result, error: done.set(result) if error is None else done.set_exception(error))
+        return done.get()
+
+    # Its answer.
+
+    def answer(
+        self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY, error: RemoteError | None = None
+    ) -> None:
+        memory: _Memory | None = exchange.memory
+        if memory is not None and memory.is_begun and not memory.is_vanished and is_kept(error):
+            self._keep(exchange, body, kind, error)
+        elif isinstance(exchange.envelope.header, Header):
+            self._answer_now(exchange, body, kind, error)
+        else:
+            super().answer(exchange, body, kind, error)
+
+    def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
+        if request._exchange.memory is None:
+            super()._reply(request, frames)
+        else:
+            self.answer(request._exchange, frames)
+
+    def _keep(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
+        self.responder.seal(exchange)
+        exchange.is_held = True
+        self._commits.write(
+            Finish(_id(exchange), kind, body), lambda _, failed: self._on_kept(exchange, body, kind, error, failed)
+        )
+
+    def _on_kept(
+        self,
+        exchange: Exchange,
+        body: Sequence[bytes],
+        kind: Kind,
+        error: RemoteError | None,
+        failed: JournalError | None,
+    ) -> None:
+        exchange.is_held = False
+        if failed is not None:
+            error = RemoteError("UNAVAILABLE", f"the answer could not be stored: {failed}", "JournalError")
+            body, kind = [error.to_reply()], Kind.ERROR
+        self._leave(exchange, body, kind, error, self._send_soon)
+
+    def _answer_now(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
+        self.responder.seal(exchange)
+        self._leave(exchange, body, kind, error, self._send)
+
+    def _leave(
+        self,
+        exchange: Exchange,
+        body: Sequence[bytes],
+        kind: Kind,
+        error: RemoteError | None,
+        send: Callable[[list[bytes]], None],
+    ) -> None:
+        send(self.responder.deliver(exchange, body, kind))
+        for frames in self.responder.copies(exchange, body, kind):
+            send(frames)
+        self._count(exchange, error)
+
+    def _on_acked(self, request_id: bytes) -> None:
+        self._commits.write(Ack(request_id))
+
+    # Its end.
+
+    def finish(self, request: Request) -> None:
+        exchange = request._exchange
+        try:
+            super().finish(request)
+        finally:
+            if exchange.memory is not None and self._active.get(request_id := _id(exchange)) is exchange:
+                del self._active[request_id]
+                after = self._after.pop(request_id, None)
+                if after is not None and self._beginning.pop(after._exchange.key, None) is not None:
+                    self._start(after)
+
+    def cancel_from(self, routing_id: bytes) -> None:
+        for exchange in self._owed.values():
+            if exchange.memory is not None and exchange.envelope.route[0] == routing_id:
+                exchange.memory.is_vanished = True
+        super().cancel_from(routing_id)
+
+    def abort_all(self, error: RemoteError) -> None:
+        for request in list(self._beginning.values()):
+            self._guarded(self._drop, request, error)
+        super().abort_all(error)
+
+
+def _id(exchange: Exchange) -> bytes:
+    header = exchange.envelope.header
+    assert isinstance(header, Header)
+    return header.request_id
+
+
+def _not_stored(error: JournalError) -> RemoteError:
+    return RemoteError("RESOURCE_EXHAUSTED", f"the request could not be stored, and was not run: {error}", "JournalError")
