@@ -23,17 +23,16 @@ from __future__ import annotations
 import errno
 import logging
 import random
-import sys
 from time import monotonic
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import gevent
 import zmq
-from gevent.monkey import get_original
 
+from .counts import is_counted, sample, unread
 from .deadlines import start_timer
 from .endpoints import explained
-from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from .errors import PeerSilent, Refused
 from .green._forks import generation
 from .green._pump import Pump
 from .green.context import plain_socket
@@ -42,8 +41,9 @@ from .sansio.backoff import LONGEST, delay
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
 from .stats import EndpointStats
+from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE, Loss, Trouble, refusal
 
-__all__ = ["Channel", "Loss", "Owner", "Trouble"]
+__all__ = ["Channel", "Owner"]
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +60,6 @@ SHY = 0.2
 #: Bytes of a frame on the wire besides its own, about.
 FRAMING = 2
 
-_TCP_INFO = 11
-_TCP_INFO_SIZE = 148
-
-#: Where in Linux's struct tcp_info (linux/tcp.h) stand: unacked; bytes_acked and bytes_received; notsent_bytes.
-_UNACKED, _ACKED, _RECEIVED, _WAITING = slice(24, 28), slice(120, 128), slice(128, 136), slice(144, 148)
-
 _NO_DETAIL = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _FINAL = frozenset({zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL})
 
@@ -79,40 +73,6 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
-
-
-class Trouble(NamedTuple):
-    """Why requests cannot be handed over, or were lost; the error for each is made of it."""
-
-    kind: type[PeerError]
-    message: str
-    silent: str | None = None
-
-    def error(self, endpoint: str, request_id: bytes, maybe_executed: bool) -> PeerError:
-        details: dict[str, Any] = {"silent": self.silent} if self.kind is PeerSilent else {}
-        return self.kind(
-            f"{endpoint}: {self.message}",
-            endpoint=endpoint,
-            maybe_executed=maybe_executed,
-            request_id=request_id.hex(),
-            **details,
-        )
-
-
-class Loss(NamedTuple):
-    """What the end of a connection, or of a server behind it, has cost.
-
-    Attributes:
-        trouble: What happened.
-        lost: The requests that may have been run: open, and off any connection.
-        unsent: Those that were provably not handed over.
-        is_journaled: The server kept a journal: what is sent again is not run twice.
-    """
-
-    trouble: Trouble
-    lost: list[Asked]
-    unsent: list[Asked]
-    is_journaled: bool
 
 
 class Owner(Protocol):
@@ -162,6 +122,7 @@ class Channel:
     __slots__ = (
         "__weakref__",
         "_context",
+        "_counts",
         "_descriptor",
         "_failing_since",
         "_generation",
@@ -199,6 +160,7 @@ class Channel:
         self._requester = requester
         self._limit = limit
         self._owner = owner
+        self._counts = is_counted(endpoint)
         self._pulse = None if limit is None or endpoint.startswith("inproc:") else Pulse(limit)
         self._generation = generation()
         self._pump: Pump | None = None
@@ -317,13 +279,13 @@ class Channel:
         if self._pulse.is_busy:
             self._requester.forgive(self.connection, now)
         if silent is not None:
-            self._lose(_SILENT[silent])
+            self._lose(SILENT[silent])
         elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
-            self._lose(_SILENT["hub" if self._counts else "server"])
+            self._lose(SILENT["hub" if self._counts else "server"])
         elif unheard:
             for asked in unheard:  # its server is gone behind a proxy; those of others are not
                 self._requester.unsend(asked)
-            self._tell_lost(Loss(_SILENT["hub"], unheard, [], self.connection.is_journaling))
+            self._tell_lost(Loss(SILENT["hub"], unheard, [], self.connection.is_journaling))
 
     def close(self, linger: int) -> None:
         """Close; what is queued may leave for `linger` milliseconds more."""
@@ -376,11 +338,6 @@ class Channel:
         sock.setsockopt(zmq.CONNECT_TIMEOUT, limit)
         sock.setsockopt(zmq.HANDSHAKE_IVL, limit)
 
-    @property
-    def _counts(self) -> bool:
-        """Whether the kernel counts what a connection carries."""
-        return self.endpoint.startswith("tcp:") and sys.platform == "linux"
-
     def _watch(self, sock: zmq.Socket[Any]) -> Monitor | None:
         try:
             return Monitor(sock, self._on_event, _EVENTS)
@@ -411,7 +368,7 @@ class Channel:
     def _on_event(self, event: ConnectionEvent) -> None:
         kind = event.kind
         if self._is_dying:
-            self._lose(_LOST)
+            self._lose(LOST)
         elif kind == zmq.EVENT_CONNECTED:
             self._descriptor = event.value
             self._is_connected = True
@@ -421,24 +378,24 @@ class Channel:
         elif kind == zmq.EVENT_DISCONNECTED:
             self._on_disconnected()
         elif kind in _FINAL:
-            self._fail(_refusal(event))
+            self._fail(refusal(event))
         elif kind == _NO_DETAIL and self.is_up:
-            self._lose(_NO_ANSWER)  # it was taken for one of ZMTP 2, which always shakes hands
+            self._lose(NO_ANSWER)  # it was taken for one of ZMTP 2, which always shakes hands
         elif kind == _NO_DETAIL:
             self._has_failed = True
             self._fail(self._bad_handshake(event))
         elif kind == zmq.EVENT_CLOSED:
             self._failing_since = None
-            self._fail(_NOBODY)
+            self._fail(NOBODY)
 
     def _bad_handshake(self, event: ConnectionEvent) -> Trouble:
         """It may be a server that dies as it starts, or somebody who will never answer: time tells."""
         if event.value == errno.EAGAIN:
-            return _NO_ANSWER
+            return NO_ANSWER
         now = monotonic()
         self._failing_since = now if self._failing_since is None else self._failing_since
         is_hopeless = self._limit is not None and now - self._failing_since >= self._limit
-        return _NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else _NO_HANDSHAKE
+        return NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else NO_HANDSHAKE
 
     def _on_disconnected(self) -> None:
         self._is_connected = False
@@ -449,11 +406,11 @@ class Channel:
         elif self._has_failed:
             self._has_failed = False
         elif self.trouble is None or self.trouble.kind is not Refused:
-            self._fail(_WRONG_TYPE)  # neither up nor failed: libzmq does not say so, nor try again
+            self._fail(WRONG_TYPE)  # neither up nor failed: libzmq does not say so, nor try again
 
     def _on_settled(self) -> None:
         self._settle = None
-        self._lose(_LOST)
+        self._lose(LOST)
 
     def _fail(self, trouble: Trouble) -> None:
         self.trouble = trouble
@@ -462,7 +419,7 @@ class Channel:
         self._owner.on_down(self)
 
     def _on_gone(self) -> None:
-        self._lose(_LOST)
+        self._lose(LOST)
 
     def _on_message(self, frames: list[bytes]) -> None:
         was_heard = self.connection.is_heard
@@ -542,7 +499,7 @@ class Channel:
         except zmq.ZMQError:
             log.exception("%s: cannot be connected to again", self.endpoint, extra={"endpoint": self.endpoint})
             self._losses += 1
-            self._fail(_NOBODY)
+            self._fail(NOBODY)
             if not self._is_closed and self._pump is None and self._reopen is None and self._owner.is_wanted(self):
                 self._pause()  # nothing else keeps the loop running for those who wait
             return
@@ -578,76 +535,7 @@ class Channel:
         if self._counts:
             sample = self._sample()
             return sample is None or sample.received > 0
-        return not _unread(self._descriptor)
+        return not unread(self._descriptor)
 
     def _sample(self) -> Sample | None:
-        """What the kernel has counted, None if it does not. A descriptor that is another's by now gives wrong numbers only."""
-        if not self._counts or self._descriptor < 0:
-            return None
-        try:
-            sock = get_original("socket", "socket")(fileno=self._descriptor)
-        except OSError:
-            return None
-        try:
-            info = sock.getsockopt(6, _TCP_INFO, _TCP_INFO_SIZE)
-        except OSError:
-            return None
-        finally:
-            sock.detach()
-        if len(info) < _TCP_INFO_SIZE:
-            return None  # a kernel before 4.6
-        received, acked, waiting, unacked = (
-            int.from_bytes(info[field], sys.byteorder) for field in (_RECEIVED, _ACKED, _WAITING, _UNACKED)
-        )
-        return Sample(received, acked, waiting, unacked, self._taken)
-
-
-def _unread(descriptor: int) -> int:
-    """Bytes that the peer of a connection by ipc has not read, 0 if nobody counts them: a stopped process reads no greeting."""
-    if sys.platform != "linux":
-        return 0
-    import fcntl
-    import termios
-
-    try:
-        return int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except OSError:
-        return 0
-
-
-_LOST = Trouble(Disconnected, "the connection that carried the request is gone")
-_NOBODY = Trouble(Unreachable, "nobody can be reached there")
-_NO_HANDSHAKE = Trouble(
-    Unreachable, "somebody is there, but the handshake fails: is it a ZeroMQ server, and are the CURVE keys right?"
-)
-_NO_ANSWER = Trouble(
-    PeerSilent,
-    "the connection stands, but nobody answers the handshake: the process is stopped, or not a ZeroMQ server",
-    "process",
-)
-_WRONG_TYPE = Trouble(Refused, "the socket there is of a type that does not answer requests: it has to be a REP or ROUTER")
-_SILENT = {
-    "link": Trouble(PeerSilent, "nothing comes through: the network is cut, or the machine is down", "link"),
-    "process": Trouble(
-        PeerSilent,
-        "what is sent arrives, but the process there gives no sign of life: it is stopped, or cut off behind a proxy",
-        "process",
-    ),
-    "hub": Trouble(
-        PeerSilent,
-        "the server no longer says that it works on the request: its event loop is blocked, or it is gone behind a proxy",
-        "hub",
-    ),
-    "server": Trouble(
-        PeerSilent,
-        "the server no longer says that it works on the request: its event loop is blocked, or its process is stopped",
-    ),
-}
-
-
-def _refusal(event: ConnectionEvent) -> Trouble:
-    if event.kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return Trouble(Refused, f"the server refuses this client's credentials (ZAP status {event.value})")
-    return Trouble(
-        Refused, "the handshake breaks the protocol: the two sides use different security mechanisms, or other types"
-    )
+        return sample(self._descriptor, self._taken) if self._counts and self._descriptor >= 0 else None

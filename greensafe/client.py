@@ -32,7 +32,8 @@ import gevent
 import zmq
 from gevent.hub import Hub
 
-from .channel import Channel, Loss, Trouble
+from .call import Call, error_in
+from .channel import Channel
 from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
@@ -43,7 +44,6 @@ from .errors import (
     Refused,
     RemoteError,
     RemoteProtocolError,
-    Unreachable,
 )
 from .green._forks import generation
 from .green.context import Context, check_context, close_first, own
@@ -59,19 +59,18 @@ from .hooks import (
     Hooks,
     teller,
 )
+from .options import check_body, check_heartbeat, check_metadata, check_retries
 from .sansio.backoff import Budget, delay
-from .sansio.envelope import CALLER_LIMIT, MAX_METADATA, Kind
+from .sansio.envelope import CALLER_LIMIT, Kind
 from .sansio.liveness import LOOKS
-from .sansio.requester import Asked, Requester, Resolution
+from .sansio.requester import Requester, Resolution
 from .stats import ClientStats
+from .trouble import DRAINING, Loss, Trouble
 
 __all__ = ["HEARTBEAT", "Client"]
 
 #: Seconds of silence after which a server is taken for dead, by default.
 HEARTBEAT = 5.0
-
-#: The shortest that is not a mistake: a server says WORKING 50 ms apart at most, and has to be heard within 4/5 of the limit.
-SHORTEST_HEARTBEAT = 0.1
 
 #: Seconds since the loop had a turn in which the monitors are not asked again: it costs more than the moment is worth.
 RECENT = 0.001
@@ -84,62 +83,6 @@ CLOSE_LINGER = 100
 
 #: Seconds by which a server may see the caller's limit run out before the caller does.
 SKEW = 0.05
-
-
-class _Call:
-    """One waiting greenlet, its request, and what came for it."""
-
-    __slots__ = (
-        "asked",
-        "asleep",
-        "avoids",
-        "channel",
-        "idempotent",
-        "is_timed_out",
-        "may_have_run",
-        "outcome",
-        "pause",
-        "since",
-        "switch",
-        "tries",
-    )
-
-    asked: Asked
-
-    def __init__(self, switch: Any, idempotent: bool, since: float) -> None:
-        self.switch = switch
-        self.since = since
-        self.idempotent = idempotent
-        self.asleep = False
-        self.is_timed_out = False
-        self.outcome: Resolution | GreensafeError | None = None
-        self.channel: Channel | None = None
-        self.tries = 0
-        #: The timer of the pause before the next try.
-        self.pause: Any = None
-        #: Channels whose servers have rejected it.
-        self.avoids: tuple[Channel, ...] = ()
-        #: A try of it was lost that had been handed over.
-        self.may_have_run = False
-
-    @property
-    def endpoint(self) -> str:
-        """Where it was sent last."""
-        return "" if self.channel is None else self.channel.endpoint
-
-    def is_answered(self) -> bool:
-        return self.outcome is not None
-
-    def wake(self) -> None:
-        if self.asleep:
-            self.asleep = False
-            self.switch()
-
-    def stop_pause(self) -> None:
-        if self.pause is not None:
-            self.pause.stop()
-            self.pause.close()
-            self.pause = None
 
 
 class Client:
@@ -178,13 +121,12 @@ class Client:
         for endpoint in endpoints:
             check_endpoint(endpoint, to_connect=True)
         check_context(context)
-        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-            raise ValueError(f"retries is a whole number from 0, not {retries!r}")
+        check_retries(retries)
         self._endpoints = endpoints
         self._timeout = to_seconds(timeout)
         self._retries = retries
         self._waits_for_servers = bool(wait)
-        self._heartbeat = _check_heartbeat(heartbeat)
+        self._heartbeat = check_heartbeat(heartbeat)
         self._tell = teller(hooks)
         self._context = context or Context.instance()
         self._closed = False
@@ -211,7 +153,7 @@ class Client:
             RemoteProtocolError: The reply has several frames: use request_multipart.
             Cancelled: The client was closed meanwhile, or its context was terminated.
         """
-        frames = self._ask([body] if type(body) is bytes else _check_body([body]), timeout, idempotent, metadata)
+        frames = self._ask([body] if type(body) is bytes else check_body([body]), timeout, idempotent, metadata)
         if len(frames) != 1:
             raise RemoteProtocolError(f"the reply has {len(frames)} frames: use request_multipart, which returns all of them")
         return frames[0]
@@ -220,11 +162,11 @@ class Client:
         self, frames: Sequence[bytes], timeout: Timeout = UNSET, idempotent: bool = False, metadata: bytes = b""
     ) -> list[bytes]:
         """Send a message of one or more frames and wait for the answer, a list of frames. See `request` for the rest."""
-        return self._ask(_check_body(frames), timeout, idempotent, metadata)
+        return self._ask(check_body(frames), timeout, idempotent, metadata)
 
     def _ask(self, body: list[bytes], timeout: Timeout, idempotent: bool, metadata: bytes) -> list[bytes]:
         if metadata:
-            _check_metadata(metadata)
+            check_metadata(metadata)
         if self._closed:
             raise Cancelled("the client is closed")
         if self._generation != generation():
@@ -239,7 +181,7 @@ class Client:
             self._catch_up(now)
         if limit == 0:
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
-        call = _Call(gevent.getcurrent().switch, idempotent, now)
+        call = Call(gevent.getcurrent().switch, idempotent, now)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
         call.asked = self._requester.open(request_id, body, at, call, _told(), metadata)
         self._budget.earn()
@@ -258,7 +200,7 @@ class Client:
             self._tell(CallAnswered(call.endpoint, request_id.hex(), monotonic() - now, call.tries))
         return frames
 
-    def _count_failure(self, call: _Call, error: BaseException) -> None:
+    def _count_failure(self, call: Call, error: BaseException) -> None:
         # A scope's signal is DeadlineExceeded as soon as it has left the scope.
         name = "DeadlineExceeded" if isinstance(error, DeadlineSignal) else type(error).__name__
         self._failures[name] = self._failures.get(name, 0) + 1
@@ -319,7 +261,7 @@ class Client:
         for channel in self._channels:
             channel.catch_up()
 
-    def _place(self, call: _Call, now: float) -> None:
+    def _place(self, call: Call, now: float) -> None:
         """Hand a request over, or have it wait until a channel can take it."""
         channel = self._pick(call)
         if channel is None:
@@ -332,7 +274,7 @@ class Client:
             self._hand_over(call, channel, now)
         self._look_out()
 
-    def _pick(self, call: _Call) -> Channel | None:
+    def _pick(self, call: Call) -> Channel | None:
         """The usable channel with the fewest requests in flight.
 
         With retries, one of which nothing was heard yet gets a single request: the others need no retry if it is dead. One of
@@ -349,7 +291,7 @@ class Client:
                 best = channel
         return best
 
-    def _hand_over(self, call: _Call, channel: Channel, now: float) -> None:
+    def _hand_over(self, call: Call, channel: Channel, now: float) -> None:
         call.channel = channel
         channel.wake()
         channel.send(call.asked, now)
@@ -377,7 +319,7 @@ class Client:
         """Why nobody can be expected, None as long as somebody can."""
         found: tuple[Channel, Trouble] | None = None
         for channel in self._channels:
-            trouble = _DRAINING if channel.is_up and channel.connection.is_draining else channel.trouble
+            trouble = DRAINING if channel.is_up and channel.connection.is_draining else channel.trouble
             if trouble is None:
                 return None
             if self._waits_for_servers and trouble.kind not in _FINAL:
@@ -385,14 +327,14 @@ class Client:
             found = found or (channel, trouble)
         return found
 
-    def _retry_or_end(self, call: _Call, error: GreensafeError, is_safe: bool) -> None:
+    def _retry_or_end(self, call: Call, error: GreensafeError, is_safe: bool) -> None:
         if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
             self._pause(call, error)
         else:
             call.outcome = error
             self._wake(call)
 
-    def _pause(self, call: _Call, error: GreensafeError) -> None:
+    def _pause(self, call: Call, error: GreensafeError) -> None:
         call.tries += 1
         call.avoids = ()
         pause = delay(call.tries, random.random())
@@ -401,7 +343,7 @@ class Client:
         if self._tell is not None:
             self._tell(CallRetried(call.endpoint, call.asked.request_id.hex(), call.tries, pause, error))
 
-    def _on_paused(self, call: _Call) -> None:
+    def _on_paused(self, call: Call) -> None:
         call.stop_pause()
         self._place(call, monotonic())
 
@@ -430,7 +372,7 @@ class Client:
         for asked in loss.lost:
             if not asked.is_open:
                 continue  # answered meanwhile, by what those woken before it have read
-            call: _Call = asked.owner
+            call: Call = asked.owner
             call.may_have_run = True
             error = loss.trouble.error(channel.endpoint, asked.request_id, True)
             self._retry_or_end(call, error, call.idempotent or loss.is_journaled)
@@ -438,7 +380,7 @@ class Client:
             self._place_waiting()
 
     def on_answer(self, channel: Channel, answer: Resolution) -> None:
-        call: _Call = answer.asked.owner
+        call: Call = answer.asked.owner
         if answer.kind == Kind.REJECTED:
             self._on_rejected(call, channel, answer)
         else:
@@ -455,9 +397,9 @@ class Client:
     def is_wanted(self, channel: Channel) -> bool:
         return len(self._requester) > 0
 
-    def _on_rejected(self, call: _Call, channel: Channel, answer: Resolution) -> None:
+    def _on_rejected(self, call: Call, channel: Channel, answer: Resolution) -> None:
         """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""
-        error = _error_in(answer)
+        error = error_in(answer)
         self._rejected += 1
         call.avoids = (*call.avoids, channel)
         if isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
@@ -487,7 +429,7 @@ class Client:
         self._hub: Hub = gevent.get_hub()
         self._requester = Requester(self._heartbeat)
         self._budget = Budget()
-        self._waiting: dict[_Call, None] = {}
+        self._waiting: dict[Call, None] = {}
         self._timer: Any = None
         self._timer_at = float("inf")
         self._looks: Any = None
@@ -505,7 +447,7 @@ class Client:
             self.close()
             raise
 
-    def _wait(self, call: _Call, at: float | None, limit: float | None) -> list[bytes]:
+    def _wait(self, call: Call, at: float | None, limit: float | None) -> list[bytes]:
         """Sleep until the answer has come or a limit ends it."""
         if at is not None and at < self._timer_at:
             self._arm(at)
@@ -531,7 +473,7 @@ class Client:
             if call.is_timed_out:
                 raise self._timeout_of(call, limit)
 
-    def _sleep(self, call: _Call) -> None:
+    def _sleep(self, call: Call) -> None:
         call.asleep = True
         try:
             self._hub.switch()
@@ -539,7 +481,7 @@ class Client:
             call.asleep = False
             self._turned_at = monotonic()
 
-    def _leave(self, call: _Call) -> None:
+    def _leave(self, call: Call) -> None:
         """Nobody waits for this request any more: nothing of it stays, here or on the server."""
         call.stop_pause()
         if call.asked.is_open:
@@ -550,7 +492,7 @@ class Client:
         if not len(self._requester):
             self._rest()
 
-    def _tell_cancelled(self, call: _Call) -> bool:
+    def _tell_cancelled(self, call: Call) -> bool:
         note = self._requester.cancel(call.asked)
         if note is None or call.channel is None:
             return False
@@ -564,7 +506,7 @@ class Client:
             for channel in self._channels:
                 channel.rest()
 
-    def _timeout_of(self, call: _Call, limit: float | None) -> OperationTimeout:
+    def _timeout_of(self, call: Call, limit: float | None) -> OperationTimeout:
         channel = call.channel or self._channels[0]
         error = OperationTimeout(limit, "request", channel.endpoint)
         if call.asked.connection is None and channel.trouble is not None:
@@ -575,14 +517,14 @@ class Client:
         """The reply's frames; the server's error is raised. None: the caller's own limit, known to the server, is over."""
         if outcome.kind != Kind.ERROR:
             return outcome.body
-        error = _error_in(outcome)
+        error = error_in(outcome)
         if isinstance(error, RemoteError) and error.type == CALLER_LIMIT:
             _outlast(at)
             if at is not None and monotonic() >= at:
                 return None
         raise error
 
-    def _wake(self, call: _Call) -> None:
+    def _wake(self, call: Call) -> None:
         """Straight from a callback; from a greenlet only by way of the hub, which alone is sure to come back."""
         if gevent.getcurrent() is self._hub:
             call.wake()
@@ -642,8 +584,6 @@ class Client:
         self._stop_looking()
 
 
-_DRAINING = Trouble(Unreachable, "the server there is stopping")
-
 #: What waiting does not help against.
 _FINAL = frozenset({Refused, PeerSilent})
 
@@ -660,13 +600,6 @@ def _look(client: weakref.ref[Client], timer: Any) -> None:
         found._hub.handle_error(found, *sys.exc_info())
 
 
-def _error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
-    error = RemoteError.from_reply(answer.body[0]) if len(answer.body) == 1 else None
-    if error is not None:
-        return error
-    return RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {answer.body[0][:80]!r}")
-
-
 def _outlast(at: float | None) -> None:
     """Wait for the caller's own limit, whose echo from the server has come a little before it."""
     scope = _told()
@@ -680,31 +613,3 @@ def _told() -> float | None:
     """Until when the scopes around the caller let it wait."""
     scope = deadline.current()
     return None if scope is None else scope.effective_at
-
-
-def _check_heartbeat(heartbeat: Any) -> float | None:
-    seconds = to_seconds(heartbeat)
-    if seconds is not None and seconds < SHORTEST_HEARTBEAT:
-        raise ValueError(
-            f"heartbeat is a number of seconds from {SHORTEST_HEARTBEAT}, or None for no heartbeats, not {heartbeat!r}"
-        )
-    return seconds
-
-
-def _check_metadata(metadata: Any) -> None:
-    if not isinstance(metadata, bytes):
-        raise TypeError(f"metadata is bytes, not {type(metadata).__name__}")
-    if len(metadata) > MAX_METADATA:
-        raise ValueError(f"metadata of {len(metadata)} bytes: {MAX_METADATA} fit into a request's header")
-
-
-def _check_body(frames: Any) -> list[bytes]:
-    if isinstance(frames, (bytes, str)):
-        raise TypeError("request_multipart takes a list of frames; for one frame use request")
-    frames = list(frames)
-    if not frames:
-        raise ValueError("a request has at least one frame; b'' is an empty one")
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, (bytes, bytearray, memoryview)):
-            raise TypeError(f"frame {index} of the request is {type(frame).__name__}, not bytes: encode it first")
-    return [bytes(frame) for frame in frames]

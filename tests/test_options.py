@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from greensafe.options import check_handler, check_limits, check_options
+from greensafe.options import (
+    SHORTEST_HEARTBEAT,
+    check_body,
+    check_handler,
+    check_heartbeat,
+    check_limits,
+    check_metadata,
+    check_options,
+    check_retries,
+)
+from greensafe.sansio.envelope import MAX_METADATA
 
 
 def test_handlers() -> None:
@@ -58,3 +68,38 @@ def test_on_error() -> None:
     check_options(1, print)
     with pytest.raises(TypeError, match="on_error"):
         check_options(1, "print")
+
+
+def test_heartbeats() -> None:
+    """From the shortest that servers keep up with; None and inf are none."""
+    assert check_heartbeat(SHORTEST_HEARTBEAT) == SHORTEST_HEARTBEAT
+    assert check_heartbeat(float("inf")) is None
+    with pytest.raises(ValueError, match="heartbeat"):
+        check_heartbeat(SHORTEST_HEARTBEAT * 0.9)
+
+
+@pytest.mark.parametrize("retries", [-1, True, 1.0, None])
+def test_wrong_numbers_of_retries(retries: Any) -> None:
+    """retries is a whole number from 0."""
+    check_retries(0)
+    with pytest.raises(ValueError, match="retries"):
+        check_retries(retries)
+
+
+def test_metadata() -> None:
+    """Bytes that fit into a header."""
+    check_metadata(bytes(MAX_METADATA))
+    with pytest.raises(ValueError, match=str(MAX_METADATA)):
+        check_metadata(bytes(MAX_METADATA + 1))
+    with pytest.raises(TypeError, match="metadata"):
+        check_metadata("00-trace")
+
+
+def test_bodies() -> None:
+    """One frame at least, each of which is bytes, or a buffer that becomes that."""
+    assert check_body((b"1", bytearray(b"2"), memoryview(b"3"))) == [b"1", b"2", b"3"]
+    with pytest.raises(ValueError, match="at least one"):
+        check_body([])
+    for wrong in (b"text", "text", [b"1", "2"]):
+        with pytest.raises(TypeError):
+            check_body(wrong)

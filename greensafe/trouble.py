@@ -1,0 +1,102 @@
+"""What has happened to a connection, and which error do those who asked by it get?
+
+A `Trouble` is what is said of all requests alike, a `Loss` what the end of a connection has cost. It does not know how either
+is found out; see `channel`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import zmq
+
+from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from .green.monitor import ConnectionEvent
+from .sansio.requester import Asked
+
+__all__ = [
+    "DRAINING",
+    "LOST",
+    "NOBODY",
+    "NO_ANSWER",
+    "NO_HANDSHAKE",
+    "SILENT",
+    "WRONG_TYPE",
+    "Loss",
+    "Trouble",
+    "refusal",
+]
+
+
+class Trouble(NamedTuple):
+    """Why requests cannot be handed over, or were lost; the error for each is made of it."""
+
+    kind: type[PeerError]
+    message: str
+    silent: str | None = None
+
+    def error(self, endpoint: str, request_id: bytes, maybe_executed: bool) -> PeerError:
+        details: dict[str, Any] = {"silent": self.silent} if self.kind is PeerSilent else {}
+        return self.kind(
+            f"{endpoint}: {self.message}",
+            endpoint=endpoint,
+            maybe_executed=maybe_executed,
+            request_id=request_id.hex(),
+            **details,
+        )
+
+
+class Loss(NamedTuple):
+    """What the end of a connection, or of a server behind it, has cost.
+
+    Attributes:
+        trouble: What happened.
+        lost: The requests that may have been run: open, and off any connection.
+        unsent: Those that were provably not handed over.
+        is_journaled: The server kept a journal: what is sent again is not run twice.
+    """
+
+    trouble: Trouble
+    lost: list[Asked]
+    unsent: list[Asked]
+    is_journaled: bool
+
+
+LOST = Trouble(Disconnected, "the connection that carried the request is gone")
+NOBODY = Trouble(Unreachable, "nobody can be reached there")
+NO_HANDSHAKE = Trouble(
+    Unreachable, "somebody is there, but the handshake fails: is it a ZeroMQ server, and are the CURVE keys right?"
+)
+NO_ANSWER = Trouble(
+    PeerSilent,
+    "the connection stands, but nobody answers the handshake: the process is stopped, or not a ZeroMQ server",
+    "process",
+)
+WRONG_TYPE = Trouble(Refused, "the socket there is of a type that does not answer requests: it has to be a REP or ROUTER")
+SILENT = {
+    "link": Trouble(PeerSilent, "nothing comes through: the network is cut, or the machine is down", "link"),
+    "process": Trouble(
+        PeerSilent,
+        "what is sent arrives, but the process there gives no sign of life: it is stopped, or cut off behind a proxy",
+        "process",
+    ),
+    "hub": Trouble(
+        PeerSilent,
+        "the server no longer says that it works on the request: its event loop is blocked, or it is gone behind a proxy",
+        "hub",
+    ),
+    "server": Trouble(
+        PeerSilent,
+        "the server no longer says that it works on the request: its event loop is blocked, or its process is stopped",
+    ),
+}
+DRAINING = Trouble(Unreachable, "the server there is stopping")
+
+
+def refusal(event: ConnectionEvent) -> Trouble:
+    """What a handshake that failed for good says."""
+    if event.kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return Trouble(Refused, f"the server refuses this client's credentials (ZAP status {event.value})")
+    return Trouble(
+        Refused, "the handshake breaks the protocol: the two sides use different security mechanisms, or other types"
+    )

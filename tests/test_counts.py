@@ -1,0 +1,61 @@
+"""Tests of greensafe.counts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+from helpers import wait_until
+
+from greensafe.counts import is_counted, sample, unread
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nobody counts elsewhere")
+
+
+def test_who_is_counted() -> None:
+    """Connections by tcp."""
+    assert is_counted("tcp://a:1")
+    assert not is_counted("ipc://a")
+
+
+def test_sample() -> None:
+    """What has arrived, and what the peer's kernel has acknowledged, is counted; asking leaves the descriptor open."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        peer, _ = listener.accept()
+        with peer:
+            before = sample(sock.fileno(), 7)
+            assert before is not None
+            assert before.taken == 7
+            peer.sendall(b"x" * 100)
+            sock.sendall(b"x" * 10)
+
+            def count() -> bool:
+                after = sample(sock.fileno(), 7)
+                assert after is not None
+                return (after.received - before.received, after.acked - before.acked) == (100, 10)
+
+            wait_until(count)
+            assert sock.recv(100) == b"x" * 100
+
+
+def test_others_descriptors() -> None:
+    """A descriptor that is closed, or no connection by TCP, has no counts."""
+    reading, writing = os.pipe()
+    os.close(writing)
+    assert sample(reading, 0) is None
+    os.close(reading)
+    assert sample(reading, 0) is None
+    assert unread(reading) == 0
+
+
+def test_unread() -> None:
+    """What a peer by ipc has not read is counted until it has."""
+    one, other = socket.socketpair()
+    with one, other:
+        assert unread(one.fileno()) == 0
+        one.sendall(b"x")
+        assert unread(one.fileno()) > 0
+        other.recv(1)
+        assert unread(one.fileno()) == 0
