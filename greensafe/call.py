@@ -24,7 +24,6 @@ class Call:
         "channel",
         "idempotent",
         "is_timed_out",
-        "may_have_run",
         "outcome",
         "pause",
         "since",
@@ -47,8 +46,6 @@ class Call:
         self.pause: Any = None
         #: Channels whose servers have rejected it.
         self.avoids: tuple[Channel, ...] = ()
-        #: A try of it was lost that had been handed over.
-        self.may_have_run = False
 
     @property
     def endpoint(self) -> str:

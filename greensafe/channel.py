@@ -38,6 +38,7 @@ from .green._pump import Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .sansio.backoff import LONGEST, delay
+from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
 from .stats import EndpointStats
@@ -112,6 +113,7 @@ class Channel:
 
     Attributes:
         connection: What is known of the present one.
+        journal: Of the server that answered here last, on this connection or an earlier one; NO_JOURNAL if it had none.
         is_up: Whether requests can be handed over.
         trouble: How the last attempt to connect ended, None if none has ended since the channel was up.
         losses: Connections, or servers behind one, that were lost.
@@ -147,6 +149,7 @@ class Channel:
         "endpoint",
         "failed_attempts",
         "is_up",
+        "journal",
         "losses",
         "lost_requests",
         "trouble",
@@ -171,6 +174,7 @@ class Channel:
         self._failing_since: float | None = None
         self._was_silent = False
         self._is_closed = False
+        self.journal = NO_JOURNAL
         self.losses = 0
         self.lost_requests = 0
         self.failed_attempts = 0
@@ -201,6 +205,11 @@ class Channel:
             failed_attempts=self.failed_attempts,
             trouble="" if self.trouble is None else self.trouble.message,
         )
+
+    def keeps(self, journal: bytes) -> bool:
+        """Whether the server here has this journal, as far as anybody can tell before it is asked."""
+        connection = self.connection
+        return not connection.is_mixed and (connection.journal if connection.is_known else self.journal) == journal
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "up" if self.is_up else "down"
@@ -285,7 +294,7 @@ class Channel:
         elif unheard:
             for asked in unheard:  # its server is gone behind a proxy; those of others are not
                 self._requester.unsend(asked)
-            self._tell_lost(Loss(SILENT["hub"], unheard, [], self.connection.is_journaling))
+            self._tell_lost(Loss(SILENT["hub"], unheard, [], self.connection))
 
     def close(self, linger: int) -> None:
         """Close; what is queued may leave for `linger` milliseconds more."""
@@ -429,12 +438,18 @@ class Channel:
             self._taken += sum(map(len, frames)) + FRAMING * len(frames)
         if answer is None:
             if not was_heard and self.connection.is_heard:
+                self._learn()
                 self._owner.on_up(self)  # what waited for a sign that somebody answers here
         else:
+            if not was_heard:
+                self._learn()
             note = self._requester.ack(answer, self.connection)
             if note is not None:
                 self.tell(note)
             self._owner.on_answer(self, answer)
+
+    def _learn(self) -> None:
+        self.journal = self.connection.journal or NO_JOURNAL
 
     # The end of a connection.
 
@@ -466,7 +481,7 @@ class Channel:
         lost = self._requester.lose(self.connection)
         unsent = [asked for asked in lost if id(asked.frames) in kept]
         lost = [asked for asked in lost if id(asked.frames) not in kept]
-        return Loss(trouble, lost, unsent, self.connection.is_journaling)
+        return Loss(trouble, lost, unsent, self.connection)
 
     def _revive(self, now: float) -> None:
         """Connect again though others do the work meanwhile: that is how a server that is back is found."""

@@ -61,11 +61,11 @@ from .hooks import (
 )
 from .options import check_body, check_heartbeat, check_metadata, check_retries
 from .sansio.backoff import Budget, delay
-from .sansio.envelope import CALLER_LIMIT, Kind
+from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS
 from .sansio.requester import Requester, Resolution
 from .stats import ClientStats
-from .trouble import DRAINING, Loss, Trouble
+from .trouble import DRAINING, LOST, Loss, Trouble
 
 __all__ = ["HEARTBEAT", "Client"]
 
@@ -287,6 +287,8 @@ class Client:
                 continue
             if self._retries and connection.sent and not connection.is_heard:
                 continue
+            if call.asked.journal is not NO_JOURNAL and not channel.keeps(call.asked.journal):
+                continue
             if best is None or (channel.is_blind, channel.load) < (best.is_blind, best.load):
                 best = channel
         return best
@@ -300,7 +302,7 @@ class Client:
         now = monotonic()
         for call in list(self._waiting):
             channel = self._pick(call)
-            if channel is None and not call.avoids:
+            if channel is None and not call.avoids and call.asked.journal is NO_JOURNAL:
                 return  # nor is there a place for those behind it
             if channel is not None and call in self._waiting:
                 del self._waiting[call]
@@ -313,7 +315,7 @@ class Client:
             channel, trouble = found
             for call in list(self._waiting):
                 del self._waiting[call]
-                self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.may_have_run), True)
+                self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.asked.may_have_run), True)
 
     def _hopeless(self) -> tuple[Channel, Trouble] | None:
         """Why nobody can be expected, None as long as somebody can."""
@@ -331,8 +333,21 @@ class Client:
         if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
             self._pause(call, error)
         else:
-            call.outcome = error
-            self._wake(call)
+            self._end(call, error)
+
+    def _end(self, call: Call, error: GreensafeError) -> None:
+        call.outcome = error
+        self._wake(call)
+
+    def _resend(self, call: Call, journal: bytes, error: GreensafeError, now: float) -> None:
+        """Its server keeps a journal, and goes on with it once it is back: no more work for it than it has had before."""
+        self._requester.bind(call.asked, journal)
+        call.tries += 1
+        call.avoids = ()
+        self._retried += 1
+        if self._tell is not None:
+            self._tell(CallRetried(call.endpoint, call.asked.request_id.hex(), call.tries, 0.0, error))
+        self._place(call, now)
 
     def _pause(self, call: Call, error: GreensafeError) -> None:
         call.tries += 1
@@ -373,9 +388,15 @@ class Client:
             if not asked.is_open:
                 continue  # answered meanwhile, by what those woken before it have read
             call: Call = asked.owner
-            call.may_have_run = True
+            asked.may_have_run = True
             error = loss.trouble.error(channel.endpoint, asked.request_id, True)
-            self._retry_or_end(call, error, call.idempotent or loss.is_journaled)
+            journal = asked.journal if asked.journal != NO_JOURNAL else loss.connection.journal_of(asked, channel.journal)
+            if call.idempotent or journal == NO_JOURNAL:
+                self._retry_or_end(call, error, call.idempotent)
+            elif call.tries < self._retries:
+                self._resend(call, journal, error, now)
+            else:
+                self._end(call, error)
         if self._waiting:
             self._place_waiting()
 
@@ -383,6 +404,8 @@ class Client:
         call: Call = answer.asked.owner
         if answer.kind == Kind.REJECTED:
             self._on_rejected(call, channel, answer)
+        elif answer.kind == Kind.INTERRUPTED:
+            self._on_interrupted(call, answer)
         else:
             call.stop_pause()  # it may be the answer to an earlier try
             self._waiting.pop(call, None)
@@ -402,7 +425,9 @@ class Client:
         error = error_in(answer)
         self._rejected += 1
         call.avoids = (*call.avoids, channel)
-        if isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
+        if isinstance(error, RemoteError) and error.type == OTHER_JOURNAL:
+            self._on_other_journal(call, channel)
+        elif isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
             channel.connection.is_draining = channel.connection.is_direct
             if channel.connection.is_direct:
                 call.avoids = ()
@@ -411,6 +436,26 @@ class Client:
                 self._pause(call, error)  # the proxy may choose the same server again
         elif self._pick(call) is not None:
             self._place(call, monotonic())
+        else:
+            self._retry_or_end(call, error, True)
+
+    def _on_other_journal(self, call: Call, channel: Channel) -> None:
+        """The server that knows of it is not there, but another one. Behind a proxy it may be the next."""
+        error = LOST.error(channel.endpoint, call.asked.request_id, True)
+        error.add_note("the server that is there now keeps another journal, and must not run it")
+        if self._pick(call) is not None:
+            self._place(call, monotonic())
+        elif channel.connection.is_direct:
+            self._end(call, error)
+        else:
+            self._retry_or_end(call, error, True)
+
+    def _on_interrupted(self, call: Call, answer: Resolution) -> None:
+        """It goes on where it was interrupted when it is sent again, if to that journal."""
+        error = error_in(answer)
+        self._requester.bind(call.asked, answer.journal)
+        if isinstance(error, RemoteError) and error.type == SERVER_STOPPED and call.tries < self._retries:
+            self._pause(call, error)  # until it is gone; then it waits for the next one
         else:
             self._retry_or_end(call, error, True)
 

@@ -12,8 +12,8 @@ Rules:
   no trace but its Begin.
 * The same request again joins the one that is open here. If that is answered already but its handler has not ended, and the
   answer was none to be kept, the next run waits for that end: a request never runs twice at a time.
-* An answer that cannot be stored does not leave: its client is told UNAVAILABLE, and asks again if it may. Answers that are not
-  kept (`sansio.resume.is_kept`) leave as without a journal, and the request stays open; so do those to nobody, whose client has
+* An answer that cannot be stored does not leave: its client is told UNAVAILABLE. That, and what else is not kept
+  (`sansio.resume.is_kept`), leaves as INTERRUPTED, and the request stays open; so does an answer to nobody, whose client has
   vanished and may come back for more.
 * After the answer nothing is stored any more: steps that still run are not for another run.
 
@@ -256,6 +256,8 @@ class Journaled(Watchdog):
         if memory is not None and memory.is_begun and not memory.is_vanished and is_kept(error):
             self._keep(exchange, body, kind, error)
         elif isinstance(exchange.envelope.header, Header):
+            if memory is not None and memory.is_begun and not is_kept(error):
+                kind = Kind.INTERRUPTED
             self._answer_now(exchange, body, kind, error)
         else:
             super().answer(exchange, body, kind, error)
@@ -284,7 +286,7 @@ class Journaled(Watchdog):
         exchange.is_held = False
         if failed is not None:
             error = RemoteError("UNAVAILABLE", f"the answer could not be stored: {failed}", "JournalError")
-            body, kind = [error.to_reply()], Kind.ERROR
+            body, kind = [error.to_reply()], Kind.INTERRUPTED
         self._leave(exchange, body, kind, error, self._send_soon)
 
     def _answer_now(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:

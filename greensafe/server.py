@@ -53,6 +53,7 @@ from .options import (
     check_resume,
     check_watch,
 )
+from .sansio.envelope import SERVER_STOPPED
 from .stats import ServerStats
 from .watchdog import Watchdog
 
@@ -437,7 +438,7 @@ class Server:
         pump, watchdog = self._pump, self._watchdog
         if pump is None or watchdog is None:
             return
-        stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
+        stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
         watchdog.abort_all(stopped)
         pump.refuse(lambda frames: watchdog.refuse(frames, stopped))
         pump.flush()

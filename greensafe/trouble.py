@@ -12,7 +12,7 @@ import zmq
 
 from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
 from .green.monitor import ConnectionEvent
-from .sansio.requester import Asked
+from .sansio.requester import Asked, Connection
 
 __all__ = [
     "DRAINING",
@@ -53,13 +53,13 @@ class Loss(NamedTuple):
         trouble: What happened.
         lost: The requests that may have been run: open, and off any connection.
         unsent: Those that were provably not handed over.
-        is_journaled: The server kept a journal: what is sent again is not run twice.
+        connection: What was known of it.
     """
 
     trouble: Trouble
     lost: list[Asked]
     unsent: list[Asked]
-    is_journaled: bool
+    connection: Connection
 
 
 LOST = Trouble(Disconnected, "the connection that carried the request is gone")

@@ -64,12 +64,18 @@ def test_endpoint_that_was_bound(context: zmq.Context, tmp_path: Path, endpoint:
         (TypeError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "context": 5}),
         (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "max_inflight": 0}),
         (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "max_inflight": True}),
-        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "journal": object()}),
+        (TypeError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "journal": object()}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "resume": "never"}),
+        (ValueError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "max_attempts": 0}),
+        (TypeError, ("tcp://127.0.0.1:0", _echo), {"deadline": 1, "step_codec": object()}),
     ],
 )
 def test_wrong_arguments(kind: type[Exception], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """A wrong argument is an error of the constructor, whose text says which."""
-    with pytest.raises(kind, match=r"endpoint|handler|deadline|limit|grace|max_inflight|journal|port|on_error|context"):
+    with pytest.raises(
+        kind,
+        match=r"endpoint|handler|deadline|limit|grace|max_inflight|journal|port|on_error|context|resume|max_attempts|step_codec",
+    ):
         Server(*args, **options)
 
 

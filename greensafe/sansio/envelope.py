@@ -45,6 +45,7 @@ __all__ = [
     "NO_JOURNAL",
     "OTHER_JOURNAL",
     "SERVER_HEADER_SIZE",
+    "SERVER_STOPPED",
     "VERSION",
     "Envelope",
     "Header",
@@ -82,6 +83,9 @@ CALLER_LIMIT = "CallerLimit"
 #: The type of the error that rejects a request which may have run for a server with another journal.
 OTHER_JOURNAL = "OtherJournal"
 
+#: The type of the error of a request that was owed an answer when its server was stopped.
+SERVER_STOPPED = "ServerStopped"
+
 #: What a server without a journal says in its place, and a client whom any may serve.
 NO_JOURNAL = bytes(16)
 
@@ -105,6 +109,7 @@ class Kind(enum.IntEnum):
     PONG = 0x84
     REJECTED = 0x85
     DRAINING = 0x86
+    INTERRUPTED = 0x87
 
 
 class Header:

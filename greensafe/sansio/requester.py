@@ -24,7 +24,10 @@ from .liveness import WORDLESS
 __all__ = ["Asked", "Connection", "Requester", "Resolution"]
 
 #: The kinds that end a request.
-_ENDS = frozenset({Kind.REPLY, Kind.ERROR, Kind.REJECTED, Kind.REQUEST})
+_ENDS = frozenset({Kind.REPLY, Kind.ERROR, Kind.REJECTED, Kind.INTERRUPTED, Kind.REQUEST})
+
+#: Those among them after which the request is open as before: it may be sent again.
+_RETURNS = frozenset({Kind.REJECTED, Kind.INTERRUPTED})
 
 #: Bytes of a request's id.
 _ID = 16
@@ -44,6 +47,10 @@ class Asked:
         connection: Where it was sent, None while it waits.
         tried: All connections it was ever sent on: an answer by any other is none.
         is_heard: The server has said that it works on it.
+        heard_by: The journal of the server that has; b"" before.
+        first_at: When it was first sent, 0 before.
+        may_have_run: A try of it was lost that had been handed over.
+        journal: The journal of the server for which it may have run, if no other may run it; NO_JOURNAL for any.
         heard_at: When it was sent or heard of last.
         is_open: Not resolved, given up or expired.
     """
@@ -52,10 +59,14 @@ class Asked:
         "at",
         "body",
         "connection",
+        "first_at",
         "frames",
         "heard_at",
+        "heard_by",
         "is_heard",
         "is_open",
+        "journal",
+        "may_have_run",
         "metadata",
         "owner",
         "request_id",
@@ -77,6 +88,10 @@ class Asked:
         self.tried: tuple[Connection, ...] = ()
         self.is_heard = False
         self.heard_at = 0.0
+        self.heard_by = b""
+        self.first_at = 0.0
+        self.may_have_run = False
+        self.journal = NO_JOURNAL
         self.is_open = True
 
 
@@ -110,6 +125,17 @@ class Connection:
         """Whether the server that answered last keeps a journal."""
         return self.journal not in (b"", NO_JOURNAL)
 
+    def journal_of(self, asked: Asked, before: bytes) -> bytes:
+        """The journal of the server that has got this request by this connection; NO_JOURNAL if it has none or nobody knows.
+
+        Behind a proxy only that server itself can tell. `before` is what was known of this endpoint before this connection.
+        """
+        if self.is_mixed:
+            return NO_JOURNAL
+        if self.is_known:
+            return self.journal if self.is_direct else asked.heard_by or NO_JOURNAL
+        return before
+
     def learn(self, header: ServerHeader) -> None:
         """Take in what every message of a server tells."""
         self.is_known = True
@@ -125,7 +151,8 @@ class Resolution(NamedTuple):
         asked: The request.
         body: The frames of the answer, at least one.
         kind: REPLY; ERROR: a greensafe server says that it is an error; REJECTED: the same, and it was not run: the request
-            waits again; REQUEST: a plain REP answered, which returns the header as it was.
+            waits again; INTERRUPTED: the same, and it goes on there when it is sent again: it waits again, too;
+            REQUEST: a plain REP answered, which returns the header as it was.
         journal: Of the server that answered; b"" for a plain REP.
     """
 
@@ -200,7 +227,10 @@ class Requester:
         limit = at if told is None else told if at is None else min(at, told)
         flags = 0 if connection.is_direct else GREET
         left = None if limit is None else remaining_ms(now, limit)
-        header = pack(Kind.REQUEST, asked.request_id, left, self._patience_ms, flags, asked.metadata)
+        age = max(1, round((now - asked.first_at) * 1000)) if asked.may_have_run else 0
+        header = pack(Kind.REQUEST, asked.request_id, left, self._patience_ms, flags, asked.metadata, age, asked.journal)
+        if not asked.first_at:
+            asked.first_at = now
         asked.connection = connection
         if connection not in asked.tried:
             asked.tried += (connection,)
@@ -224,7 +254,7 @@ class Requester:
         if header.kind in _ENDS:
             return self._resolve(header, frames, connection)
         if header.kind == Kind.WORKING:
-            self._hear(frames[2], now)
+            self._hear(frames[2], now, connection.journal)
         elif header.kind == Kind.DRAINING:
             connection.is_draining = connection.is_direct  # a proxy goes on, with others
         else:
@@ -234,23 +264,29 @@ class Requester:
     def _resolve(self, header: Header | ServerHeader, frames: Sequence[bytes], connection: Connection) -> Resolution | None:
         """An answer to an earlier try counts as well, if it is one: what has arrived is not asked for again."""
         asked = self._open.get(header.request_id)
-        is_rejected = header.kind == Kind.REJECTED
-        if asked is None or connection not in asked.tried or (is_rejected and asked.connection is not connection):
+        returns = header.kind in _RETURNS
+        if asked is None or connection not in asked.tried or (returns and asked.connection is not connection):
             self.late += 1
             return None
-        if is_rejected:
+        if returns:
             self.unsend(asked)
         else:
             self.abandon(asked)
         journal = header.journal if isinstance(header, ServerHeader) else b""
         return Resolution(asked, list(frames[2:]), header.kind, journal)
 
-    def _hear(self, ids: bytes, now: float) -> None:
+    def _hear(self, ids: bytes, now: float, journal: bytes) -> None:
         for start in range(0, len(ids) - _ID + 1, _ID):
             asked = self._open.get(ids[start : start + _ID])
             if asked is not None:
                 asked.is_heard = True
                 asked.heard_at = now
+                asked.heard_by = journal
+
+    def bind(self, asked: Asked, journal: bytes) -> None:
+        """It may have run for a server with this journal: from now on no other server may run it."""
+        asked.may_have_run = True
+        asked.journal = journal
 
     def abandon(self, asked: Asked) -> bool:
         """Forget a request that nobody waits for any more; False if it was not open."""

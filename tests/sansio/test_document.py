@@ -15,7 +15,9 @@ from greensafe.sansio.envelope import (
     HEADER_SIZE,
     MAGIC,
     MAX_METADATA,
+    OTHER_JOURNAL,
     SERVER_HEADER_SIZE,
+    SERVER_STOPPED,
     VERSION,
     Header,
     Kind,
@@ -88,7 +90,7 @@ def test_codes() -> None:
     """Every code in the table of errors exists, and is said with a kind that carries an error."""
     (table,) = _tables("code | kind | when")
     assert {row[0] for row in table} - {"any"} <= set(CODES)
-    assert {row[1] for row in table} == {Kind.ERROR.name, Kind.REJECTED.name}
+    assert {row[1] for row in table} == {Kind.ERROR.name, Kind.REJECTED.name, Kind.INTERRUPTED.name}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,8 @@ def test_codes() -> None:
         f"more often than every {responder.SHORTEST_PULSE * 1000:g} ms",
         f"more seldom than every {responder.LONGEST_PULSE:g} s",
         f"the type `{CALLER_LIMIT}`",
+        f"the code FAILED_PRECONDITION and the type\n`{OTHER_JOURNAL}`",
+        f"(type `{SERVER_STOPPED}`)",
     ],
 )
 def test_numbers(sentence: str) -> None:

@@ -27,7 +27,7 @@ JOURNAL = b"journal".ljust(16)
 
 
 def _responder() -> Responder:
-    return Responder(grace=GRACE, instance=INSTANCE, journal=JOURNAL)
+    return Responder(grace=GRACE, instance=INSTANCE)
 
 
 def _id(number: int) -> bytes:
@@ -83,7 +83,7 @@ def test_greensafe_answer(kind: Kind, route: tuple[bytes, ...]) -> None:
     exchange = _open(responder, 7, route=route, metadata=b"trace")
     frames = responder.answer(exchange, [b"x"], kind)
     assert tuple(frames[: len(route)]) == route
-    assert _said(frames, len(route)) == ServerHeader(kind, _id(7), INSTANCE, JOURNAL, len(route), b"trace")
+    assert _said(frames, len(route)) == ServerHeader(kind, _id(7), INSTANCE, NO_JOURNAL, len(route), b"trace")
     assert frames[len(route) + 1 :] == [b"", b"x"]
     responder.finish(exchange)
     assert _counts(responder) == (0, 0, 0, 0)
@@ -230,7 +230,7 @@ def test_greeting() -> None:
     assert responder.greeting(quiet) is None
     frames = responder.greeting(curious)
     assert frames is not None
-    assert _said(frames) == ServerHeader(Kind.WORKING, _id(2), INSTANCE, JOURNAL, 1)
+    assert _said(frames) == ServerHeader(Kind.WORKING, _id(2), INSTANCE, NO_JOURNAL, 1)
     assert frames[3:] == [_id(2)]
     responder.answer(quick, [b"x"])
     assert responder.greeting(quick) is None
@@ -400,7 +400,7 @@ def test_ping() -> None:
     responder = _responder()
     effect = responder.receive(_frames(Kind.PING, 5, b"a", b"b", route=(b"proxy", RID), metadata=b"m"), 0.0)
     assert isinstance(effect, Send)
-    assert _said(effect.frames, 2) == ServerHeader(Kind.PONG, _id(5), INSTANCE, JOURNAL, 2, b"m")
+    assert _said(effect.frames, 2) == ServerHeader(Kind.PONG, _id(5), INSTANCE, NO_JOURNAL, 2, b"m")
     assert effect.frames[:2] + effect.frames[3:] == [b"proxy", RID, b"", b"a", b"b"]
     assert _counts(responder) == (0, 0, 0, 0)
 
@@ -418,7 +418,7 @@ def test_unknown_kinds(kind: int) -> None:
     responder = _responder()
     effect = responder.receive(_frames(kind, 9, metadata=b"m"), 0.0)
     assert isinstance(effect, Send)
-    assert _said(effect.frames) == ServerHeader(Kind.ERROR, _id(9), INSTANCE, JOURNAL, 1, b"m")
+    assert _said(effect.frames) == ServerHeader(Kind.ERROR, _id(9), INSTANCE, NO_JOURNAL, 1, b"m")
     error = RemoteError.from_reply(effect.frames[-1])
     assert error is not None
     assert (error.code, error.type) == ("UNIMPLEMENTED", "UnknownKind")
@@ -468,4 +468,4 @@ def test_draining() -> None:
     assert responder.drain_notice(plain) is None
     told = responder.drain_notice(_open(responder, 3, route=(b"two",)))
     assert told is not None
-    assert _said(told) == ServerHeader(Kind.DRAINING, bytes(16), INSTANCE, JOURNAL, 1)
+    assert _said(told) == ServerHeader(Kind.DRAINING, bytes(16), INSTANCE, NO_JOURNAL, 1)
