@@ -2,5 +2,20 @@
 
 from ..sansio.records import Ack, Begin, Effect, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 from .base import Journal
+from .sqlite import SqliteJournal
 
-__all__ = ["Ack", "Begin", "Effect", "Failed", "Finish", "Forget", "Journal", "Known", "Rerun", "State", "Step", "Write"]
+__all__ = [
+    "Ack",
+    "Begin",
+    "Effect",
+    "Failed",
+    "Finish",
+    "Forget",
+    "Journal",
+    "Known",
+    "Rerun",
+    "SqliteJournal",
+    "State",
+    "Step",
+    "Write",
+]

@@ -1,0 +1,74 @@
+"""How is a caller's own change made part of a batch, without endangering the rest?
+
+Rules:
+
+* It runs in a savepoint. What it raises undoes what it did, and nothing else.
+* It has the journal's own connection, but may neither end the transaction nor attach files nor change the journal's tables or
+  settings: sqlite asks the authorizer about each statement, and "not authorized" is raised inside.
+* If the transaction is gone all the same (sqlite itself rolls back when a disk is full, or for ON CONFLICT ROLLBACK), the batch
+  has failed with it.
+
+It does not know what the change is.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import JournalError
+from ..sansio.records import Failed
+from ._schema import TABLES
+
+__all__ = ["run"]
+
+_SAVEPOINT = "greensafe_effect"
+
+#: They end the transaction or reach beyond the file.
+_FORBIDDEN = {sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}
+
+#: Of the pragmas with a value, those that only ask.
+_QUESTIONS = {"table_info", "table_xinfo", "index_list", "index_info", "index_xinfo", "foreign_key_list"}
+
+
+def run(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | Failed:
+    """Call it with the connection, in its transaction; returns what it returns, or Failed, and then it has changed nothing.
+
+    Raises:
+        JournalError: The transaction is gone.
+    """
+    connection.execute(f"SAVEPOINT {_SAVEPOINT}")
+    outcome = _call(connection, act)
+    if not connection.in_transaction:
+        cause = f": {outcome.error}" if isinstance(outcome, Failed) else ""
+        raise JournalError(f"sqlite has rolled back the batch with the effect of a step{cause}")
+    if isinstance(outcome, Failed):
+        connection.execute(f"ROLLBACK TO {_SAVEPOINT}")
+    connection.execute(f"RELEASE {_SAVEPOINT}")
+    return outcome
+
+
+def _call(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | Failed:
+    connection.set_authorizer(_may)
+    try:
+        value = act(connection)
+        if not isinstance(value, bytes):
+            raise TypeError(f"an effect returns the bytes of its step's result, not {value!r}")
+        return value
+    except Exception as error:  # noqa: BLE001 - it goes to whoever gave us the function
+        return Failed(error)
+    finally:
+        connection.set_authorizer(None)
+
+
+def _may(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
+    if action in _FORBIDDEN:
+        return sqlite3.SQLITE_DENY
+    if action == sqlite3.SQLITE_PRAGMA:
+        return sqlite3.SQLITE_OK if second is None or first in _QUESTIONS else sqlite3.SQLITE_DENY
+    if action == sqlite3.SQLITE_SAVEPOINT:
+        return sqlite3.SQLITE_DENY if second == _SAVEPOINT else sqlite3.SQLITE_OK
+    if action != sqlite3.SQLITE_READ and (first in TABLES or second in TABLES):
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK

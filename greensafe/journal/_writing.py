@@ -1,0 +1,285 @@
+"""How do a batch of writes become statements?
+
+Rules:
+
+* Writes about different requests do not depend on each other, so they may change places. A batch is cut into *rounds* in which
+  no request occurs twice; in a round all writes of one kind are one statement, however many they are. An Effect is alone.
+* Why: between two statements another thread may take the interpreter's lock, and the hub's keeps it for milliseconds. 100 rows
+  in one statement give it one chance to do so; one by one, or by executemany, 200.
+
+It runs inside the caller's transaction; whatever it raises means that the transaction has to be rolled back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from ..errors import JournalError
+from ..sansio.records import Ack, Begin, Effect, Finish, Forget, Known, Rerun, State, Step, Write
+from ._effects import run
+from ._rows import execute, fetch, marks, rows
+
+__all__ = ["STATES", "Writing", "digest", "pack", "unpack"]
+
+#: By the number that stands in the file.
+STATES = (State.OPEN, State.DONE, State.ACKED)
+_OPEN, _DONE, _ACKED = range(3)
+
+_LENGTH = struct.Struct(">I")
+
+
+def pack(frames: Iterable[bytes]) -> bytes:
+    """Frames as one piece of bytes: each behind its length, so that no two messages are the same piece.
+
+    Raises:
+        JournalError: A frame has 4 GiB or more.
+    """
+    try:
+        return b"".join([part for frame in frames for part in (_LENGTH.pack(len(frame)), frame)])
+    except struct.error:
+        raise JournalError("a frame of 4 GiB or more cannot be stored in a journal") from None
+
+
+def unpack(packed: bytes) -> list[bytes]:
+    """The frames that `pack` was given."""
+    frames, at = [], 0
+    while at < len(packed):
+        (length,) = _LENGTH.unpack_from(packed, at)
+        at += _LENGTH.size + length
+        frames.append(packed[at - length : at])
+    return frames
+
+
+def digest(packed: bytes) -> bytes:
+    """What stays of a body: 16 bytes by which another one is told from it."""
+    return hashlib.blake2b(packed, digest_size=16).digest()
+
+
+class Writing:
+    """The writes of one batch, into a connection's open transaction.
+
+    Args:
+        connection: With a transaction.
+        now: The journal's time.
+        horizon: Who is unknown, was sent again, and at first before it, is DROPPED.
+        has_steps: Whether there may be any in the file.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, now: float, horizon: float, has_steps: bool) -> None:
+        self._connection = connection
+        self._execute = connection.execute
+        self._now = now
+        self._horizon = horizon
+        self.has_steps = has_steps
+
+    def run(self, writes: Sequence[Write]) -> list[Any]:
+        """Do them all, in their order; returns their results.
+
+        Raises:
+            JournalError: One of them cannot be done.
+            sqlite3.Error, OverflowError, UnicodeError: As sqlite3 has them.
+        """
+        results: list[Any] = [None] * len(writes)
+        for kind, group in _grouped(writes):
+            _DO[kind](self, group, results)
+        return results
+
+    # Each of these gets the places in the batch and the writes there, all of one kind and for different requests.
+
+    def _begin(self, group: _Group, results: list[Any]) -> None:
+        bodies = {write.request_id: pack(write.body) for _, write in group}
+        known = self._known(bodies)
+        new = []
+        for place, write in group:
+            body = bodies[write.request_id]
+            checksum = digest(body)
+            if found := known.get(write.request_id):
+                stored, what = found
+                results[place] = what if stored == checksum else what._replace(is_same=False)
+            elif write.is_resent and write.since <= self._horizon:
+                results[place] = Known(State.DROPPED)
+            else:
+                new.append((write.request_id, write.since, write.until, checksum, write.client, write.metadata, body))
+        self._many(_insert_sql, new, self._now)
+
+    def _known(self, ids: Iterable[bytes]) -> dict[bytes, tuple[bytes, Known]]:
+        found = {}
+        for id, state, stored, attempts, fruitless, until, kind, reply in self._all(_known_sql, ids):
+            steps = {} if state != _OPEN else {(name, number): value for name, number, value in self._execute(_STEPS, (id,))}
+            frames = [] if reply is None else unpack(reply)
+            found[id] = (stored, Known(STATES[state], True, attempts, fruitless, until, kind, frames, steps))
+        return found
+
+    def _rerun(self, group: _Group, results: list[Any]) -> None:
+        ids = [write.request_id for _, write in group]
+        if self._many(_rerun_sql, list(zip(ids)), self._now) != len(ids):
+            self._raise_not_open(ids)
+
+    def _step(self, group: _Group, results: list[Any]) -> None:
+        keys = [(write.request_id, write.name, write.number) for _, write in group]
+        if self._many(_fruitful_sql, keys, self._now) != len(keys):
+            # Some are stored already, or cannot be.
+            self._check_open([write.request_id for _, write in group])
+        self._many(_store_sql, [(*key, write.value) for key, (_, write) in zip(keys, group)])
+        self.has_steps = True
+
+    def _effect(self, group: _Group, results: list[Any]) -> None:
+        ((place, write),) = group
+        self._check_open([write.request_id])
+        key = (write.request_id, write.name, write.number)
+        if stored := self._execute(_STORED, key).fetchone():
+            results[place] = stored[0]
+            return
+        results[place] = run(self._connection, write.act)
+        if isinstance(results[place], bytes):
+            self._step([(place, Step(*key, results[place]))], results)
+
+    def _finish(self, group: _Group, results: list[Any]) -> None:
+        answers = [(write.request_id, int(write.kind), pack(write.body)) for _, write in group]
+        ids = [answer[0] for answer in answers]
+        if self._many(_finish_sql, answers, self._now) != len(ids):
+            self._raise_not_open(ids)
+        if self.has_steps:
+            self._many(_forget_steps_sql, list(zip(ids)))
+
+    def _ack(self, group: _Group, results: list[Any]) -> None:
+        self._many(_ack_sql, [(write.request_id,) for _, write in group], self._now)
+
+    def _forget(self, group: _Group, results: list[Any]) -> None:
+        ids = [(write.request_id,) for _, write in group]
+        self._many(_forget_sql, ids)
+        self._many(_forget_steps_sql, ids)
+
+    # Inside.
+
+    def _many(self, statement: Callable[[int], str], rows: Sequence[Sequence[Any]], *first: Any) -> int:
+        return execute(self._connection, statement, rows, *first)
+
+    def _all(self, statement: Callable[[int], str], ids: Iterable[bytes]) -> Iterator[Any]:
+        return fetch(self._connection, statement, list(zip(ids)))
+
+    def _check_open(self, ids: list[bytes]) -> None:
+        if sum(row[1] == _OPEN for row in self._all(_states_sql, ids)) != len(ids):
+            self._raise_not_open(ids)
+
+    def _raise_not_open(self, ids: list[bytes]) -> None:
+        """Name one that was not; the others may have been changed already."""
+        states = {id: (STATES[state], changed) for id, state, changed in self._all(_states_sql, ids)}
+        for id in ids:
+            state, changed = states.get(id, (None, None))
+            if state is None or (state is not State.OPEN and (changed != self._now or len(ids) == 1)):
+                raise JournalError(f"request {id.hex()} is {state.value if state else 'unknown'} in the journal, not open")
+        raise JournalError("a request was answered twice in one batch")
+
+
+_Group = list[tuple[int, Any]]
+
+_DO: dict[type, Callable[[Writing, _Group, list[Any]], None]] = {
+    Begin: Writing._begin,
+    Rerun: Writing._rerun,
+    Step: Writing._step,
+    Effect: Writing._effect,
+    Finish: Writing._finish,
+    Ack: Writing._ack,
+    Forget: Writing._forget,
+}
+
+
+def _grouped(writes: Sequence[Write]) -> Iterator[tuple[type, _Group]]:
+    """Writes that may be done as one, with their places; those that depend on each other in their order."""
+    seen: set[bytes] = set()
+    groups: dict[type, _Group] = {}
+    for place, write in enumerate(writes):
+        kind = type(write)
+        if write.request_id in seen or kind is Effect:
+            yield from groups.items()
+            seen, groups = set(), {}
+        if kind is Effect:
+            yield kind, [(place, write)]
+        else:
+            seen.add(write.request_id)
+            groups.setdefault(kind, []).append((place, write))
+    yield from groups.items()
+
+
+# Statements, by how many rows they are for. Parameters that all rows have in common come first.
+
+
+@cache
+def _known_sql(size: int) -> str:
+    return (
+        "SELECT id, state, digest, attempts, fruitless, until, kind, CASE state WHEN 1 THEN payload END"
+        f" FROM greensafe_requests WHERE id IN ({marks(size)})"
+    )
+
+
+@cache
+def _states_sql(size: int) -> str:
+    return f"SELECT id, state, changed FROM greensafe_requests WHERE id IN ({marks(size)})"
+
+
+@cache
+def _insert_sql(size: int) -> str:
+    return (
+        "INSERT INTO greensafe_requests (id, state, changed, since, until, digest, client, metadata, payload)"
+        " SELECT column1, 0, ?1, column2, column3, column4, column5, column6, column7"
+        f" FROM (VALUES {rows(size, 7)}) WHERE column1 IS NOT NULL"
+    )
+
+
+@cache
+def _rerun_sql(size: int) -> str:
+    return (
+        "UPDATE greensafe_requests SET attempts = attempts + 1, fruitless = fruitless + 1, changed = ?"
+        f" WHERE id IN ({marks(size)}) AND state = 0"
+    )
+
+
+@cache
+def _fruitful_sql(size: int) -> str:
+    return (
+        f"UPDATE greensafe_requests SET fruitless = 1, changed = ?1 FROM (VALUES {rows(size, 3)}) AS new"
+        " WHERE greensafe_requests.id = new.column1 AND state = 0 AND NOT EXISTS (SELECT 1 FROM greensafe_steps AS step"
+        " WHERE step.id = new.column1 AND step.name = new.column2 AND step.number = new.column3)"
+    )
+
+
+@cache
+def _store_sql(size: int) -> str:
+    return (
+        "INSERT OR IGNORE INTO greensafe_steps (id, name, number, value) SELECT column1, column2, column3, column4"
+        f" FROM (VALUES {rows(size, 4)}) WHERE column1 IS NOT NULL"
+    )
+
+
+@cache
+def _finish_sql(size: int) -> str:
+    return (
+        "UPDATE greensafe_requests SET state = 1, changed = ?1, kind = new.column2, payload = new.column3"
+        f" FROM (VALUES {rows(size, 3)}) AS new WHERE greensafe_requests.id = new.column1 AND state = 0"
+    )
+
+
+@cache
+def _ack_sql(size: int) -> str:
+    return f"UPDATE greensafe_requests SET state = 2, changed = ?, payload = NULL WHERE id IN ({marks(size)}) AND state = 1"
+
+
+@cache
+def _forget_sql(size: int) -> str:
+    return f"DELETE FROM greensafe_requests WHERE id IN ({marks(size)})"
+
+
+@cache
+def _forget_steps_sql(size: int) -> str:
+    return f"DELETE FROM greensafe_steps WHERE id IN ({marks(size)})"
+
+
+_STORED = "SELECT value FROM greensafe_steps WHERE id = ? AND name = ? AND number = ?"
+
+_STEPS = "SELECT name, number, value FROM greensafe_steps WHERE id = ? ORDER BY rowid"

@@ -1,0 +1,289 @@
+"""How is a journal kept in a file?
+
+In a sqlite database in WAL mode, by one server at a time; anybody may read it meanwhile. docs/journal.md has its tables.
+
+Rules:
+
+* A batch is a transaction, and its COMMIT returns when the disk has it. What was raised before that is rolled back; if that
+  fails the connection is given up, and the next batch opens another one.
+* One thread at a time; `now`, `dropped` and `id` are read from memory by any. Nothing here waits by gevent, and there are no
+  locks but the file's.
+* After a fork the child has a journal that is closed, and must not be used; the parent's goes on.
+
+The parts: `_lock` for who may write, `_schema` for what the file is, `_clock` for its time, `_writing` for batches, `_effects`
+for a caller's own part in them, `_tidying` for what goes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sqlite3
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ..errors import JournalError
+from ..sansio.records import Write
+from ._clock import Stored, moment, offset
+from ._lock import Lock
+from ._schema import check, connect, create, explain, migrate
+from ._tidying import MOST, Dropped, evict, expire, oldest, size
+from ._writing import Writing
+from .base import Journal
+
+__all__ = ["SqliteJournal"]
+
+#: Seconds by which a request may have been first sent earlier than its `since` says: a server can only tell when it came, or
+#: work it out of what the client says, and both leave out the time on the way. What is within them counts as dropped: that is
+#: an ABORTED that need not have been, where the other error would be a request that runs twice.
+MARGIN = 60.0
+
+#: Where evicting stops, as a part of max_bytes.
+_ENOUGH = 0.98
+
+#: How often what is too old is looked for, in parts of the TTL: not after every commit, since that would sync once more.
+_LOOKS = 1_000
+
+#: Fewer are hardly more than the tables themselves.
+_LEAST_BYTES = 2**17
+
+#: Pages in the write-ahead log from which on a commit also moves them to the file: more make it rarer, but longer.
+_CHECKPOINT = 1_000
+
+#: Bytes of the log that are kept after a reader has held it up for long.
+_LOG_BYTES = 64 * 2**20
+
+_NONE = float("-inf")
+
+
+class SqliteJournal(Journal):
+    """A journal in a file, made when it is first opened.
+
+    Args:
+        path: The file. Next to it there are `-wal` and `-shm` (sqlite's) and `.lock` while it is open.
+        ttl: Seconds for which a request is remembered after it last changed.
+        max_bytes: How large the file may become; what is oldest goes then. It may be exceeded by what is running, by the
+            write-ahead log, and by tables of your own, which count.
+        synchronous: "FULL" for durable at each commit. "NORMAL" for fast: after a loss of power, but not after a crash, the
+            latest commits may be gone, a whole number of them.
+
+    Raises:
+        TypeError, ValueError: An argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ttl: float = 86_400.0,
+        max_bytes: int = 2**30,
+        synchronous: Literal["FULL", "NORMAL"] = "FULL",
+    ) -> None:
+        # Two names of one file have one lock.
+        self.path = os.path.realpath(os.fsdecode(os.fspath(path)))
+        self._ttl = _positive(ttl, "ttl is a number of seconds")
+        self._max_bytes = int(_positive(max_bytes, "max_bytes is a number of bytes"))
+        if self._max_bytes < _LEAST_BYTES:
+            raise ValueError(f"max_bytes is at least {_LEAST_BYTES}, not {max_bytes!r}")
+        if synchronous not in ("FULL", "NORMAL"):
+            raise ValueError(f"synchronous is 'FULL' or 'NORMAL', not {synchronous!r}")
+        self._synchronous = synchronous
+        self._lock: Lock | None = None
+        self._connection: sqlite3.Connection | None = None
+        self._offset = 0.0
+        self._horizon = _NONE
+        self._has_steps = True
+        self._dropped = _counts(0, 0)
+        self._next_look = _NONE
+
+    # As in Journal.
+
+    def open(self) -> None:
+        if self._lock is not None:
+            raise JournalError(f"the journal {self.path} is open already")
+        lock = Lock(self.path)
+        try:
+            if not check(self.path):
+                create(self.path, moment())
+            self._connection = self._connect()
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        _opened.add(self)
+
+    def close(self) -> None:
+        _opened.discard(self)
+        lock, self._lock = self._lock, None
+        self._disconnect()
+        if lock is not None:
+            lock.release()
+
+    def now(self) -> float:
+        if self._lock is None:
+            raise JournalError(f"the journal {self.path} is not open")
+        return monotonic() + self._offset
+
+    def commit(self, writes: Sequence[Write]) -> list[Any]:
+        with self._transaction() as connection:
+            writing = Writing(connection, self.now(), self._horizon + MARGIN, self._has_steps)
+            results = writing.run(writes)
+        self._has_steps = writing.has_steps
+        return results
+
+    def tidy(self, running: Collection[bytes]) -> bool:
+        now = self.now()
+        is_due, is_too_large = now >= self._next_look, self._is_too_large()
+        if not (is_due or is_too_large):
+            return False
+        with self._transaction() as connection:
+            expired = expire(connection, running, now - self._ttl) if is_due else Dropped()
+            evicted = evict(connection, running, int(self._max_bytes * _ENOUGH)) if is_too_large else Dropped()
+            first = oldest(connection)
+            horizon = max(self._horizon, expired.horizon, evicted.horizon)
+            dropped = self._add(expired.count, evicted.count)
+            if dropped != self._dropped:
+                connection.execute(_DROP, {**dropped, "horizon": horizon, "last": now})
+        self._horizon, self._dropped = horizon, dropped
+        if is_due and expired.count < MOST:
+            self._next_look = max((now if first is None else first) + self._ttl, now + self._ttl / _LOOKS)
+        return expired.count >= MOST or (evicted.count >= MOST and self._is_too_large())
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        return self._dropped
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lock is None else "open"
+        counts = " ".join(f"{cause}={count}" for cause, count in self._dropped.items())
+        return f"<SqliteJournal {state} {self.path}{counts and ' '}{counts}>"
+
+    # Inside.
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that is durable on leaving, or rolled back."""
+        try:
+            connection = self._ready()
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException as error:
+            self._roll_back()
+            # What does not fit into sqlite's types is a fault of one write, as what is too large is.
+            if isinstance(error, (sqlite3.Error, OverflowError, UnicodeError)):
+                raise explain(self.path, error) from error
+            raise
+
+    def _roll_back(self) -> None:
+        if self._connection is None:
+            return
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._disconnect()
+
+    def _ready(self) -> sqlite3.Connection:
+        if self._lock is None:
+            raise JournalError(f"the journal {self.path} is not open")
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file, and read what is kept in memory of it."""
+        connection = None
+        try:
+            connection = connect(self.path, "rw")
+            for setting in (
+                f"synchronous = {self._synchronous}",
+                f"wal_autocheckpoint = {_CHECKPOINT}",
+                f"journal_size_limit = {_LOG_BYTES}",
+                # On macOS alone: there fsync does not reach the disk.
+                "fullfsync = ON",
+            ):
+                connection.execute(f"PRAGMA {setting}")
+            migrate(connection)
+            self._start_clock(connection)
+            self._read(connection)
+            (self._has_steps,) = connection.execute("SELECT EXISTS (SELECT 1 FROM greensafe_steps)").fetchone()
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise explain(self.path, error) from error
+            raise
+        return connection
+
+    def _start_clock(self, connection: sqlite3.Connection) -> None:
+        """Find the offset; it is written back in any case, which shows whether the file can be written to."""
+        connection.execute("BEGIN IMMEDIATE")
+        boot, stored, last = connection.execute("SELECT boot, offset, last FROM greensafe_journal").fetchone()
+        changes = [connection.execute(_LATEST, (state,)).fetchone()[0] for state in range(3)]
+        last = max([last, *(time for time in changes if time is not None)])
+        here = moment()
+        found = offset(Stored(boot, stored, last), here)
+        connection.execute("UPDATE greensafe_journal SET boot = ?, offset = ?, last = ?", (here.boot, found, last))
+        connection.execute("COMMIT")
+        self._offset = found
+
+    def _read(self, connection: sqlite3.Connection) -> None:
+        row = connection.execute("SELECT id, horizon, expired, evicted FROM greensafe_journal").fetchone()
+        self.id = row[0]
+        self._horizon = _NONE if row[1] is None else row[1]
+        self._dropped = _counts(row[2], row[3])
+
+    def _add(self, expired: int, evicted: int) -> Mapping[str, int]:
+        return _counts(self._dropped["expired"] + expired, self._dropped["evicted"] + evicted)
+
+    def _is_too_large(self) -> bool:
+        try:
+            return size(self._ready()) > self._max_bytes
+        except sqlite3.Error as error:
+            raise explain(self.path, error) from error
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _on_fork(self) -> None:
+        """In a child: let go without touching anything. Closing might wait for ever for a thread that only the parent has."""
+        if self._connection is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+        self._connection = self._lock = None
+
+
+_DROP = "UPDATE greensafe_journal SET last = :last, horizon = :horizon, expired = :expired, evicted = :evicted"
+
+_LATEST = "SELECT max(changed) FROM greensafe_requests WHERE state = ?"
+
+_opened: weakref.WeakSet[SqliteJournal] = weakref.WeakSet()
+
+
+def _on_fork() -> None:
+    for journal in list(_opened):
+        journal._on_fork()
+    _opened.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_on_fork)
+
+
+def _counts(expired: int, evicted: int) -> Mapping[str, int]:
+    return MappingProxyType({"expired": expired, "evicted": evicted})
+
+
+def _positive(value: float, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what}, not {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{what}, more than 0, not {value!r}")
+    return float(value)
