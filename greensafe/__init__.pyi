@@ -1,5 +1,5 @@
 # What a type checker sees: the names of zmq are collected at run time, which it cannot follow.
-from . import green as green, hooks as hooks, stats as stats
+from . import green as green, hooks as hooks, journal as journal, stats as stats
 from .client import Client as Client
 from .deadlines import deadline as deadline, move_on as move_on, shield as shield
 from .errors import (

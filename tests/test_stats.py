@@ -133,7 +133,14 @@ def test_drops_of_a_server(context: zmq.Context) -> None:
         for _ in range(500):
             peer.send_multipart([b"", b"wait"])
         wait_until(lambda: len(gates) == 500)
-        assert server.stats.drops == {"malformed": 1, "ignored": 1, "duplicates": 1, "unreachable": 0, "full_outbox": 0, "misdirected": 0}
+        assert server.stats.drops == {
+            "malformed": 1,
+            "ignored": 1,
+            "duplicates": 1,
+            "unreachable": 0,
+            "full_outbox": 0,
+            "misdirected": 0,
+        }
         peer.close(0)
         # No event says that the server's socket has noticed: one answer after the other, until one has nowhere to go.
         wait_until(lambda: server.stats.drops["unreachable"] or gates.pop().set())

@@ -3,19 +3,23 @@
 from ..sansio.records import Ack, Begin, Effect, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 from .base import Journal
 from .sqlite import SqliteJournal
+from .steps import Codec, JsonOrBytes, in_transaction
 
 __all__ = [
     "Ack",
     "Begin",
+    "Codec",
     "Effect",
     "Failed",
     "Finish",
     "Forget",
     "Journal",
+    "JsonOrBytes",
     "Known",
     "Rerun",
     "SqliteJournal",
     "State",
     "Step",
     "Write",
+    "in_transaction",
 ]

@@ -130,6 +130,9 @@ class Writing:
 
     def _effect(self, group: _Group, results: list[Any]) -> None:
         ((place, write),) = group
+        if not write.request_id:
+            results[place] = run(self._connection, write.act)
+            return
         self._check_open([write.request_id])
         key = (write.request_id, write.name, write.number)
         if stored := self._execute(_STORED, key).fetchone():

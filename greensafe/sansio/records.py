@@ -100,6 +100,7 @@ class Effect(NamedTuple):
 
     Its result is those bytes; those that are stored, without calling `act`, if the step is stored already; or Failed, and then
     nothing of it is left and the other writes are not affected. `act` runs in the journal's thread: it must not wait by gevent.
+    Of a request without an id (b"") nothing is stored, but the effect is there all the same.
     """
 
     request_id: bytes

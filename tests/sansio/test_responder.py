@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from greensafe.sansio.envelope import GREET, MAX_ROUTE, Header, Kind, ServerHeader, decode
+from greensafe.sansio.envelope import GREET, MAX_ROUTE, NO_JOURNAL, Header, Kind, ServerHeader, decode
 from greensafe.sansio.exchange import Exchange, State
 from greensafe.sansio.responder import (
     LONGEST_PULSE,
