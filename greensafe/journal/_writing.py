@@ -246,7 +246,7 @@ def _rerun_sql(size: int) -> str:
 @cache
 def _fruitful_sql(size: int) -> str:
     return (
-        f"UPDATE greensafe_requests SET fruitless = 1, changed = ?1 FROM (VALUES {rows(size, 3)}) AS new"
+        f"UPDATE greensafe_requests SET fruitless = 0, changed = ?1 FROM (VALUES {rows(size, 3)}) AS new"
         " WHERE greensafe_requests.id = new.column1 AND state = 0 AND NOT EXISTS (SELECT 1 FROM greensafe_steps AS step"
         " WHERE step.id = new.column1 AND step.name = new.column2 AND step.number = new.column3)"
     )

@@ -63,6 +63,9 @@ class Commits:
         self._is_open = False
         self._is_scheduled = False
         self._done = Event()
+        self._closed = Event()
+        #: What is to be stored before the journal is closed, as long as that is to be done.
+        self._last: list[Write] | None = None
         self._tidy_at = 0.0
         self._timer: Any = None
         self.count = 0
@@ -79,11 +82,10 @@ class Commits:
 
     def open(self) -> None:
         """Open the journal; waits, and lets others run. JournalError if it cannot be opened."""
-        try:
-            self._pool.apply(self._journal.open)
-        except BaseException:
+        error = self._pool.apply(_open, (self._journal,))
+        if error is not None:
             self._pool.kill()
-            raise
+            raise error
         self._is_open = True
         self._timer = self._hub.loop.timer(TIDY, TIDY, ref=False)
         self._timer.start(self._on_timer)
@@ -111,19 +113,26 @@ class Commits:
         self._is_open = False
         self._timer.stop()
         self._timer.close()
-        # The pool does one thing after the other.
-        self._pool.spawn(_finish, self._journal, [write for write, _ in self._waiting])
+        self._last = [write for write, _ in self._waiting]
         self._waiting.clear()
         self._batch = ()
         self._done.set()
+        if not self._is_busy:
+            self._end()
 
     def join(self, seconds: float) -> bool:
         """Wait until the journal is closed, but not longer; returns whether it is."""
         with move_on(seconds):
-            self._pool.join()
+            self._closed.wait()
+        return bool(self._closed.is_set())
+
+    def _end(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            self._call(_finish, self._journal, last)
+        else:
             self._pool.kill()
-            return True
-        return False
+            self._closed.set()
 
     def _start(self) -> None:
         self._is_scheduled = False
@@ -149,6 +158,8 @@ class Commits:
             self._hub.handle_error(self, *sys.exc_info())
         if self._is_open:
             self._go_on()
+        else:
+            self._end()
         if not self.pending:
             self._done.set()
 
@@ -192,8 +203,19 @@ class Commits:
             self._go_on()
 
 
+# What is done in the thread. Nothing is raised there: gevent would print it as well.
+
+
+def _open(journal: Journal) -> Exception | None:
+    try:
+        journal.open()
+    except Exception as error:  # noqa: BLE001 - it is raised where open was called
+        return error
+    return None
+
+
 def _commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
-    """In the thread: the result of each write, or its JournalError."""
+    """The result of each write, or its JournalError."""
     try:
         return journal.commit(writes)
     except JournalError as error:
@@ -222,8 +244,9 @@ def _finish(journal: Journal, writes: Sequence[Write]) -> None:
             for result in _commit(journal, writes):
                 if isinstance(result, JournalError):
                     log.error("the journal cannot be written: %s", result)
-    finally:
         journal.close()
+    except Exception:
+        log.exception("%r cannot be closed", journal)
 
 
 def _wrapped(error: Exception) -> JournalError:

@@ -42,7 +42,7 @@ class Known(NamedTuple):
         state: See State. DROPPED comes without the rest.
         is_same: The body that was asked about is the one that was stored.
         attempts: How often it was begun, 1 after the first Begin.
-        fruitless: Attempts since the last step that was newly stored, the running one included; 1 after the first Begin.
+        fruitless: Attempts since the last one that has stored a new step; 1 after the first Begin, 0 after a new Step.
         until: The journal's time at which its caller gives up, None for never.
         kind: The answer's, a number of `sansio.envelope.Kind`; 0 while it is OPEN.
         reply: The answer's frames; empty unless it is DONE.

@@ -106,7 +106,7 @@ def test_codes() -> None:
         f"more often than every {responder.SHORTEST_PULSE * 1000:g} ms",
         f"more seldom than every {responder.LONGEST_PULSE:g} s",
         f"the type `{CALLER_LIMIT}`",
-        f"the code FAILED_PRECONDITION and the type\n`{OTHER_JOURNAL}`",
+        f"the code FAILED_PRECONDITION and the type `{OTHER_JOURNAL}`",
         f"(type `{SERVER_STOPPED}`)",
     ],
 )

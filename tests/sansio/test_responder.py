@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from greensafe.sansio.envelope import GREET, MAX_ROUTE, NO_JOURNAL, Header, Kind, ServerHeader, decode
+from greensafe.sansio.envelope import GREET, MAX_ROUTE, NO_JOURNAL, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
 from greensafe.sansio.exchange import Exchange, State
 from greensafe.sansio.responder import (
     LONGEST_PULSE,
+    MOST_WAYS,
     SHORTEST_PULSE,
+    Acked,
     Cancel,
     Expire,
     Kill,
@@ -469,3 +471,122 @@ def test_draining() -> None:
     told = responder.drain_notice(_open(responder, 3, route=(b"two",)))
     assert told is not None
     assert _said(told) == ServerHeader(Kind.DRAINING, bytes(16), INSTANCE, NO_JOURNAL, 1)
+
+
+def _journaling() -> Responder:
+    return Responder(grace=GRACE, instance=INSTANCE, journal=JOURNAL)
+
+
+def test_ack_with_a_journal() -> None:
+    """ACK says whose answer need not be kept any longer, whether it is known here or not."""
+    assert _journaling().receive(_frames(Kind.ACK, 1), 0.0) == Acked(_id(1))
+
+
+@pytest.mark.parametrize("responder", [_responder(), _journaling()])
+def test_for_another_journal(responder: Responder) -> None:
+    """A request that may have run for a server with another journal is refused, and not run."""
+    effect = responder.receive(_frames(Kind.REQUEST, 3, age_ms=5, journal=b"other".ljust(16), metadata=b"m"), 0.0)
+    assert isinstance(effect, Send)
+    said = _said(effect.frames)
+    assert (said.kind, said.request_id, said.metadata) == (Kind.REJECTED, _id(3), b"m")
+    error = RemoteError.from_reply(effect.frames[3])
+    assert error is not None
+    assert (error.code, error.type) == ("FAILED_PRECONDITION", OTHER_JOURNAL)
+    assert (responder.misdirected, responder.received, _counts(responder)) == (1, 0, (0, 0, 0, 0))
+
+
+def test_for_this_journal() -> None:
+    """Its own requests are run."""
+    assert isinstance(_journaling().receive(_frames(Kind.REQUEST, 3, age_ms=5, journal=JOURNAL), 0.0), Exchange)
+
+
+def test_the_same_request_by_another_way_joins() -> None:
+    """It is not opened anew; WORKING goes to all who have sent it, and so does the answer, to the latest first."""
+    responder = _journaling()
+    exchange = _open(responder, patience_ms=1000)
+    effect = responder.receive(_frames(Kind.REQUEST, route=(b"proxy", b"new"), patience_ms=1000, flags=GREET), 0.1)
+    assert isinstance(effect, Send)
+    assert (effect.frames[:2], _said(effect.frames, 2).kind) == ([b"proxy", b"new"], Kind.WORKING)
+    assert responder.receive(_frames(Kind.REQUEST, route=(b"third",)), 0.1) is None
+    assert (responder.joined, responder.received, responder.inflight) == (2, 1, 1)
+    assert {frames[0] for frames in _sends(responder.tick(0.4))} == {RID, b"proxy"}
+    responder.seal(exchange)
+    assert responder.inflight == 1
+    told = [responder.deliver(exchange, [b"x"]), *responder.copies(exchange, [b"x"])]
+    assert [frames[0] for frames in told] == [b"third", b"proxy", RID]
+    assert [frames[-1] for frames in told] == [b"x"] * 3
+    assert [_said(frames, hops).hops for frames, hops in zip(told, (1, 2, 1), strict=True)] == [1, 2, 1]
+    responder.finish(exchange)
+    responder.tick(10.0)
+    assert _counts(responder) == (0, 0, 0, 0)
+    assert responder.open_ids() == []
+
+
+def test_joins_until_the_answer_has_left() -> None:
+    """An answer that is held is not asked for again; after it has left the same id is a new request."""
+    responder = _journaling()
+    exchange = _open(responder)
+    responder.seal(exchange)
+    exchange.is_held = True
+    responder.finish(exchange)
+    assert not exchange.is_over
+    assert responder.receive(_frames(Kind.REQUEST, route=(b"new",)), 0.1) is None
+    exchange.is_held = False
+    assert responder.deliver(exchange, [b"x"])[0] == b"new"
+    assert exchange.is_over
+    assert isinstance(responder.receive(_frames(Kind.REQUEST), 0.1), Exchange)
+
+
+def test_the_same_way_again_joins_as_well() -> None:
+    """One answer for two messages that came by one way."""
+    responder = _journaling()
+    exchange = _open(responder)
+    assert responder.receive(_frames(Kind.REQUEST), 0.1) is None
+    assert responder.answer(exchange, [b"x"])[0] == RID
+    assert responder.copies(exchange, [b"x"]) == []
+
+
+def test_another_body_does_not_join() -> None:
+    """The same id with another body is an error, and what is open stays as it is."""
+    responder = _journaling()
+    exchange = _open(responder)
+    effect = responder.receive(_frames(Kind.REQUEST, 1, b"other", route=(b"new",)), 0.1)
+    assert isinstance(effect, Send)
+    assert _said(effect.frames).kind == Kind.ERROR
+    error = RemoteError.from_reply(effect.frames[3])
+    assert error is not None
+    assert (error.code, error.type) == ("INVALID_ARGUMENT", "OtherBody")
+    assert (responder.joined, exchange.also, responder.answer(exchange, [b"x"])[0]) == (0, (), RID)
+
+
+def test_ways_are_bounded() -> None:
+    """Who sends the same request by ever new ways costs no more than the latest of them."""
+    responder = _journaling()
+    exchange = _open(responder)
+    for number in range(3 * MOST_WAYS):
+        responder.receive(_frames(Kind.REQUEST, route=(b"way %d" % number,)), 0.1)
+    responder.answer(exchange, [b"x"])
+    assert len(responder.copies(exchange, [b"x"])) == MOST_WAYS
+
+
+def test_limit() -> None:
+    """The caller's limit of before holds if it is the earlier one, and is its own, not the server's."""
+    responder = _journaling()
+    exchange = _open(responder, limit=5.0)
+    responder.limit(exchange, 7.0)
+    assert (exchange.at, exchange.is_limited_by_caller) == (5.0, False)
+    responder.limit(exchange, 2.0)
+    assert (exchange.at, exchange.is_limited_by_caller) == (2.0, True)
+    assert responder.tick(2.0) == [Expire(exchange)]
+
+
+def test_cancelled_by_any_way() -> None:
+    """Whoever has sent it can take it back, for all."""
+    responder = _journaling()
+    exchange = _open(responder)
+    responder.receive(_frames(Kind.REQUEST, route=(b"new",)), 0.1)
+    assert responder.receive(_frames(Kind.CANCEL), 0.2) == Cancel(exchange)
+
+
+def _sends(effects: list[Any]) -> list[list[bytes]]:
+    return [effect.frames for effect in effects if isinstance(effect, Send)]

@@ -1,0 +1,793 @@
+"""Tests of greensafe.journaled: what a server with a journal does with requests that it has seen before."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import gevent.monkey
+import pytest
+import zmq as plain
+from helpers import LONG, MS, wait_until
+
+import greensafe as zmq
+from greensafe import LATER, Client, JournalError, RemoteError, Request, Server
+from greensafe.journal import SqliteJournal, State, Step, Write, in_transaction
+from greensafe.sansio.envelope import GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+ANY_PORT = "tcp://127.0.0.1:0"
+
+Native = gevent.monkey.get_original("threading", "Event")
+
+
+class Disk(SqliteJournal):
+    """A journal whose commits wait for `gate`, and fail while `fails` says so; `seen` is what was written."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.gate = Native()
+        self.gate.set()
+        self.fails: Callable[[Write], bool] = lambda write: False
+        self.seen: list[Write] = []
+
+    def commit(self, writes: Sequence[Write]) -> list[Any]:
+        self.gate.wait(LONG)
+        if any(map(self.fails, writes)):
+            raise JournalError("the disk is full")
+        results = super().commit(writes)
+        self.seen.extend(writes)
+        return results
+
+    def kinds(self, number: int = 1) -> list[str]:
+        """What was written about a request."""
+        return [type(write).__name__ for write in self.seen if write.request_id == _id(number)]
+
+
+class Peer:
+    """A client that says exactly what the test wants."""
+
+    def __init__(self, context: zmq.Context, endpoint: str) -> None:
+        self.sock = context.socket(plain.DEALER)
+        self.sock.connect(endpoint)
+
+    def ask(self, number: int = 1, body: bytes = b"body", age_ms: int = 0, limit_ms: int | None = None, **fields: Any) -> None:
+        header = Header(Kind.REQUEST, _id(number), limit_ms, age_ms=age_ms, **fields)
+        self.sock.send_multipart([header.encode(), b"", body])
+
+    def tell(self, kind: Kind, number: int = 1) -> None:
+        self.sock.send_multipart([Header(kind, _id(number)).encode(), b"", b""])
+
+    def hear(self) -> tuple[int, bytes]:
+        """The kind and the body of the next message; notes that a server drains are left out."""
+        while True:
+            header, _, body = self.sock.recv_multipart(timeout=LONG)
+            decoded = decode(header)
+            assert isinstance(decoded, ServerHeader)
+            if decoded.kind != Kind.DRAINING:
+                return decoded.kind, body
+
+    def error(self) -> tuple[int, str, str]:
+        """The kind, code and type of the next message, an error."""
+        kind, body = self.hear()
+        error = RemoteError.from_reply(body)
+        assert error is not None, body
+        return kind, error.code, error.type
+
+
+def _id(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+class Site:
+    """A server with a journal that is stopped and started again on the same file and address, and its handler."""
+
+    def __init__(self, context: zmq.Context, path: Path, handler: Any, **options: Any) -> None:
+        self.context = context
+        self.disk = Disk(path)
+        self.handler = handler
+        self.runs: list[tuple[str, int]] = []
+        self.server = Server(ANY_PORT, self._handle, deadline=LONG, context=context, journal=self.disk, **options)
+        self.server.start()
+        self.peer = self.connect()
+
+    def _handle(self, request: Request) -> Any:
+        self.runs.append((request.body.decode(), request.attempt))
+        return self.handler(request)
+
+    def connect(self) -> Peer:
+        assert self.server.endpoint is not None
+        return Peer(self.context, self.server.endpoint)
+
+    def restart(self) -> None:
+        """Interrupt what runs, and start again."""
+        self.server.close()
+        self.server.start()
+        self.peer = self.connect()
+
+    @property
+    def journal(self) -> Any:
+        stats = self.server.stats.journal
+        assert stats is not None
+        return stats
+
+
+Build = Callable[..., Site]
+
+
+@pytest.fixture
+def build(context: zmq.Context, tmp_path: Path) -> Iterator[Build]:
+    with ExitStack() as stack:
+
+        def build(handler: Any, **options: Any) -> Site:
+            site = Site(context, tmp_path / "requests.db", handler, **options)
+            stack.callback(site.server.close)
+            stack.callback(site.disk.gate.set)
+            return site
+
+        yield build
+
+
+def _echo(request: Request) -> bytes:
+    return b"re: " + request.body
+
+
+class Waiting:
+    """A handler that waits until the test lets it go on, and says what it has been told."""
+
+    def __init__(self) -> None:
+        self.event = gevent.event.Event()
+
+    def __call__(self, request: Request) -> bytes:
+        self.event.wait()
+        return b"re: " + request.body
+
+
+def test_stored_before_it_runs_and_before_it_is_answered(build: Build) -> None:
+    """Neither the handler nor the answer is ahead of the disk, and meanwhile the server serves others."""
+    site = build(_echo)
+    site.disk.gate.clear()
+    site.peer.ask()
+    wait_until(lambda: site.journal.pending)
+    gevent.sleep(5 * MS)
+    assert site.runs == []
+    held = site.server._watchdog
+    site.disk.fails = lambda write: False
+    site.disk.gate.set()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert site.disk.kinds() == ["Begin", "Finish"]
+    site.disk.gate.clear()
+    site.peer.ask(2)
+    gevent.sleep(5 * MS)
+    assert (site.server.stats.running, held is site.server._watchdog) == (1, True)
+    with site.context.socket(plain.REQ) as other:
+        other.connect(site.server.endpoint)
+        other.send(b"plain")
+        assert other.recv(timeout=LONG) == b"re: plain"
+    site.disk.gate.set()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+def test_the_answer_is_held_until_it_is_stored(build: Build) -> None:
+    """The handler has returned, and its client hears WORKING, not the answer."""
+    go = Waiting()
+    site = build(go)
+    site.peer.ask(patience_ms=500)
+    wait_until(lambda: site.runs)
+    site.disk.gate.clear()
+    go.event.set()
+    assert site.peer.hear() == (Kind.WORKING, _id(1))
+    assert site.server.stats.inflight == 1
+    site.disk.gate.set()
+    assert next(kind for kind, _ in iter(site.peer.hear, None) if kind != Kind.WORKING) == Kind.REPLY
+
+
+def test_an_answered_request_gets_its_stored_answer(build: Build) -> None:
+    """The handler does not run again, in this process or the next; errors are answers as well."""
+    site = build(lambda request: _echo(request) if request.body == b"body" else request.error("NOT_FOUND", "no"))
+    site.peer.ask(1)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    site.peer.ask(2, b"missing")
+    first = site.peer.hear()
+    assert first[0] == Kind.ERROR
+    site.peer.ask(1, age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    site.restart()
+    site.peer.ask(1, age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    site.peer.ask(2, b"missing", age_ms=5)
+    assert site.peer.hear() == first
+    assert site.runs == [("body", 1), ("missing", 1)]
+    assert site.journal.replayed == 2
+    assert site.server.stats.failures == {"NOT_FOUND": 1}
+
+
+def test_an_acknowledged_answer_is_gone(build: Build) -> None:
+    """Its id is not: the request is not run again."""
+    site = build(_echo)
+    site.peer.ask()
+    site.peer.hear()
+    site.peer.tell(Kind.ACK)
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "ABORTED", "AnswerGone")
+    assert len(site.runs) == 1
+
+
+def test_another_body_under_the_same_id(build: Build) -> None:
+    """It is told, whether the first is answered or not, and gets nobody else's answer."""
+    go = Waiting()
+    site = build(go)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.peer.ask(body=b"other")
+    assert site.peer.error() == (Kind.ERROR, "INVALID_ARGUMENT", "OtherBody")
+    go.event.set()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    site.peer.ask(body=b"other")
+    assert site.peer.error() == (Kind.ERROR, "INVALID_ARGUMENT", "OtherBody")
+    site.peer.ask()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+def test_a_running_request_is_joined(build: Build) -> None:
+    """By another connection, and by one that comes while the answer is held: one run, and all get the answer."""
+    go = Waiting()
+    site = build(go)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    second, third = site.connect(), site.connect()
+    second.ask(age_ms=5, flags=GREET)
+    assert second.hear() == (Kind.WORKING, _id(1))
+    site.disk.gate.clear()
+    go.event.set()
+    wait_until(lambda: site.journal.pending)
+    third.ask(age_ms=5)
+    wait_until(lambda: site.journal.joined == 2)
+    site.disk.gate.set()
+    assert [peer.hear() for peer in (site.peer, second, third)] == [(Kind.REPLY, b"re: body")] * 3
+    assert (site.runs, site.server.stats.answered) == ([("body", 1)], 1)
+
+
+def test_a_body_that_the_handler_has_changed_is_the_same(build: Build) -> None:
+    """What a handler does to request.frames is its own affair."""
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        taken = request.frames.pop()
+        go.wait()
+        return taken
+
+    site = build(handler)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.peer.ask(age_ms=5)
+    wait_until(lambda: site.journal.joined == 1)
+    go.set()
+    assert site.peer.hear() == (Kind.REPLY, b"body")
+
+
+def test_an_interrupted_request_goes_on_at_its_first_unfinished_step(build: Build) -> None:
+    """A step that was finished is not called again; what it returned is the same in both runs, as JSON has it."""
+    calls: list[str] = []
+    stuck = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        first = request.step("first", lambda: calls.append("first") or (1, {"a": 2}))
+        calls.append(json.dumps(first))
+        request.step("second", lambda: (calls.append("second"), stuck.wait() if request.attempt == 1 else None) and 2)
+        return request.step("third", lambda: b"%d" % request.attempt)
+
+    site = build(handler)
+    site.peer.ask()
+    wait_until(lambda: "second" in calls)
+    site.restart()
+    assert calls == ["first", '[1, {"a": 2}]', "second"]
+    gevent.sleep(5 * MS)
+    assert site.runs == [("body", 1)], "it is run again when it is sent again, not before"
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"2")
+    assert calls[3:] == ['[1, {"a": 2}]', "second"]
+    assert (site.runs, site.journal.rerun) == ([("body", 1), ("body", 2)], 1)
+
+
+def test_stopped_in_the_middle_it_is_interrupted_and_not_answered(build: Build) -> None:
+    """UNAVAILABLE is not its answer: it says INTERRUPTED, and the request stays open."""
+    site = build(Waiting())
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    peer = site.peer
+    site.restart()
+    assert peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "ServerStopped")
+    assert site.disk.kinds() == ["Begin"]
+
+
+def test_steps_by_name_and_number(build: Build) -> None:
+    """In a loop each turn is a step of its own; what a changed handler does not ask for is left alone, what is new is run."""
+    calls: list[Any] = []
+    stuck = gevent.event.Event()
+
+    def old(request: Request) -> bytes:
+        for item in range(3):
+            request.step("item", calls.append, item)
+        request.step("removed", calls.append, "removed")
+        stuck.wait()
+        return b""
+
+    def new(request: Request) -> bytes:
+        request.step("added", calls.append, "added")
+        for item in range(4):
+            request.step("item", calls.append, item)
+        return b"new"
+
+    site = build(old)
+    site.peer.ask()
+    wait_until(lambda: "removed" in calls and not site.journal.pending)
+    site.handler = new
+    site.restart()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"new")
+    assert calls == [0, 1, 2, "removed", "added", 3]
+
+
+def test_a_step_that_raises_is_not_stored(build: Build) -> None:
+    """The handler sees its own exception, may go on, and the next run calls it again."""
+    calls: list[int] = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise ValueError("not today")
+
+    def handler(request: Request) -> bytes:
+        with pytest.raises(ValueError, match="not today"):
+            request.step("fails", fails)
+        with pytest.raises(TypeError):
+            request.step("cannot be stored", object)
+        if request.attempt == 1:
+            stuck.wait()
+        return b"done"
+
+    stuck = gevent.event.Event()
+    site = build(handler)
+    site.peer.ask()
+    wait_until(lambda: calls)
+    site.restart()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"done")
+    assert (len(calls), site.disk.kinds()) == (2, ["Begin", "Begin", "Rerun", "Finish"])
+
+
+def test_a_step_that_cannot_be_stored(build: Build) -> None:
+    """JournalError in the handler; let out, the client is told that the request is open, and it runs again."""
+    site = build(lambda request: request.step("a", lambda: b"x"))
+    site.disk.fails = lambda write: isinstance(write, Step)
+    site.peer.ask()
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    site.disk.fails = lambda write: False
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"x")
+    assert site.runs == [("body", 1), ("body", 2)]
+
+
+def test_a_request_that_cannot_be_stored_is_not_run(build: Build) -> None:
+    """It is rejected; the server is not healthy, says why, and is well again with its disk."""
+    site = build(_echo)
+    site.disk.fails = lambda write: True
+    site.peer.ask()
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    assert (site.runs, site.server.healthy, site.journal.error) == ([], False, "the disk is full")
+    assert (site.server.stats.inflight, site.server.stats.running) == (0, 0)
+    site.disk.fails = lambda write: False
+    site.peer.ask()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert (site.server.healthy, site.journal.failures) == (True, 1)
+
+
+def test_an_answer_that_cannot_be_stored_does_not_leave(build: Build) -> None:
+    """The client is told that the request is open; sent again, it is run again."""
+    site = build(_echo)
+    site.disk.fails = lambda write: type(write).__name__ == "Finish"
+    site.peer.ask()
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    site.disk.fails = lambda write: False
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert site.runs == [("body", 1), ("body", 2)]
+    assert site.server.stats.inflight == 0
+
+
+def test_a_rerun_that_cannot_be_counted_is_not_run(build: Build) -> None:
+    """An attempt that nobody would know of is none."""
+    go = Waiting()
+    site = build(go)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.restart()
+    site.disk.fails = lambda write: type(write).__name__ == "Rerun"
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    assert len(site.runs) == 1
+    site.disk.fails = lambda write: False
+    go.event.set()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+def test_not_now_is_no_answer_to_keep(build: Build, code: str) -> None:
+    """A handler that says so is asked again."""
+
+    def handler(request: Request) -> bytes:
+        if request.attempt == 1:
+            raise RemoteError(code, "not now")
+        return b"now"
+
+    site = build(handler)
+    site.peer.ask()
+    assert site.peer.error()[:2] == (Kind.INTERRUPTED, code)
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"now")
+
+
+def test_attempts_are_bounded_as_long_as_nothing_new_is_finished(build: Build) -> None:
+    """Each interruption counts until a step is new; in the end the request is ABORTED, for good, and others are served."""
+    stuck = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"good":
+            return b"fine"
+        if request.attempt <= 2:
+            request.step(f"step {request.attempt}", int)
+        stuck.wait()
+        return b"never"
+
+    site = build(handler, max_attempts=2)
+    for attempt in (1, 2, 3, 4):
+        site.peer.ask(1, b"poison", age_ms=attempt)
+        wait_until(lambda attempt=attempt: ("poison", attempt) in site.runs and not site.journal.pending)
+        site.restart()
+    for _ in range(2):
+        site.peer.ask(1, b"poison", age_ms=5)
+        assert site.peer.error() == (Kind.ERROR, "ABORTED", "TooManyAttempts")
+    site.peer.ask(2, b"good")
+    assert site.peer.hear() == (Kind.REPLY, b"fine")
+    assert [attempt for body, attempt in site.runs if body == "poison"] == [1, 2, 3, 4]
+
+
+def test_abort(build: Build) -> None:
+    """With resume="abort" an interrupted request is not run again, and that is its answer from then on."""
+    site = build(Waiting(), resume="abort")
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.restart()
+    for _ in range(2):
+        site.peer.ask(age_ms=5)
+        assert site.peer.error() == (Kind.ERROR, "ABORTED", "Interrupted")
+    assert len(site.runs) == 1
+
+
+def test_the_callers_limit_survives(build: Build) -> None:
+    """What has run out while the server was away is not run again, whatever the resend says."""
+    site = build(Waiting())
+    site.peer.ask(limit_ms=round(200 * MS * 1000))
+    wait_until(lambda: site.runs)
+    site.server.close()
+    gevent.sleep(250 * MS)
+    site.server.start()
+    site.peer = site.connect()
+    site.peer.ask(age_ms=500, limit_ms=round(LONG * 1000))
+    assert site.peer.error() == (Kind.ERROR, "DEADLINE_EXCEEDED", "CallerLimit")
+    assert len(site.runs) == 1
+    assert site.server.stats.running == 0
+
+
+def test_overdue_before_it_is_stored(build: Build) -> None:
+    """A slow disk does not keep a caller waiting: it is answered in time and not run."""
+    site = build(_echo)
+    site.disk.gate.clear()
+    site.peer.ask(limit_ms=20)
+    assert site.peer.error() == (Kind.ERROR, "DEADLINE_EXCEEDED", "CallerLimit")
+    assert site.server.stats.running == 0
+    site.disk.gate.set()
+    wait_until(lambda: not site.journal.pending)
+    assert site.runs == []
+
+
+def test_cancelled_before_it_is_stored_and_after(build: Build) -> None:
+    """A caller that gives up is answered; what ran is closed in the journal, so nothing waits there for ever."""
+    site = build(Waiting())
+    site.disk.gate.clear()
+    site.peer.ask(1)
+    wait_until(lambda: site.journal.pending)
+    site.peer.tell(Kind.CANCEL, 1)
+    assert site.peer.error() == (Kind.ERROR, "CANCELLED", "Cancelled")
+    site.disk.gate.set()
+    site.peer.ask(2)
+    wait_until(lambda: len(site.runs) == 1)
+    site.peer.tell(Kind.CANCEL, 2)
+    assert site.peer.error() == (Kind.ERROR, "CANCELLED", "Cancelled")
+    assert site.disk.kinds(2) == ["Begin", "Finish"]
+
+
+def test_a_later_request_is_unfinished_until_it_is_answered(build: Build) -> None:
+    """It runs again after a restart; until then a resend joins it."""
+    kept: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        kept.append(request)
+        return LATER
+
+    site = build(handler)
+    site.peer.ask()
+    wait_until(lambda: kept)
+    site.peer.ask(age_ms=5)
+    wait_until(lambda: site.journal.joined == 1)
+    site.restart()
+    site.peer.ask(age_ms=5)
+    wait_until(lambda: len(kept) == 2)
+    assert kept[1].step("late", lambda: "step") == "step"
+    kept[1].reply(b"later")
+    assert site.peer.hear() == (Kind.REPLY, b"later")
+    assert site.disk.kinds()[-2:] == ["Step", "Finish"]
+    kept.clear()
+    gc.collect()
+
+
+def test_an_effect_shares_the_steps_transaction(build: Build) -> None:
+    """A table of the program's own, in the journal's file: done and recorded, or neither; once, however often it is run."""
+
+    def pay(connection: Any, account: str, amount: int) -> int:
+        connection.execute("CREATE TABLE IF NOT EXISTS paid (account TEXT, amount INTEGER)")
+        connection.execute("INSERT INTO paid VALUES (?, ?)", (account, amount))
+        if amount < 0:
+            raise ValueError("not that way")
+        return amount
+
+    def handler(request: Request) -> Any:
+        with pytest.raises(ValueError, match="not that way"):
+            request.step("bad", in_transaction(pay), "a", -1)
+        paid = request.step("pay", in_transaction(pay), "a", 5)
+        if request.attempt == 1 and request.body == b"body":
+            stuck.wait()
+        return b"%d" % paid
+
+    stuck = gevent.event.Event()
+    site = build(handler)
+    site.peer.ask()
+    wait_until(lambda: "Effect" in site.disk.kinds() and not site.journal.pending)
+    site.restart()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"5")
+    with site.context.socket(plain.REQ) as other:
+        other.connect(site.server.endpoint)
+        other.send(b"plain")
+        assert other.recv(timeout=LONG) == b"5"
+    site.server.close()
+    rows: list[Any] = []
+    site.disk.open()
+    gevent.get_hub().threadpool.apply(
+        lambda: rows.extend(site.disk._connection.execute("SELECT * FROM paid"))  # type: ignore[union-attr]
+    )
+    site.disk.close()
+    assert rows == [("a", 5), ("a", 5)], "one for the request that came twice, one for the plain one"
+
+
+def test_steps_without_a_journal(context: zmq.Context) -> None:
+    """The handler sees the same results; an effect needs a journal and says so."""
+    results: list[Any] = []
+
+    def handler(request: Request) -> bytes:
+        results.append(request.step("a", lambda: (1, 2)))
+        with pytest.raises(JournalError, match="no journal"):
+            request.step("b", in_transaction(lambda connection: None))
+        with pytest.raises(TypeError, match="a step's name is a str"):
+            request.step(b"a", int)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a step is a function"):
+            request.step("a", 5)  # type: ignore[arg-type]
+        return b"%d" % request.attempt
+
+    with (
+        Server(ANY_PORT, handler, deadline=LONG, context=context) as server,
+        Client(server.endpoint, context=context) as client,
+    ):
+        assert client.request(b"x") == b"1"
+    assert results == [[1, 2]]
+
+
+class Hex:
+    """A codec of one's own."""
+
+    def encode(self, value: Any) -> bytes:
+        return value.hex().encode()
+
+    def decode(self, data: bytes) -> Any:
+        return bytes.fromhex(data.decode())
+
+
+def test_another_codec(build: Build) -> None:
+    """It is asked both ways, in the first run too."""
+    site = build(lambda request: request.step("a", lambda: request.body + b"!"), step_codec=Hex())
+    site.peer.ask()
+    assert site.peer.hear() == (Kind.REPLY, b"body!")
+    assert next(write for write in site.disk.seen if isinstance(write, Step)).value == b"body!".hex().encode()
+
+
+def test_nothing_is_stored_after_the_answer(build: Build) -> None:
+    """A handler that goes on after its reply runs its steps as ever, and they are not for another run."""
+    done = gevent.event.Event()
+
+    def handler(request: Request) -> None:
+        request.reply(b"first")
+        assert request.step("after", lambda: (1,)) == [1]
+        request.step("effect", in_transaction(lambda connection: 1))
+        done.set()
+
+    site = build(handler)
+    site.peer.ask()
+    assert site.peer.hear() == (Kind.REPLY, b"first")
+    done.wait()
+    assert site.disk.kinds() == ["Begin", "Finish"]
+
+
+def test_a_rerun_waits_for_the_end_of_the_last_run(build: Build) -> None:
+    """A handler that has answered "not now" and has not ended yet is not run twice at a time."""
+    go = gevent.event.Event()
+    running: list[int] = []
+
+    def handler(request: Request) -> bytes | None:
+        running.append(request.attempt)
+        assert running == [request.attempt]
+        if request.attempt == 1:
+            request.error("UNAVAILABLE", "not now")
+            go.wait()
+        running.pop()
+        return None if request.attempt == 1 else b"now"
+
+    site = build(handler)
+    site.peer.ask()
+    assert site.peer.error()[0] == Kind.INTERRUPTED
+    site.peer.ask(age_ms=5, flags=GREET)
+    assert site.peer.hear() == (Kind.WORKING, _id(1))
+    gevent.sleep(5 * MS)
+    assert running == [1]
+    go.set()
+    assert site.peer.hear() == (Kind.REPLY, b"now")
+
+
+def test_one_whose_client_has_vanished_stays_open(build: Build) -> None:
+    """Its handler is stopped (cancel_vanished), and goes on when its client is back."""
+    calls: list[int] = []
+    stuck = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        request.step("a", calls.append, 1)
+        if request.attempt == 1:
+            stuck.wait()
+        return b"done"
+
+    site = build(handler, cancel_vanished=True)
+    peer = site.connect()
+    peer.ask()
+    wait_until(lambda: calls)
+    peer.sock.close(0)
+    wait_until(lambda: site.server.stats.running == 0)
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"done")
+    assert (calls, site.runs) == ([1], [("body", 1), ("body", 2)])
+
+
+def test_forgotten(build: Build) -> None:
+    """What may have been dropped is ABORTED when it comes again, and run when it comes for the first time."""
+    site = build(_echo)
+    site.disk._horizon = site.disk.now() + 3600
+    site.peer.ask(1, age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "ABORTED", "Forgotten")
+    site.peer.ask(2)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert len(site.runs) == 1
+
+
+def test_rejected_requests_are_not_stored(build: Build) -> None:
+    """Neither what is full nor another journal's request leaves a trace."""
+    go = Waiting()
+    site = build(go, max_inflight=1, overload="reject")
+    site.peer.ask(1)
+    wait_until(lambda: site.runs)
+    site.peer.ask(2)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "ServerFull")
+    site.peer.ask(3, journal=b"other".ljust(16), age_ms=5)
+    assert site.peer.error() == (Kind.REJECTED, "FAILED_PRECONDITION", OTHER_JOURNAL)
+    assert {write.request_id for write in site.disk.seen} == {_id(1)}
+    go.event.set()
+    assert site.peer.hear()[0] == Kind.REPLY
+
+
+def test_a_kept_request_that_is_joined(build: Build) -> None:
+    """One that waits for its turn is joined as one that runs is, and both ways get the answer."""
+    go = Waiting()
+    site = build(go, max_inflight=1)
+    site.peer.ask(1)
+    wait_until(lambda: site.runs)
+    site.peer.ask(2, b"two")
+    other = site.connect()
+    wait_until(lambda: site.server.stats.backlog == 1)
+    other.ask(2, b"two", age_ms=5)
+    wait_until(lambda: site.journal.joined == 1)
+    go.event.set()
+    assert {site.peer.hear()[1], site.peer.hear()[1]} == {b"re: body", b"re: two"}
+    assert other.hear() == (Kind.REPLY, b"re: two")
+
+
+def test_a_file_is_one_servers(build: Build, context: zmq.Context) -> None:
+    """A second server on it is refused and leaves nothing; when the first has stopped it may."""
+    site = build(_echo)
+    second = Server(ANY_PORT, _echo, deadline=LONG, context=context, journal=site.disk.path)
+    with pytest.raises(JournalError, match="in use"):
+        second.start()
+    assert second.closed
+    site.server.stop()
+    second.start()
+    second.stop()
+    site.server.start()
+
+
+def test_an_address_that_is_in_use_leaves_the_journal_free(build: Build, context: zmq.Context, tmp_path: Path) -> None:
+    """What cannot be bound gives the file back."""
+    site = build(_echo)
+    path = tmp_path / "second.db"
+    other = Server(site.server.endpoint, _echo, deadline=LONG, context=context, journal=path)  # type: ignore[arg-type]
+    with pytest.raises(plain.ZMQError):
+        other.start()
+    with Server(ANY_PORT, _echo, deadline=LONG, context=context, journal=path):
+        pass
+
+
+def test_stop_does_not_wait_for_a_disk_that_hangs(build: Build) -> None:
+    """It returns, and the next start waits for the file."""
+    site = build(_echo)
+    site.disk.gate.clear()
+    site.peer.ask()
+    wait_until(lambda: site.journal.pending)
+    site.server.stop(0)
+    assert site.server.closed
+    with pytest.raises(JournalError, match="open already"):
+        site.server.start()
+    site.disk.gate.set()
+    wait_until(lambda: not Path(site.disk.path + ".lock").exists())
+    site.server.start()
+    site.peer = site.connect()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+def test_the_journals_id_is_in_every_header(build: Build) -> None:
+    """It is the file's, the instance another one each time: so a client sees a restart."""
+    site = build(_echo)
+    seen = []
+    for number in (1, 2):
+        site.peer.ask(number)
+        decoded = decode(site.peer.sock.recv_multipart()[0])
+        assert isinstance(decoded, ServerHeader)
+        seen.append(decoded)
+        site.restart()
+    assert seen[0].journal == seen[1].journal == site.disk.id
+    assert seen[0].instance != seen[1].instance
+
+
+def test_states_in_the_file(build: Build) -> None:
+    """OPEN while it runs, DONE when it is answered, ACKED when a real client has its answer."""
+    site = build(_echo)
+    with Client(site.server.endpoint, context=site.context) as client:
+        assert client.request(b"x") == b"re: x"
+    wait_until(lambda: any(type(write).__name__ == "Ack" for write in site.disk.seen))
+    assert [type(write).__name__ for write in site.disk.seen] == ["Begin", "Finish", "Ack"]
+    (begin,) = (write for write in site.disk.seen if type(write).__name__ == "Begin")
+    site.server.stop()
+    site.disk.open()
+    (known,) = site.disk.commit([begin])
+    site.disk.close()
+    assert known.state is State.ACKED
