@@ -44,8 +44,10 @@ class Lock:
             raise JournalError("journals in a file need the locks of Unix: on this system a server can have none")
         self._path = path + SUFFIX
         self._fd = _take(self._path, path)
-        os.truncate(self._fd, 0)
-        os.write(self._fd, b"%d\n" % os.getpid())
+        # On a full disk nobody is told; there the lock holds as well.
+        with contextlib.suppress(OSError):
+            os.truncate(self._fd, 0)
+            os.write(self._fd, b"%d\n" % os.getpid())
         _held.add(self)
 
     def release(self) -> None:

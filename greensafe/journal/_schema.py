@@ -24,7 +24,7 @@ from pathlib import Path
 from ..errors import JournalError
 from ._clock import Moment, offset
 
-__all__ = ["APPLICATION", "MIGRATIONS", "TABLES", "check", "connect", "create", "explain", "migrate"]
+__all__ = ["APPLICATION", "MIGRATIONS", "TABLES", "check", "check_version", "connect", "create", "explain", "migrate"]
 
 #: "GSjl".
 APPLICATION = 0x47536A6C
@@ -51,6 +51,11 @@ MIGRATIONS: list[Sequence[str]] = [
 ]
 
 TABLES = frozenset({"greensafe_journal", "greensafe_requests", "greensafe_steps"})
+
+# https://www.sqlite.org/fileformat.html#the_database_header
+_HEADER_SIZE = 100
+_MAGIC = b"SQLite format 3\0"
+_APPLICATION_AT = 68
 
 #: RETURNING, UPDATE FROM and 32,766 parameters are there from this version on.
 _SQLITE = (3, 35, 0)
@@ -107,26 +112,33 @@ def check(path: str) -> bool:
         raise JournalError(
             f"the journal {path} is empty, which no crash of a server leaves: remove it for a new one, or put a copy back"
         )
-    try:
-        with closing(connect(path, "ro")) as connection:
-            _check_header(path, connection)
-    except sqlite3.Error as error:
-        raise explain(path, error) from error
+    _check_header(path)
     return True
 
 
-def _check_header(path: str, connection: sqlite3.Connection) -> None:
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if application != APPLICATION:
+def _check_header(path: str) -> None:
+    """Read what every version has, without sqlite: it would change a file that it has to recover, even if it is another's."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(_HEADER_SIZE)
+    except OSError as error:
+        raise JournalError(f"the journal {path}: {error.strerror}; this user must be able to read and write it") from error
+    if len(header) < _HEADER_SIZE or not header.startswith(_MAGIC):
+        raise JournalError(f"{path} is not a sqlite file, or its beginning is damaged: give another name, or put a copy back")
+    if int.from_bytes(header[_APPLICATION_AT : _APPLICATION_AT + 4], "big") != APPLICATION:
         raise JournalError(f"{path} is the database of another program, not a journal: give another name")
+
+
+def check_version(path: str, connection: sqlite3.Connection) -> None:
+    """Find a journal of a newer version, one with tables missing, and a file that was cut off; nothing is changed."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
     if not 1 <= version <= len(MIGRATIONS):
         raise JournalError(
             f"the journal {path} has version {version}, this greensafe knows 1 to {len(MIGRATIONS)}: it was written by a newer "
             "one, which has to be used"
         )
-    # Reads the schema, and finds a file that was cut off.
-    connection.execute("SELECT id FROM greensafe_journal").fetchone()
+    for table in TABLES:
+        connection.execute(f"SELECT 1 FROM {table}").fetchone()
 
 
 def _check_alone(path: str) -> None:

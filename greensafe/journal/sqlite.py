@@ -31,7 +31,7 @@ from ..errors import JournalError
 from ..sansio.records import Write
 from ._clock import Stored, moment, offset
 from ._lock import Lock
-from ._schema import check, connect, create, explain, migrate
+from ._schema import check, check_version, connect, create, explain, migrate
 from ._tidying import MOST, Dropped, evict, expire, oldest, size
 from ._writing import Writing
 from .base import Journal
@@ -209,6 +209,7 @@ class SqliteJournal(Journal):
                 "fullfsync = ON",
             ):
                 connection.execute(f"PRAGMA {setting}")
+            check_version(self.path, connection)
             migrate(connection)
             self._start_clock(connection)
             self._read(connection)
