@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,51 @@ def test_spinning_handler_ends_its_process() -> None:
     assert result.code == 70
     assert "ends itself with code 70" in result.err
     assert "in count_for_ever" in result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
+def test_rolling_restart() -> None:
+    """Six restarts of two servers' processes, each of which exits with 0, and none of the client's requests fails."""
+    result = run_python(EXAMPLES / "rolling_restart.py", limit=3 * LONG)
+    assert result.code == 0, result.out + result.err
+    assert result.err == ""
+    assert result.out.count("gets SIGTERM") == result.out.count("has exited with code 0;") == 6
+    *_, of_a, of_b, last = result.out.splitlines()
+    answered = [int(number) for line in (of_a, of_b) for number in re.findall(r"\d+(?= \+| requests)", line)]
+    assert len(answered) == 8, result.out
+    assert min(answered) >= 100  # so every process has had its share
+    assert re.match(rf"{sum(answered)} requests, 0 failed; ", last), result.out
+
+
+def test_overload_waits() -> None:
+    """A thousand requests of one client are all answered, and another one's are while most of them still wait."""
+    lines = _overload("wait")
+    assert "polite, one after the other: 10 answered" in lines[1]
+    backlog = re.search(r"received=1010 .* backlog=(\d+) failures={}", lines[2])
+    assert backlog is not None and int(backlog[1]) > 0
+    assert "greedy: 1000 answered" in lines[3]
+    assert "received=1010 answered=1010 running=0 backlog=0 failures={}" in lines[4]
+
+
+def test_overload_rejects() -> None:
+    """What there is no place for is rejected; a second endpoint takes it without an error, retries wait until there is one."""
+    lines = _overload("reject")
+    assert "received=1000 answered=996 running=4 backlog=0 failures={'RESOURCE_EXHAUSTED': 996}" in lines[0]
+    assert "polite: 1 RESOURCE_EXHAUSTED" in lines[1]
+    assert "with a second endpoint: 10 answered" in lines[2]
+    assert "retries=0" in lines[3]
+    assert "with retries: 1 answered" in lines[4]
+    retried = re.search(r"rejections=(\d+) retries=(\d+)", lines[5])
+    assert retried is not None and int(retried[1]) == int(retried[2]) >= 3
+    assert "greedy: 996 RESOURCE_EXHAUSTED" in lines[6]
+    assert "greedy: 4 answered" in lines[7]
+
+
+def _overload(mode: str) -> list[str]:
+    result = run_python(EXAMPLES / "overload.py", mode, limit=2 * LONG)
+    assert result.code == 0, result.out + result.err
+    assert result.err == ""
+    return result.out.splitlines()
 
 
 def test_wsgi_app(context: zmq.Context) -> None:
