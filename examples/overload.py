@@ -71,7 +71,7 @@ def reject():
         Client(server.endpoint, retries=10) as patient,
     ):
         asking = [gevent.spawn(ask, greedy, b"long") for _ in range(1000)]
-        while server.stats.answered < 996:
+        while greedy.stats.rejections < 996:
             gevent.sleep(0.001)
         tell_of(server)
         tell("polite", [ask(polite, b"short")])
