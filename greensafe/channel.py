@@ -472,15 +472,16 @@ class Channel:
     def _tell_lost(self, loss: Loss) -> None:
         self.losses += 1
         self.lost_requests += len(loss.lost)
-        what = "%s: %s; %d requests may have run, %d were not handed over"
+        what = "%s: %s; %d requests may have run, %d were not run"
         log.info(what, self.endpoint, loss.trouble.message, len(loss.lost), len(loss.unsent), extra={"endpoint": self.endpoint})
         self._owner.on_lost(self, loss)
 
     def _count(self, trouble: Trouble) -> Loss:
         kept = set() if self._pump is None else {id(frames) for frames in self._pump.unsent()}
         lost = self._requester.lose(self.connection)
-        unsent = [asked for asked in lost if id(asked.frames) in kept]
-        lost = [asked for asked in lost if id(asked.frames) not in kept]
+        is_over = self.connection.is_over
+        unsent = [asked for asked in lost if is_over or id(asked.frames) in kept]
+        lost = [asked for asked in lost if not is_over and id(asked.frames) not in kept]
         return Loss(trouble, lost, unsent, self.connection)
 
     def _revive(self, now: float) -> None:

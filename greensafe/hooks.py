@@ -245,7 +245,7 @@ class ConnectionLost:
         message: What has happened.
         silent: As in PeerSilent; None for others.
         lost: Requests in flight there that may have run.
-        unsent: Requests that were provably not handed over; they go elsewhere, or wait.
+        unsent: Requests that were provably not run; they go elsewhere, or wait.
     """
 
     endpoint: str

@@ -441,6 +441,9 @@ class Server:
         stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
         watchdog.abort_all(stopped)
         pump.refuse(lambda frames: watchdog.refuse(frames, stopped))
+        # Not if an answer was thrown away, or is in a journal, as the next server will tell: its request was run.
+        if self._journal is None and not pump.dropped:
+            watchdog.tell_closed()
         pump.flush()
         if self._bind_to.startswith("inproc:"):
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close

@@ -52,7 +52,7 @@ class Loss(NamedTuple):
     Attributes:
         trouble: What happened.
         lost: The requests that may have been run: open, and off any connection.
-        unsent: Those that were provably not handed over.
+        unsent: Those that were provably not run: not handed over, or not received by a server that has said when it closed.
         connection: What was known of it.
     """
 

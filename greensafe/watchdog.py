@@ -304,6 +304,11 @@ class Watchdog:
         for notice in self.responder.drain():
             self._guarded(self._apply, notice)
 
+    def tell_closed(self) -> None:
+        """Tell clients that nothing more is received; all that was has been answered."""
+        for notice in self.responder.close():
+            self._guarded(self._apply, notice)
+
     def abort_all(self, error: RemoteError) -> None:
         """Answer whatever is still owed with `error` and kill the handlers that still run."""
         for request in self._kept.requests():

@@ -331,6 +331,27 @@ def test_a_server_that_stops_loses_no_request(context: zmq.Context, build: Build
         assert all(each.get() for each in asking)
 
 
+def test_a_request_on_its_way_when_its_server_closes(context: zmq.Context, build: Build) -> None:
+    """It has not run, which the server's last word proves: it goes elsewhere, without an error and without a retry."""
+    one, two = build(b"1"), build(b"2")
+    with Client(one.endpoint, two.endpoint, context=context) as client:
+        _up(client, 2)
+        asked = [gevent.spawn(client.request, b"wait") for _ in range(6)]
+        wait_until(lambda: len(one.seen) + len(two.seen) == 7)
+        received = len(one.seen)
+        one.link.stall("to_server")
+        asked += [gevent.spawn(client.request, b"wait") for _ in range(4)]
+        wait_until(lambda: len(two.seen) == 9 - received and client.stats.endpoints[0].inflight == 5)
+        stopping = gevent.spawn(one.server.stop, LONG)
+        wait_until(lambda: client.stats.endpoints[0].is_draining)
+        one.go()
+        two.go()
+        assert sorted(each.get() for each in asked) == [b"1"] * 3 + [b"2"] * 7
+        assert client.stats.endpoints[0].lost_requests == client.stats.retries == 0
+        assert len(one.seen) == received
+        stopping.get()
+
+
 def test_a_draining_server_gets_no_more(context: zmq.Context, build: Build) -> None:
     """As soon as a server says that it is about to stop, requests go elsewhere; what it has accepted it answers."""
     one, two = build(b"1"), build(b"2")

@@ -680,7 +680,7 @@ def test_more_than_is_kept(context: zmq.Context, tmp_path: Path) -> None:
 
 
 def test_clients_are_told_of_the_end_once(context: zmq.Context) -> None:
-    """A client with requests that run is told DRAINING when stop() begins, one that asks then is told when it does."""
+    """A client with requests that run is told DRAINING when stop() begins, one that asks then when it does; at last, CLOSED."""
     go = gevent.event.Event()
 
     def handler(request: Request) -> bytes:
@@ -711,6 +711,6 @@ def test_clients_are_told_of_the_end_once(context: zmq.Context) -> None:
     assert kinds(clients[1], 1) == [Kind.DRAINING]
     wait_until(lambda: server._watchdog is not None and server._watchdog.load == 5)
     go.set()
-    assert kinds(clients[0], 3) == [Kind.REPLY] * 3
-    assert kinds(clients[1], 2) == [Kind.REPLY] * 2
+    assert kinds(clients[0], 4) == [Kind.REPLY] * 3 + [Kind.CLOSED]
+    assert kinds(clients[1], 3) == [Kind.REPLY] * 2 + [Kind.CLOSED]
     stopping.get()

@@ -110,6 +110,7 @@ class Kind(enum.IntEnum):
     REJECTED = 0x85
     DRAINING = 0x86
     INTERRUPTED = 0x87
+    CLOSED = 0x88
 
 
 class Header:

@@ -105,10 +105,11 @@ class Connection:
         is_mixed: A plain peer has answered on it. There may be others beside it, behind a proxy.
         is_direct: Nobody is between the two: what holds for the connection holds for the server.
         is_draining: The server wants further requests to go elsewhere.
+        is_over: It has received its last request: those that are open on it were not run.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
     """
 
-    __slots__ = ("instance", "is_direct", "is_draining", "is_heard", "is_known", "is_mixed", "journal", "sent")
+    __slots__ = ("instance", "is_direct", "is_draining", "is_heard", "is_known", "is_mixed", "is_over", "journal", "sent")
 
     def __init__(self) -> None:
         self.sent: dict[bytes, Asked] = {}
@@ -117,6 +118,7 @@ class Connection:
         self.is_mixed = False
         self.is_direct = False
         self.is_draining = False
+        self.is_over = False
         self.instance = b""
         self.journal = b""
 
@@ -257,6 +259,8 @@ class Requester:
             self._hear(frames[2], now, connection.journal)
         elif header.kind == Kind.DRAINING:
             connection.is_draining = connection.is_direct  # a proxy goes on, with others
+        elif header.kind == Kind.CLOSED:
+            connection.is_draining = connection.is_over = connection.is_direct
         else:
             self.ignored += 1
         return None

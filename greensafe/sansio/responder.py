@@ -339,6 +339,14 @@ class Responder:
         caller.is_told = True
         return self._say(Kind.DRAINING, caller.origin, bytes(16), [b""])
 
+    def close(self) -> list[Send]:
+        """Have clients told that nothing more is received: what they hear no answer to by then was not run.
+
+        For who has answered all that was received, and has thrown no answer away. While it drains no client is forgotten, so
+        these are all that have asked since then, or shortly before.
+        """
+        return [Send(self._say(Kind.CLOSED, caller.origin, bytes(16), [b""])) for caller in self._callers.values()]
+
     def answer(self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY) -> list[bytes]:
         """The frames of the one answer, for the ROUTER.
 
@@ -389,7 +397,7 @@ class Responder:
     def _settle(self, caller: _Caller, request_id: bytes, exchange: Exchange) -> None:
         if caller.open.get(request_id) is exchange:
             del caller.open[request_id]
-            if not caller.open and caller.due == math.inf:
+            if not caller.open and caller.due == math.inf and not self.is_draining:
                 self._callers.pop(caller.origin, None)
 
     def promise(self, exchange: Exchange) -> None:
@@ -426,9 +434,10 @@ class Responder:
                 self._pulses.push(caller.due, caller)
                 effects.append(Send(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
             else:
-                # Only now, so that a client that asks one thing after another is not forgotten after each.
-                self._callers.pop(caller.origin, None)
                 caller.due = math.inf
+                if not self.is_draining:
+                    # Only now, so that a client that asks one thing after another is not forgotten after each.
+                    self._callers.pop(caller.origin, None)
         return effects
 
     def next_deadline(self) -> float | None:

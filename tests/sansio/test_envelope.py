@@ -147,6 +147,8 @@ def test_kinds() -> None:
         "PONG": 0x84,
         "REJECTED": 0x85,
         "DRAINING": 0x86,
+        "INTERRUPTED": 0x87,
+        "CLOSED": 0x88,
     }
 
 

@@ -331,7 +331,8 @@ def _check_the_end(world: _World) -> None:
     assert (responder.inflight, responder.running, responder.zombies) == (0, 0, 0)
     assert sum(world.answers.values()) == responder.answered
     assert responder.next_deadline() is None
-    assert responder._callers == {}
+    assert not any(caller.open for caller in responder._callers.values())
+    assert responder.is_draining or responder._callers == {}
     for client in world.clients:
         assert client.requester.next_deadline() is None
         assert all(asked.at is None for asked in client.requester.asked())

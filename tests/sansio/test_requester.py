@@ -285,6 +285,16 @@ def test_draining_is_for_the_server_that_says_it() -> None:
         assert connection.is_draining == is_draining
 
 
+def test_closed_is_for_the_server_that_says_it() -> None:
+    """What a direct server has not answered when it says that it has closed was not run; behind a proxy nobody knows."""
+    for hops, is_over in ((1, True), (2, False)):
+        requester, connection = Requester(), Connection()
+        asked = _ask(requester, connection)
+        assert requester.receive(_said(Kind.CLOSED, 0, b"", hops=hops), connection, 0.0) is None
+        assert (connection.is_over, connection.is_draining) == (is_over, is_over)
+        assert asked.is_open
+
+
 # Losses, silence and limits.
 
 

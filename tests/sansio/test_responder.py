@@ -590,3 +590,20 @@ def test_cancelled_by_any_way() -> None:
 
 def _sends(effects: list[Any]) -> list[list[bytes]]:
     return [effect.frames for effect in effects if isinstance(effect, Send)]
+
+
+def test_closing() -> None:
+    """Who has asked while it drained, or shortly before, is told, also if it was answered long ago; nobody else is."""
+    responder = _responder()
+    early = _open(responder, 1, route=(b"early",), patience_ms=5000)
+    responder.answer(early, [b"x"])
+    responder.tick(2.0)
+    for number, patience in enumerate((0, 5000)):
+        exchange = _open(responder, 2, now=2.0, route=(b"with %d" % number,), patience_ms=patience)
+        responder.drain()
+        responder.answer(exchange, [b"x"])
+    responder.tick(10.0)
+    responder.tick(20.0)
+    assert [(notice.frames[0], _said(notice.frames), notice.frames[3:]) for notice in responder.close()] == [
+        (route, ServerHeader(Kind.CLOSED, bytes(16), INSTANCE, NO_JOURNAL, 1), [b""]) for route in (b"with 0", b"with 1")
+    ]
