@@ -394,3 +394,61 @@ def test_an_answer_of_a_stranger() -> None:
     answer = requester.receive(_said(Kind.REPLY, 1, b"late but true"), asked_one, 0.0)
     assert answer is not None
     assert answer.body == [b"late but true"]
+
+
+def test_a_first_try_is_new() -> None:
+    """It has no age and is for any journal; so is one that was never handed over, or was rejected."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection, now=1.0)
+    assert (_header(asked.frames).age_ms, _header(asked.frames).journal) == (0, NO_JOURNAL)
+    requester.unsend(asked)
+    assert _header(requester.send(asked, connection, 5.0)).age_ms == 0
+
+
+def test_a_resend_says_its_age_and_its_journal() -> None:
+    """From the first time that it was sent, and at least a millisecond."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection, now=1.0)
+    requester.lose(connection)
+    requester.bind(asked, JOURNAL)
+    for now, age in ((1.0, 1), (3.5, 2500), (1e9, 0xFFFFFFFF)):
+        header = _header(requester.send(asked, Connection(), now))
+        assert (header.age_ms, header.journal, header.request_id) == (age, JOURNAL, _id(1))
+        assert asked.connection is not None
+        requester.lose(asked.connection)
+
+
+def test_an_interrupted_request_waits_again() -> None:
+    """INTERRUPTED resolves it, names the journal, and leaves it open, as REJECTED does; by another connection it is late."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    other = Connection()
+    assert requester.receive(_said(Kind.INTERRUPTED, journal=JOURNAL), other, 0.0) is None
+    answer = requester.receive(_said(Kind.INTERRUPTED, journal=JOURNAL), connection, 0.0)
+    assert answer is not None
+    assert (answer.kind, answer.journal, asked.is_open, asked.connection) == (Kind.INTERRUPTED, JOURNAL, True, None)
+    assert (len(requester), requester.late) == (1, 1)
+
+
+def test_whose_journal_has_it() -> None:
+    """A direct server's; behind a proxy only of who has said WORKING for it; beside a plain peer nobody's; else as before."""
+    requester = Requester(5.0)
+    before = b"before".ljust(16)
+
+    def lost(*messages: list[bytes]) -> bytes:
+        connection = Connection()
+        asked = _ask(requester, connection)
+        for frames in messages:
+            requester.receive(frames, connection, 0.0)
+        requester.lose(connection)
+        requester.abandon(asked)
+        return connection.journal_of(asked, before)
+
+    pong = _said(Kind.PONG, 9, journal=JOURNAL)
+    assert lost() == before
+    assert lost(pong) == JOURNAL
+    assert lost(_said(Kind.PONG, 9)) == NO_JOURNAL
+    assert lost(_said(Kind.PONG, 9, hops=2, journal=JOURNAL)) == NO_JOURNAL
+    assert lost(_said(Kind.WORKING, 1, _id(1), hops=2, journal=JOURNAL)) == JOURNAL
+    assert lost(_said(Kind.WORKING, 9, _id(9), hops=2, journal=JOURNAL)) == NO_JOURNAL
+    assert lost(pong, _echoed(9)) == NO_JOURNAL

@@ -1,0 +1,309 @@
+"""Tests of greensafe.client: what may have run is sent again, to the journal that knows of it and to no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+import zmq as plain
+from helpers import LONG, MS, wait_until
+
+import greensafe as zmq
+from greensafe import Client, Disconnected, RemoteError, Request, Server
+from greensafe.hooks import CallRetried
+from greensafe.sansio.envelope import OTHER_JOURNAL, SERVER_STOPPED, Header, Kind, ServerHeader, decode
+from greensafe.testing import FaultyLink
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+ANY_PORT = "tcp://127.0.0.1:0"
+J, OTHER = b"journal".ljust(16), b"other".ljust(16)
+
+
+class Raw:
+    """A server that says what the test wants, behind a link that dies when the test wants."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.sock = context.socket(plain.ROUTER)
+        self.sock.bind("tcp://127.0.0.1:*")
+        self.link = FaultyLink(self.sock.last_endpoint.decode())
+        self.endpoint = self.link.endpoint
+
+    def receive(self) -> tuple[list[bytes], Header]:
+        """The next request; a note is left out."""
+        while True:
+            frames = self.sock.recv_multipart(timeout=LONG)
+            header = decode(frames[-3])
+            assert isinstance(header, Header)
+            if header.kind == Kind.REQUEST:
+                return frames, header
+
+    def say(self, frames: list[bytes], kind: Kind, body: bytes, journal: bytes = J, hops: int = 1) -> None:
+        told = ServerHeader(kind, frames[-3][8:24], b"i" * 16, journal, hops).encode()
+        self.sock.send_multipart([*frames[:-3], told, b"", body])
+
+    def greet(self, frames: list[bytes], journal: bytes = J, hops: int = 1) -> None:
+        self.say(frames, Kind.WORKING, frames[-3][8:24], journal, hops)
+
+    def die(self) -> None:
+        """As a killed process that is back at once."""
+        self.link.reset()
+
+
+@pytest.fixture
+def build(context: zmq.Context) -> Iterator[Callable[[], Raw]]:
+    with ExitStack() as stack:
+
+        def build() -> Raw:
+            made = Raw(context)
+            stack.callback(made.link.close)
+            return made
+
+        yield build
+
+
+Build = Callable[[], Raw]
+
+
+def _ask(client: Client, **options: Any) -> gevent.Greenlet:
+    return gevent.spawn(client.request, b"body", **options)
+
+
+def _ended(asked: gevent.Greenlet) -> Any:
+    asked.join()
+    return asked.exception or asked.value
+
+
+def test_sent_again_to_the_journal(context: zmq.Context, build: Build) -> None:
+    """The same id, its age, its journal; as soon as somebody is there; and the answer is the caller's."""
+    server = build()
+    retries: list[CallRetried] = []
+    hook = lambda record: retries.append(record) if isinstance(record, CallRetried) else None  # noqa: E731
+    with Client(server.endpoint, context=context, retries=1, hooks=hook) as client:
+        asked = _ask(client)
+        frames, first = server.receive()
+        assert (first.age_ms, first.journal) == (0, bytes(16))
+        server.greet(frames)
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        server.die()
+        frames, again = server.receive()
+        assert again.request_id == first.request_id
+        assert again.age_ms > 0
+        assert again.journal == J
+        server.say(frames, Kind.REPLY, b"answer")
+        assert _ended(asked) == b"answer"
+        assert client.stats.retries == 1
+    assert [type(record.error) for record in retries] == [Disconnected]
+
+
+def test_without_retries_the_caller_is_told(context: zmq.Context, build: Build) -> None:
+    """A journal alone is no reason to send anything again."""
+    server = build()
+    with Client(server.endpoint, context=context) as client:
+        asked = _ask(client)
+        server.greet(server.receive()[0])
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        server.die()
+        error = _ended(asked)
+        assert isinstance(error, Disconnected)
+        assert error.maybe_executed
+
+
+def test_more_than_the_share_of_retries(context: zmq.Context, build: Build) -> None:
+    """All that a journaling server has lost come back: it owes them in any case."""
+    server = build()
+    with Client(server.endpoint, context=context, retries=1) as client:
+        asked = [_ask(client) for _ in range(50)]
+        server.greet(server.receive()[0])
+        seen = {server.receive()[1].request_id for _ in range(49)}
+        server.die()
+        frames, first = server.receive()
+        seen.add(first.request_id)
+        server.greet(frames)
+        server.say(frames, Kind.REPLY, b"answer")
+        for _ in range(49):
+            frames, header = server.receive()
+            assert header.journal == J
+            server.say(frames, Kind.REPLY, b"answer")
+        assert [_ended(each) for each in asked] == [b"answer"] * 50
+    assert len(seen) == 50
+
+
+def test_a_server_that_is_killed_before_it_says_anything(context: zmq.Context, build: Build) -> None:
+    """What is known of the endpoint from before holds until somebody says otherwise."""
+    server = build()
+    with Client(server.endpoint, context=context, retries=2) as client:
+        asked = _ask(client)
+        server.greet(server.receive()[0])
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        for _ in range(2):
+            server.die()
+            frames, header = server.receive()
+            assert header.journal == J
+        server.say(frames, Kind.REPLY, b"answer")
+        assert _ended(asked) == b"answer"
+
+
+def test_a_server_without_a_journal(context: zmq.Context, build: Build) -> None:
+    """A request that may have run there ends with Disconnected, unless it is idempotent, and then it is for anybody."""
+    server = build()
+    with Client(server.endpoint, context=context, retries=1) as client:
+        asked = _ask(client)
+        server.greet(server.receive()[0], bytes(16))
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        server.die()
+        error = _ended(asked)
+        assert isinstance(error, Disconnected)
+        assert error.maybe_executed
+        asked = _ask(client, idempotent=True)
+        frames, _ = server.receive()
+        server.greet(frames, bytes(16))
+        server.die()
+        frames, header = server.receive()
+        assert header.age_ms > 0
+        assert header.journal == bytes(16)
+        server.say(frames, Kind.REPLY, b"answer", bytes(16))
+        assert _ended(asked) == b"answer"
+
+
+def test_another_journal_has_taken_the_place(context: zmq.Context, build: Build) -> None:
+    """It refuses, and the caller is told what it would have been told without retries."""
+    server = build()
+    refusal = RemoteError("FAILED_PRECONDITION", "not mine", OTHER_JOURNAL).to_reply()
+    with Client(server.endpoint, context=context, retries=5) as client:
+        asked = _ask(client)
+        server.greet(server.receive()[0])
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        server.die()
+        frames, _ = server.receive()
+        server.say(frames, Kind.REJECTED, refusal, OTHER)
+        error = _ended(asked)
+        assert isinstance(error, Disconnected)
+        assert error.maybe_executed
+        assert "another journal" in error.__notes__[0]
+
+
+def _first(*servers: Raw) -> list[Raw]:
+    """Who is asked comes first."""
+    wait_until(lambda: any(server.sock.poll(0) for server in servers))
+    return sorted(servers, key=lambda server: not server.sock.poll(0))
+
+
+def test_never_to_another_endpoint_that_does_not_keep_it(context: zmq.Context, build: Build) -> None:
+    """It waits for its own server while others are idle; those get all the new ones."""
+    servers = build(), build()
+    with Client(*(server.endpoint for server in servers), context=context, retries=1) as client:
+        asked = _ask(client)
+        one, two = _first(*servers)
+        frames, first = one.receive()
+        one.greet(frames)
+        wait_until(lambda: any(endpoint.is_greensafe for endpoint in client.stats.endpoints))
+        one.link.refuse()
+        one.die()
+        wait_until(lambda: client.stats.retries == 1)
+        other = _ask(client)
+        frames, header = two.receive()
+        assert header.request_id != first.request_id
+        two.say(frames, Kind.REPLY, b"two", OTHER)
+        assert _ended(other) == b"two"
+        assert client.stats.waiting == 1
+        one.link.heal()
+        frames, header = one.receive()
+        assert header.request_id == first.request_id
+        one.say(frames, Kind.REPLY, b"one")
+        assert _ended(asked) == b"one"
+
+
+def test_to_another_endpoint_that_keeps_the_same(context: zmq.Context, build: Build) -> None:
+    """A second way to the same server will do."""
+    servers = build(), build()
+    with Client(*(server.endpoint for server in servers), context=context, retries=1) as client:
+        first = _ask(client)
+        one, two = _first(*servers)
+        frames, header = one.receive()
+        one.greet(frames)
+        wait_until(lambda: all(endpoint.is_up for endpoint in client.stats.endpoints))
+        second = _ask(client)
+        more, _ = two.receive()
+        two.greet(more)
+        wait_until(lambda: all(endpoint.is_greensafe for endpoint in client.stats.endpoints))
+        one.link.refuse()
+        one.die()
+        frames, again = two.receive()
+        assert again.request_id == header.request_id
+        two.say(frames, Kind.REPLY, b"first")
+        two.say(more, Kind.REPLY, b"second")
+        assert (_ended(first), _ended(second)) == (b"first", b"second")
+
+
+def test_interrupted_at_a_stop(context: zmq.Context, build: Build) -> None:
+    """The request is sent again after a pause; to who is there then."""
+    server = build()
+    body = RemoteError("UNAVAILABLE", "stopping", SERVER_STOPPED).to_reply()
+    with Client(server.endpoint, context=context, retries=1) as client:
+        asked = _ask(client)
+        frames, first = server.receive()
+        server.say(frames, Kind.INTERRUPTED, body)
+        frames, again = server.receive()
+        assert (again.request_id, again.journal) == (first.request_id, J)
+        server.say(frames, Kind.INTERRUPTED, body)
+        error = _ended(asked)
+        assert isinstance(error, RemoteError)
+        assert (error.code, error.type) == ("UNAVAILABLE", SERVER_STOPPED)
+
+
+def test_interrupted_without_retries(context: zmq.Context, build: Build) -> None:
+    """The caller gets the error, as from a server without a journal."""
+    server = build()
+    with Client(server.endpoint, context=context) as client:
+        asked = _ask(client)
+        server.say(server.receive()[0], Kind.INTERRUPTED, RemoteError("UNAVAILABLE", "no disk", "JournalError").to_reply())
+        error = _ended(asked)
+        assert isinstance(error, RemoteError)
+        assert error.code == "UNAVAILABLE"
+
+
+def test_a_limit_ends_the_wait_for_a_server_that_does_not_come_back(context: zmq.Context, build: Build) -> None:
+    """Retries have no limit of their own: the caller's holds."""
+    server = build()
+    with Client(server.endpoint, context=context, retries=100) as client:
+        asked = _ask(client, timeout=300 * MS)
+        server.greet(server.receive()[0])
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        server.link.refuse()
+        server.die()
+        assert isinstance(_ended(asked), zmq.OperationTimeout)
+        assert (client.stats.inflight, client.stats.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_a_server_that_is_restarted(context: zmq.Context, tmp_path: Path, transport: str) -> None:
+    """Its callers just wait: each gets its answer, once, and steps that were finished are not run again."""
+    endpoint = ANY_PORT if transport == "tcp" else f"ipc://{tmp_path}/s"
+    steps: list[bytes] = []
+    blocked = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        request.step("a", steps.append, 1)
+        if request.attempt == 1:
+            blocked.wait()
+        return b"re: " + request.body
+
+    with ExitStack() as stack:
+        server = Server(endpoint, handler, deadline=LONG, context=context, journal=tmp_path / "requests.db")
+        server.start()
+        assert server.endpoint is not None
+        client = stack.enter_context(Client(server.endpoint, context=context, retries=3))
+        asked = [gevent.spawn(client.request, b"%d" % number) for number in range(20)]
+        wait_until(lambda: len(steps) == 20)
+        server.close()
+        again = Server(server.endpoint, handler, deadline=LONG, context=context, journal=tmp_path / "requests.db")
+        stack.enter_context(again)
+        assert [_ended(each) for each in asked] == [b"re: %d" % number for number in range(20)]
+        assert again.stats.journal is not None
+        assert again.stats.journal.rerun == 20
+    assert len(steps) == 20
