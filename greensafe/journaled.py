@@ -44,6 +44,10 @@ from .watchdog import TURN, Watchdog
 __all__ = ["Journaled"]
 
 
+#: Writes that may wait for the disk before acknowledgements are left out: the answers then stay in the journal for longer.
+ACKS = 10_000
+
+
 class _Memory:
     """What is known of one request beyond its exchange.
 
@@ -307,7 +311,8 @@ class Journaled(Watchdog):
         self._count(exchange, error)
 
     def _on_acked(self, request_id: bytes) -> None:
-        self._commits.write(Ack(request_id))
+        if self._commits.pending < ACKS:
+            self._commits.write(Ack(request_id))
 
     # Its end.
 

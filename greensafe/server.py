@@ -387,7 +387,7 @@ class Server:
         commits, self._commits = self._commits, None
         if commits is None:
             return
-        commits.close()
+        commits.close()  # if it is not
         if gevent.getcurrent() is not gevent.get_hub() and not commits.join(FLUSH):
             log.warning("the journal is not closed yet: its disk takes long", extra={"endpoint": self.endpoint})
 
@@ -440,6 +440,8 @@ class Server:
             return
         stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
         watchdog.abort_all(stopped)
+        if self._commits is not None:
+            self._commits.close()  # who waits for it is told now, while that can still be sent
         pump.refuse(lambda frames: watchdog.refuse(frames, stopped))
         # Not if an answer was thrown away, or is in a journal, as the next server will tell: its request was run.
         if self._journal is None and not pump.dropped:

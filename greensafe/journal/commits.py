@@ -3,7 +3,7 @@
 Group commit: what is written while one commit is under way is the next one's batch. Rules:
 
 * The hub never waits for the journal: its methods run in a thread, one at a time. `then` is called in the hub, in the order of
-  the writes, when a write is durable or has failed.
+  the writes, when a write is durable or has failed; or where `close` is called, if that comes first.
 * A batch that fails is tried again in halves, so that a write which cannot be stored fails alone.
 * Between commits, and now and then while nothing happens, the journal may tidy up.
 
@@ -13,6 +13,7 @@ It does not know what is written.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
@@ -57,6 +58,7 @@ class Commits:
         self._running = running
         self._hub: Hub = gevent.get_hub()
         self._pool = ThreadPool(1)
+        self._process = os.getpid()
         self._waiting: list[tuple[Write, Then | None]] = []
         self._batch: Sequence[tuple[Write, Then | None]] = ()
         self._is_busy = False
@@ -91,7 +93,11 @@ class Commits:
         self._timer.start(self._on_timer)
 
     def write(self, write: Write, then: Then | None = None) -> None:
-        """Store something. From any greenlet of the server's thread, the hub included; `then` is called in the hub."""
+        """Store something. From any greenlet of the server's thread, the hub included; for `then` see above."""
+        if not self._is_open:
+            if then is not None:
+                self._hub.loop.run_callback(then, None, JournalError("the journal is closed: its server was stopped"))
+            return
         self._waiting.append((write, then))
         if not self._is_busy and not self._is_scheduled:
             # At the end of this turn, with all that comes in it.
@@ -107,15 +113,19 @@ class Commits:
         return not self.pending
 
     def close(self) -> None:
-        """Store what is pending, then close the journal; does not wait for either. Nobody is told any more."""
+        """Store what is pending, then close the journal; does not wait for either.
+
+        Whoever waits is told that nobody knows whether it is stored.
+        """
         if not self._is_open:
             return
         self._is_open = False
         self._timer.stop()
         self._timer.close()
         self._last = [write for write, _ in self._waiting]
-        self._waiting.clear()
-        self._batch = ()
+        pending = (*self._batch, *self._waiting)
+        self._waiting, self._batch = [], ()
+        self._tell_all(pending, [JournalError("the server was stopped before this was known to be stored")] * len(pending))
         self._done.set()
         if not self._is_busy:
             self._end()
@@ -172,18 +182,19 @@ class Commits:
 
     def _tell(self, batch: Sequence[tuple[Write, Then | None]], results: Sequence[Any]) -> None:
         self.count += 1
-        failed: JournalError | None = None
+        failures = [result for result in results if isinstance(result, JournalError)]
+        self.failures += len(failures)
+        self._note(failures[-1] if failures else None)
+        self._tell_all(batch, results)
+
+    def _tell_all(self, batch: Sequence[tuple[Write, Then | None]], results: Sequence[Any]) -> None:
         for (_, then), result in zip(batch, results, strict=True):
             error = result if isinstance(result, JournalError) else None
-            if error is not None:
-                failed = error
-                self.failures += 1
             if then is not None:
                 try:
                     then(None if error is not None else result, error)
                 except BaseException:  # noqa: BLE001 - one write's failure is reported, and the next is told
                     self._hub.handle_error(self, *sys.exc_info())
-        self._note(failed)
 
     def _note(self, failed: JournalError | None) -> None:
         if failed is not None and self.error is None:
@@ -199,7 +210,9 @@ class Commits:
             self._tidy_at = 0.0
 
     def _on_timer(self) -> None:
-        if not self._is_busy and self._is_open:
+        if os.getpid() != self._process:
+            self._timer.stop()  # a forked child's, whose journal is closed
+        elif not self._is_busy and self._is_open:
             self._go_on()
 
 
@@ -217,7 +230,10 @@ def _open(journal: Journal) -> Exception | None:
 def _commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
     """The result of each write, or its JournalError."""
     try:
-        return journal.commit(writes)
+        results = journal.commit(writes)
+        if len(results) != len(writes):
+            raise JournalError(f"{journal!r} has returned {len(results)} results for {len(writes)} writes")
+        return results
     except JournalError as error:
         if len(writes) == 1:
             return [error]
