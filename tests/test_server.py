@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import time
@@ -714,3 +715,31 @@ def test_clients_are_told_of_the_end_once(context: zmq.Context) -> None:
     assert kinds(clients[0], 4) == [Kind.REPLY] * 3 + [Kind.CLOSED]
     assert kinds(clients[1], 3) == [Kind.REPLY] * 2 + [Kind.CLOSED]
     stopping.get()
+
+
+@pytest.mark.parametrize("why", ["it may", "a journal", "an answer was dropped"])
+def test_the_last_word_is_true(context: zmq.Context, tmp_path: Path, why: str) -> None:
+    """CLOSED is not said where a request that was run may have no answer yet, or have lost it."""
+    endpoint = f"ipc://{tmp_path}/s"
+    journal = str(tmp_path / "journal") if why == "a journal" else None
+    client = context.socket(zmq.DEALER)
+    client.connect(endpoint)
+    kinds: list[int] = []
+    answered_by: set[bytes] = set()
+    numbers = itertools.count(1)
+    for count in (1, 2):
+        with Server(endpoint, lambda request: request.body, deadline=LONG, journal=journal, context=context) as server:
+            while len(answered_by) < count:
+                if not client.poll(50):  # the first time; or what was sent before it has learned of the first server's end
+                    header = Header(Kind.REQUEST, next(numbers).to_bytes(16, "big"), patience_ms=60_000)
+                    client.send_multipart([header.encode(), b"", b"x"])
+                    continue
+                told = decode(client.recv_multipart()[0])
+                assert isinstance(told, ServerHeader)
+                kinds.append(told.kind)
+                if told.kind == Kind.REPLY:
+                    answered_by.add(told.instance)
+            if why == "an answer was dropped":
+                assert server._pump is not None
+                server._pump.dropped += 1
+    assert (Kind.CLOSED in kinds) == (why == "it may")
