@@ -443,8 +443,7 @@ class Server:
         if self._commits is not None:
             self._commits.close()  # who waits for it is told now, while that can still be sent
         pump.refuse(lambda frames: watchdog.refuse(frames, stopped))
-        # Not if an answer was thrown away, or is in a journal, as the next server will tell: its request was run.
-        if self._journal is None and not pump.dropped:
+        if not pump.dropped:  # not if an answer was thrown away: its request was run
             watchdog.tell_closed()
         pump.flush()
         if self._bind_to.startswith("inproc:"):
