@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from greensafe.sansio.backoff import FIRST, JITTER, LONGEST, RESERVE, SHARE, Budget, delay
+from greensafe.sansio.backoff import FIRST, JITTER, LONGEST, PERIOD, RESERVE, RESTARTS, SHARE, Budget, Intensity, delay
 
 
 def test_delays_double() -> None:
@@ -47,3 +47,34 @@ def test_never_more_than_the_share(requests: list[bool]) -> None:
         else:
             spent += budget.spend()
         assert spent <= RESERVE + SHARE * earned + 1e-6
+
+
+def test_three_restarts_and_no_more() -> None:
+    """Three that follow one another wait longer each time, the fourth failure within five seconds is one too many."""
+    intensity = Intensity()
+    assert [intensity.restart(100.0 + number, 0.0) for number in range(4)] == [0.05, 0.1, 0.2, None]
+    assert intensity.restart(100.0 + PERIOD, 0.0) == 0.2  # the first is forgotten, two are not
+    assert intensity.restart(200.0, 0.0) == 0.05
+
+
+@given(st.lists(st.tuples(st.floats(0, PERIOD), st.floats(0, 1)), max_size=100))
+def test_restarts_are_bounded(failures: list[tuple[float, float]]) -> None:
+    """Whatever the times: no period has more than three, one is refused only if three are within its period, none is at once."""
+    intensity, now = Intensity(), 0.0
+    restarts: list[float] = []
+    for after, chance in failures:
+        now += after
+        recent = [at for at in restarts if now - at < PERIOD]
+        pause = intensity.restart(now, chance)
+        assert (pause is None) is (len(recent) >= RESTARTS)
+        if pause is not None:
+            restarts.append(now)
+            assert FIRST * (1 - JITTER) <= pause <= FIRST * 2 ** len(recent)
+
+
+@given(st.floats(0, 1e9), st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_what_fails_seldom_is_always_started_again(now: float, chances: list[float]) -> None:
+    """A failure that comes a period after the one before is the first again."""
+    intensity = Intensity()
+    for number, chance in enumerate(chances):
+        assert intensity.restart(now + 2 * number * PERIOD, chance) == delay(1, chance)
