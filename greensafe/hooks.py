@@ -43,6 +43,8 @@ __all__ = [
     "HandlerStuck",
     "Hook",
     "Hooks",
+    "HubBlocked",
+    "LoopFailed",
     "Record",
     "RequestAnswered",
     "RequestFailed",
@@ -137,6 +139,38 @@ class HandlerStuck:
 
     endpoint: str
     zombie: Zombie
+
+
+@dataclass(frozen=True, slots=True)
+class HubBlocked:
+    """The hub of a server turns again, after it had not done so for the server's `blocked_after` or longer.
+
+    Attributes:
+        endpoint: The server's.
+        seconds: How long it did not turn after it should have; a lower limit.
+        stack: What ran when that was noticed, as in a traceback; "" if nobody could see it.
+    """
+
+    endpoint: str
+    seconds: float
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoopFailed:
+    """A loop of the library itself has failed, no handler; see "Loops" in docs/operations.md.
+
+    Attributes:
+        endpoint: The server's, or the client's, several with a space between them.
+        loop: Its name, such as "pump".
+        seconds: The pause after which it goes on. None: it has failed too often; the server stops, the client is closed.
+        error: Why: keep its name or text, since it holds frames.
+    """
+
+    endpoint: str
+    loop: str
+    seconds: float | None
+    error: Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +297,8 @@ Record = (
     | RequestAnswered
     | RequestFailed
     | HandlerStuck
+    | HubBlocked
+    | LoopFailed
     | CallStarted
     | CallAnswered
     | CallFailed

@@ -8,6 +8,7 @@ Rules:
 * Nothing here waits for a handler, a client or a full pipe: the pump's callbacks and the watchdog's timer do all the work.
 * `max_inflight` requests run at a time. The next ones are read all the same, so that their clients hear that they are not
   forgotten, and kept; when much is kept nothing is read any more and clients feel backpressure.
+* When a loop of its own fails (see `restarts`) too often it closes, and serve_forever raises the error.
 * Signal handlers are installed by `serve` and `serve_forever` only, in the main thread, and put back.
 
 It does not know what a request is about, nor how the watchdog decides.
@@ -53,6 +54,7 @@ from .options import (
     check_resume,
     check_watch,
 )
+from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .stats import ServerStats
 from .watchdog import Watchdog
@@ -156,6 +158,7 @@ class Server:
         self._watchdog: Watchdog | None = None
         self._watch: tuple[HubWatch, Wish] | None = None
         self._systemd: systemd.Notifier | None = None
+        self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
         self._undelivered = (0, 0)
         self._idle = Event()
         self._stopped = Event()
@@ -176,14 +179,16 @@ class Server:
 
     @property
     def state(self) -> str:
-        """One of "started", "stopping" and "closed"."""
-        return "closed" if self._pump is None else "stopping" if self._stopping else "started"
+        """One of "started", "stopping", "closed" and "failed": closed because a loop of its own had failed too often."""
+        if self._pump is None:
+            return "closed" if self._restarts.error is None else "failed"
+        return "stopping" if self._stopping else "started"
 
     @property
     def stats(self) -> ServerStats:
         """How it stands now, counted since the last start; to be asked in its own thread."""
         self._forget_parent()
-        watchdog, pump = self._watchdog, self._pump
+        watchdog, pump, error = self._watchdog, self._pump, self._restarts.error
         endpoint = self.endpoint or self._bind_to
         if watchdog is None:
             return ServerStats(endpoint, self.state)
@@ -192,6 +197,7 @@ class Server:
         return ServerStats(
             endpoint=endpoint,
             state=self.state,
+            is_healthy=self.healthy,
             received=counts.received,
             answered=counts.answered,
             failures=dict(watchdog.failures),
@@ -212,6 +218,8 @@ class Server:
                 "misdirected": counts.misdirected,
             },
             journal=watchdog.stats if isinstance(watchdog, Journaled) and pump is not None else None,
+            restarts=dict(self._restarts.counts),
+            loop_error="" if error is None else f"{type(error).__name__}: {error}",
         )
 
     @property
@@ -221,8 +229,8 @@ class Server:
 
     @property
     def healthy(self) -> bool:
-        """Whether no more than max_zombies handlers have survived a kill, and the journal, if any, can be written."""
-        if self._commits is not None and self._commits.error is not None:
+        """Whether its loops work, no more than max_zombies handlers have survived a kill, and the journal can be written."""
+        if self._restarts.error is not None or (self._commits is not None and self._commits.error is not None):
             return False
         return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
 
@@ -268,7 +276,10 @@ class Server:
             raise
         self._socket = sock
         self._stopped.clear()
-        self._pump = Pump(sock, self._on_message, self.close)
+        self._restarts = restarts = Restarts(self.endpoint, self._give_up, self._tell)
+        self._pump = Pump(
+            sock, self._on_message, self.close, on_failure=lambda error, go_on: restarts.failed("pump", error, go_on)
+        )
         close_first(context, self)
         options: dict[str, Any] = {
             "send_soon": self._pump.send_soon,
@@ -282,6 +293,7 @@ class Server:
             "endpoint": self.endpoint,
             "tell": self._tell,
             "codec": self._codec,
+            "restarts": restarts,
         }
         if self._journal is None or self._commits is None:
             self._watchdog = Watchdog(self._handler, self._pump.send, **options)
@@ -354,14 +366,20 @@ class Server:
 
         In the main thread the two signals stop it with `stop_timeout`, a second one at once. systemd is told,
         where there is one that asks (see `systemd`).
+
+        Raises:
+            Exception: A loop of its own has failed too often, with this error, and the server is closed; see `restarts`.
         """
         self.start()
+        restarts = self._restarts
         with _signals(lambda: self.stop(stop_timeout), self.close), self._told():
             try:
                 self._stopped.wait()
             finally:
                 with shield():
                     self.stop(stop_timeout)
+        if restarts.error is not None:
+            raise restarts.error
 
     def __enter__(self) -> Self:
         self.start()
@@ -407,6 +425,10 @@ class Server:
         if self._stopping and not self._watchdog.load and not self._watchdog.backlog:
             self._idle.set()
 
+    def _give_up(self, error: Exception) -> None:
+        """A loop has failed too often. Not closed here: this may be in the middle of a send."""
+        gevent.spawn(self.close)
+
     def _watch_hub(self, watchdog: Watchdog) -> tuple[HubWatch, Wish] | None:
         after, exit_after = (math.inf if limit is None else limit for limit in (self._blocked_after, self._exit_when_blocked))
         if not self._preempts and after == exit_after == math.inf:
@@ -417,7 +439,7 @@ class Server:
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Tell systemd while inside."""
-        with systemd.notifier(lambda: self.healthy) as self._systemd:
+        with systemd.notifier(lambda: self.healthy, self._restarts.run) as self._systemd:
             try:
                 yield
             finally:
@@ -427,6 +449,7 @@ class Server:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
         if self._pump is not None and self._pump.is_inherited:
             self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
+            self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
             self._stopping = False
             self._stopped.set()
 
@@ -442,10 +465,11 @@ class Server:
         watchdog.abort_all(stopped)
         if self._commits is not None:
             self._commits.close()  # who waits for it is told now, while that can still be sent
-        pump.refuse(lambda frames: watchdog.refuse(frames, stopped))
+        run = self._restarts.run  # a pump that has failed does not keep this from its end
+        run("pump", lambda: pump.refuse(lambda frames: watchdog.refuse(frames, stopped)))
         if not pump.dropped:  # not if an answer was thrown away: its request was run
-            watchdog.tell_closed()
-        pump.flush()
+            run("pump", watchdog.tell_closed)
+        run("pump", pump.flush)
         if self._bind_to.startswith("inproc:"):
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
         self._pump = None
@@ -458,6 +482,7 @@ class Server:
             self._vanished = None
         self._undelivered = (pump.dropped, pump.unreachable)
         pump.close(int(FLUSH * 1000))
+        self._restarts.close()
         self._closed_at = monotonic()
         watchdog.close()
         self._close_journal()

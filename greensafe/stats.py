@@ -75,7 +75,8 @@ class ServerStats:
 
     Attributes:
         endpoint: Where it is bound; where it is to be bound before the first start.
-        state: "started", "stopping" or "closed".
+        state: "started", "stopping", "closed", or "failed": closed because a loop of its own had failed too often.
+        is_healthy: As `Server.healthy`.
         received: Requests that have arrived and were read.
         answered: Those that were answered, errors included.
         failures: Answers that were errors, by their code, such as {"DEADLINE_EXCEEDED": 3}; only codes that did occur.
@@ -95,10 +96,17 @@ class ServerStats:
             "full_outbox": answers for clients that do not read;
             "misdirected": requests refused because they may have run for a server with another journal.
         journal: None without one, and while the server is closed.
+        restarts: How often a loop of the library itself has failed and went on, by its name; only those that did fail.
+        loop_error: What the last of them has failed with, if the server has stopped for that; else "".
+        hub_lag_seconds: By how much the hub was late at its last beat, some four within `blocked_after`; None if it is not
+            watched. Of the hub, as the next two: not of one server alone, and since the first of its servers was started.
+        worst_hub_lag_seconds: The most so far.
+        hub_blocked: How often it was late by `blocked_after` or more (of the server for which that is shortest).
     """
 
     endpoint: str
     state: str
+    is_healthy: bool = True
     received: int = 0
     answered: int = 0
     failures: dict[str, int] = field(default_factory=dict)
@@ -112,6 +120,11 @@ class ServerStats:
     unsent: int = 0
     drops: dict[str, int] = field(default_factory=dict)
     journal: JournalStats | None = None
+    restarts: dict[str, int] = field(default_factory=dict)
+    loop_error: str = ""
+    hub_lag_seconds: float | None = None
+    worst_hub_lag_seconds: float | None = None
+    hub_blocked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 #: Seconds between two pings, at least: what both loops can tell from none.
 _SHORTEST = 0.001
 
+Run = Callable[[str, Callable[[], object]], object]
+
 
 class Notifier:
     """The connection to systemd.
@@ -37,10 +39,11 @@ class Notifier:
     Args:
         address: As in NOTIFY_SOCKET: a path, or @ and the name of an abstract socket.
         is_healthy: Asked before each ping.
+        run: Called with a loop's name and a turn of it to do; looks after its failures.
         period: Seconds between two pings, None for none.
     """
 
-    def __init__(self, address: str, is_healthy: Callable[[], bool], period: float | None = None) -> None:
+    def __init__(self, address: str, is_healthy: Callable[[], bool], run: Run, period: float | None = None) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._is_healthy = is_healthy
         self._has_failed = False
@@ -52,7 +55,7 @@ class Notifier:
         self._socket.setblocking(False)
         if period is not None:
             self._timer = gevent.get_hub().loop.timer(period, period, ref=False)
-            self._timer.start(self._ping, update=True)
+            self._timer.start(run, "systemd", self._ping, update=True)
 
     def ready(self) -> None:
         """Say that the service serves."""
@@ -86,9 +89,12 @@ class Notifier:
 
 
 @contextlib.contextmanager
-def notifier(is_healthy: Callable[[], bool]) -> Iterator[Notifier | None]:
-    """Tell systemd that the service is ready, and ping it until the end; None where there is no systemd that wants that."""
-    found = _open(is_healthy)
+def notifier(is_healthy: Callable[[], bool], run: Run) -> Iterator[Notifier | None]:
+    """Tell systemd that the service is ready, and ping it until the end; None where there is no systemd that wants that.
+
+    For the arguments see Notifier.
+    """
+    found = _open(is_healthy, run)
     if found is None:
         yield None
         return
@@ -100,7 +106,7 @@ def notifier(is_healthy: Callable[[], bool]) -> Iterator[Notifier | None]:
         found.close()
 
 
-def _open(is_healthy: Callable[[], bool]) -> Notifier | None:
+def _open(is_healthy: Callable[[], bool], run: Run) -> Notifier | None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return None
@@ -110,7 +116,7 @@ def _open(is_healthy: Callable[[], bool]) -> Notifier | None:
         )
         return None
     try:
-        return Notifier(address, is_healthy, _period())
+        return Notifier(address, is_healthy, run, _period())
     except OSError as error:
         log.warning("systemd is not told anything: %s", error)
         return None

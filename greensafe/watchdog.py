@@ -35,6 +35,7 @@ from .journal.steps import Codec, InTransaction, JsonOrBytes
 from .options import Handler, OnError
 from .reports import answered, extra, started, zombie
 from .request import LATER, Request, as_frames, error_for
+from .restarts import Restarts
 from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
 from .sansio.exchange import Exchange
 from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Send, Zombie as ZombieFound
@@ -76,6 +77,7 @@ class Watchdog:
         endpoint: What the records for hooks, and log lines, call this server.
         tell: Told of what happens, in the records of `hooks`.
         codec: For the results of steps.
+        restarts: Looks after its loops; by default they are given up with a log line.
 
     Attributes:
         responder: The table, with its counts.
@@ -103,6 +105,7 @@ class Watchdog:
         endpoint: str = "",
         tell: Tell | None = None,
         codec: Codec | None = None,
+        restarts: Restarts | None = None,
     ) -> None:
         self.responder = Responder(grace=grace, instance=instance, journal=journal, reads_on=reads_on)
         self._handler = handler
@@ -116,6 +119,7 @@ class Watchdog:
         self._endpoint = endpoint
         self._tell = tell
         self._codec: Codec = codec or JsonOrBytes()
+        self._restarts = restarts or Restarts(endpoint, lambda error: None)
         self.failures: dict[str, int] = {}
         self._hub: Hub = gevent.get_hub()
         self._greenlets: dict[int, gevent.Greenlet] = {}
@@ -331,7 +335,12 @@ class Watchdog:
         self._greenlets[request._exchange.key] = greenlet = gevent.Greenlet(self._run, request)
         before = monotonic()
         # Straight from the hub, so the handler cannot be killed before it starts.
-        greenlet.switch()
+        try:
+            greenlet.switch()
+        except Exception as error:  # noqa: BLE001 - no memory for it: then it has not run, and nobody else answers
+            self._greenlets.pop(request._exchange.key, None)
+            self._guarded(self.raised, request, error)
+            self._guarded(self.finish, request)
         self._spent += monotonic() - before
 
     def _take(self, key: int) -> Request | None:
@@ -362,7 +371,7 @@ class Watchdog:
 
     def _on_next_turn(self) -> None:
         self._stop_next_turn()
-        self._start_kept()
+        self._restarts.run("turns", self._start_kept)
 
     def _stop_next_turn(self) -> None:
         if self._next_turn is not None:
@@ -452,7 +461,7 @@ class Watchdog:
     def _tell_room(self) -> None:
         if self._kept and not self._is_starting:
             self._is_starting = True
-            self._hub.loop.run_callback(self._start_kept)
+            self._hub.loop.run_callback(self._restarts.run, "turns", self._start_kept)
         if self._on_room is not None:
             self._on_room()
 
@@ -487,12 +496,15 @@ class Watchdog:
 
     def _on_timer(self) -> None:
         self._disarm()
-        try:
-            for effect in self.responder.tick(monotonic()):
-                self._guarded(self._apply, effect)
-        finally:
-            self.responder.next_deadline()
-            self._rearm()
+        self._timer_at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
+        self._restarts.run("watchdog", self._tick)
+
+    def _tick(self) -> None:
+        for effect in self.responder.tick(monotonic()):
+            self._guarded(self._apply, effect)
+        self.responder.next_deadline()
+        self._disarm()
+        self._rearm()
 
     def _apply(self, effect: Effect) -> None:
         if isinstance(effect, Send):

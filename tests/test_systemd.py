@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def test_no_ping_that_nobody_wants(
     """Without WATCHDOG_USEC, with a wrong one, or with another process's WATCHDOG_PID there are none; the rest works."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with systemd.notifier(_well) as found:
+    with systemd.notifier(_well, _run) as found:
         assert found is not None
         assert found._timer is None
         assert told.read() == [b"READY=1"]
@@ -184,7 +184,7 @@ def test_pings_for_this_process(told: Told, monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(len(asked) > 3)
         return asked[-1]
 
-    with systemd.notifier(is_healthy):
+    with systemd.notifier(is_healthy, _run):
         told.wait_for(b"WATCHDOG=1")
         assert len(asked) > 3
 
@@ -193,7 +193,7 @@ def test_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where NOTIFY_SOCKET is not set or empty nothing is opened."""
     for change in (lambda: monkeypatch.delenv("NOTIFY_SOCKET", raising=False), lambda: monkeypatch.setenv("NOTIFY_SOCKET", "")):
         change()
-        with systemd.notifier(_well) as found:
+        with systemd.notifier(_well, _run) as found:
             assert found is None
 
 
@@ -219,3 +219,7 @@ def test_errors_hurt_nobody(
 
 def _well() -> bool:
     return True
+
+
+def _run(loop: str, act: Callable[[], object]) -> None:
+    act()

@@ -15,6 +15,8 @@ Rules:
   handed to `send` takes the message back, if it has not left yet.
 * Full peers are tried again a few at a time, in turn, so that thousands of them cost the others nothing.
 * An exception of `on_message` goes to the hub's error handler; the pump goes on.
+* When the pump itself fails it rests until `on_failure`, who is told, has it go on. No message is lost by that: one that was
+  read halfway is read to its end, one that could not be sent waits like one whose peer is full.
 * When the context is terminated or the socket closed, the pump stops and says so once, by `on_end`.
 
 It does not know what is in the messages, but that a ROUTER's first frame names the peer.
@@ -66,6 +68,7 @@ TRIED_EACH_TURN = 4
 _EVENTS = int(zmq.EVENTS)
 _FD = int(zmq.FD)
 _NOBLOCK = int(zmq.NOBLOCK)
+_RCVMORE = int(zmq.RCVMORE)
 _SNDMORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
 _POLLOUT = int(zmq.POLLOUT)
@@ -101,6 +104,8 @@ class Pump:
         on_gone: Called when all is read and nobody is there to send to, which without a high-water mark means that the peer is
             gone: what an inproc socket has instead of a monitor.
         outbox: Bytes kept for a peer whose pipe is full; None for no limit.
+        on_failure: Called with the error and with what makes the pump go on when it has failed and rests; by default the
+            error goes to the hub's error handler, and the pump goes on.
 
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
@@ -114,9 +119,11 @@ class Pump:
         "_generation",
         "_hub",
         "_is_closed",
+        "_is_resting",
         "_is_router",
         "_limit",
         "_on_end",
+        "_on_failure",
         "_on_gone",
         "_on_message",
         "_outbox",
@@ -126,6 +133,7 @@ class Pump:
         "_sock",
         "_soon",
         "_started",
+        "_torn",
         "_watcher",
         "dropped",
         "is_paused",
@@ -139,11 +147,13 @@ class Pump:
         on_end: Callable[[], object],
         outbox: int | None = OUTBOX,
         on_gone: Callable[[], object] | None = None,
+        on_failure: Callable[[Exception, Callable[[], None]], object] | None = None,
     ) -> None:
         self._sock = sock
         self._on_message = on_message
         self._on_end = on_end
         self._on_gone = on_gone
+        self._on_failure = on_failure
         self._limit = outbox
         self._is_router = sock.type == zmq.ROUTER
         self._generation = generation()
@@ -156,6 +166,9 @@ class Pump:
         self._scheduled = False
         self._started = False
         self._is_closed = False
+        self._is_resting = False
+        #: The first frames of a message whose reading has failed halfway.
+        self._torn: list[bytes] = []
         self.is_paused = False
         self.dropped = 0
         self.unreachable = 0
@@ -200,8 +213,9 @@ class Pump:
         """Begin to read. Also looks at once, since an edge may have passed before."""
         if not self._started:
             self._started = True
-            self._watcher.start(self._run, True)
-            self._schedule()
+            if not self._is_resting:
+                self._watcher.start(self._run, True)
+                self._schedule()
 
     def stop(self) -> None:
         """Stop reading until `start`; messages stay where they are and the loop is not kept alive by this socket."""
@@ -247,9 +261,9 @@ class Pump:
     def _send_gathered(self) -> None:
         soon = self._soon
         while soon:
-            frames = soon.popleft()
-            if frames:
-                self._send(frames)
+            if soon[0]:
+                self._send(soon[0])
+            soon.popleft()
 
     def _send(self, frames: list[bytes]) -> None:
         key = frames[0] if self._is_router else b""
@@ -267,17 +281,25 @@ class Pump:
 
     def drain(self) -> None:
         """Read what has arrived, here and now, up to a batch."""
+        self._try_drain()
+
+    def _try_drain(self) -> bool:
         try:
             if not self._read():
                 self._schedule()
-        except zmq.ZMQError:
-            self._schedule()  # the same error is met there, and dealt with
+        except zmq.ZMQError as error:
+            if error.errno in _ENDED:
+                self._schedule()  # the same error is met there, and dealt with
+            else:
+                self._fail(error)
+            return False
+        return True
 
     def drain_all(self) -> None:
         """Read everything that has arrived, here and now."""
         self.is_paused = False
-        while not self._is_closed and self.has_input:
-            self.drain()
+        while not self._is_closed and self.has_input and self._try_drain():
+            pass
 
     def refuse(self, refuse: Callable[[list[bytes]], None]) -> None:
         """Read all that has arrived, paused or not, and hand it to `refuse` instead; for a socket that is about to close."""
@@ -294,17 +316,19 @@ class Pump:
         for key in list(itertools.islice(self._outbox, peers)):
             waiting = self._outbox.pop(key)
             messages = waiting.messages
-            while messages and (not messages[0][0] or self._try_send(messages[0][0])):
-                size = messages.popleft()[1]
-                waiting.size -= size
-                self._outbox_size -= size
-            if messages:
-                self._outbox[key] = waiting
+            try:
+                while messages and (not messages[0][0] or self._try_send(messages[0][0])):
+                    size = messages.popleft()[1]
+                    waiting.size -= size
+                    self._outbox_size -= size
+            finally:
+                if messages:
+                    self._outbox[key] = waiting
         if not self._outbox:
             self._stop_retry()
 
     def _try_send(self, frames: list[bytes]) -> bool:
-        """False if the peer has no room. Nothing switches in here, so a message goes out whole."""
+        """False if the peer has no room, or sending fails. Nothing switches in here, so a message goes out whole."""
         sock = self._sock
         last = len(frames) - 1
         try:
@@ -322,7 +346,8 @@ class Pump:
             return False
         except zmq.ZMQError as error:
             if error.errno not in _UNREACHABLE:
-                raise
+                self._fail(error)
+                return False
             self.unreachable += 1
         return True
 
@@ -348,7 +373,7 @@ class Pump:
         if self._generation != generation():
             self._watcher.stop()
             return
-        if not self._started:
+        if not self._started or self._is_resting:
             return
         try:
             if self._outbox or self._soon:
@@ -359,14 +384,30 @@ class Pump:
                 return
             if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
                 self._on_gone()
-        except zmq.ZMQError as error:
-            if error.errno not in _ENDED:
-                self._hub.handle_error(self, *sys.exc_info())
-            else:
+        except BaseException as error:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
+            if isinstance(error, zmq.ZMQError) and error.errno in _ENDED:
                 self.stop()
                 self._on_end()
-        except BaseException:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
-            self._hub.handle_error(self, *sys.exc_info())
+            else:
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Not a message but the pump has failed, here and now."""
+        if self._is_closed or self._is_resting:
+            return  # this is known
+        if self._on_failure is None or not isinstance(error, Exception):
+            self._hub.handle_error(self, type(error), error, error.__traceback__)
+            self._schedule()  # the edge may be used up
+        else:
+            self._is_resting = True
+            self._watcher.stop()
+            self._on_failure(error, self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_resting = False
+        if self._started and not self._is_closed and not self.is_inherited:
+            self._watcher.start(self._run, True)
+            self._schedule()
 
     def _read(self, is_likely: bool = False) -> bool:
         """Read up to a batch; True if there was no more, or no more is to be read.
@@ -377,6 +418,8 @@ class Pump:
         sock = self._sock
         left = BATCH
         until = 0.0
+        if self._torn:
+            self._read_rest()
         while left:
             if self.is_paused or self._is_closed:
                 return True
@@ -390,9 +433,13 @@ class Pump:
             left -= 1
             self._first = frame
             frames = [frame.bytes]
-            while frame.more:
-                frame = _recv(sock, _NOBLOCK, False)
-                frames.append(frame.bytes)
+            try:
+                while frame.more:
+                    frame = _recv(sock, _NOBLOCK, False)
+                    frames.append(frame.bytes)
+            except Exception:
+                self._torn = frames
+                raise
             try:
                 self._on_message(frames)
             except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
@@ -408,6 +455,16 @@ class Pump:
                     self._send_gathered()
                     until = 0.0
         return False
+
+    def _read_rest(self) -> None:
+        """Read the message to its end whose reading has failed halfway."""
+        while _get(self._sock, _RCVMORE):
+            self._torn.append(_recv(self._sock, _NOBLOCK, True))
+        frames, self._torn = self._torn, []
+        try:
+            self._on_message(frames)
+        except BaseException:  # noqa: BLE001 - see _read
+            self._hub.handle_error(self, *sys.exc_info())
 
     def _start_retry(self) -> None:
         if self._retry is None:
@@ -425,8 +482,9 @@ class Pump:
             self._stop_retry()
             return
         try:
-            self.flush(TRIED_EACH_TIME)
-        except BaseException:  # noqa: BLE001 - see _run
-            self._hub.handle_error(self, *sys.exc_info())
+            if not self._is_resting:
+                self.flush(TRIED_EACH_TIME)
+        except BaseException as error:  # noqa: BLE001 - see _run
+            self._fail(error)
         if self._started and not self._scheduled:
             self._schedule()

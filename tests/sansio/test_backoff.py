@@ -59,7 +59,7 @@ def test_three_restarts_and_no_more() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, PERIOD), st.floats(0, 1)), max_size=100))
 def test_restarts_are_bounded(failures: list[tuple[float, float]]) -> None:
-    """Whatever the times: no period has more than three, one is refused only if three are within its period, none is at once."""
+    """Whatever the times: one is refused if, and only if, three are within its period; none is at once."""
     intensity, now = Intensity(), 0.0
     restarts: list[float] = []
     for after, chance in failures:

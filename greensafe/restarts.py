@@ -1,0 +1,115 @@
+"""What happens when a loop of the library itself fails, which never should?
+
+A server and a client have loops of their own: callbacks in the hub that go on for ever. `Restarts` looks after those of one
+owner. Rules:
+
+* A loop that fails is called again after a pause (`sansio.backoff`); if that happens more than three times within five seconds,
+  all of the owner's loops together, its `give_up` is called with the error, once, and nothing is called again.
+* Each failure is logged with its traceback, counted, and told to hooks.
+* An Exception is a failure. KeyboardInterrupt and SystemExit that happen to be raised in the hub are for the main greenlet.
+
+It does not know what the loops do, nor what giving up means; that one message's failure is not its loop's is up to the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import gevent
+
+from .deadlines import start_timer
+from .green._forks import generation
+from .hooks import LoopFailed, Tell
+from .sansio.backoff import PERIOD, RESTARTS, Intensity
+
+__all__ = ["Restarts"]
+
+log = logging.getLogger(__name__)
+
+
+class Restarts:
+    """The loops of one owner, in this thread's hub.
+
+    Args:
+        endpoint: What log lines and records call the owner.
+        give_up: Called with the error of the loop that has failed too often, by whoever has met it.
+        tell: Told of each failure.
+
+    Attributes:
+        counts: How often each loop was called again.
+        error: What the owner was given up for; None as long as it was not.
+    """
+
+    def __init__(self, endpoint: str, give_up: Callable[[Exception], object], tell: Tell | None = None) -> None:
+        self._endpoint = endpoint
+        self._give_up = give_up
+        self._tell = tell
+        self._intensity = Intensity()
+        self._hub = gevent.get_hub()
+        self._generation = generation()
+        self._pending: set[Any] = set()
+        self._is_closed = False
+        self.counts: dict[str, int] = {}
+        self.error: Exception | None = None
+
+    def __repr__(self) -> str:
+        state = "given up" if self.error is not None else "closed" if self._is_closed else "open"
+        return f"<Restarts {state} {self._endpoint} counts={self.counts}>"
+
+    def run(self, loop: str, act: Callable[[], object]) -> None:
+        """Do a turn of a loop; if it fails, again after a pause. No Exception leaves this."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - what would leave the callback is dealt with
+            self.failed(loop, error, lambda: self.run(loop, act))
+
+    def failed(self, loop: str, error: Exception, again: Callable[[], object]) -> None:
+        """A loop has failed: call `again` in the hub after a pause, unless it has failed too often."""
+        if self.error is not None or self._is_closed:
+            return
+        pause = self._intensity.restart(monotonic(), random.random())
+        what = (type(error), error, error.__traceback__)
+        if pause is not None:
+            text = "%s: its loop %r has failed and goes on in %.3f s"
+            log.error(text, self._endpoint, loop, pause, exc_info=what, extra={"endpoint": self._endpoint})
+            self._start(pause, again)
+        else:
+            text = "%s: its loop %r has failed after %d restarts within %.0f s: it is given up"
+            log.critical(text, self._endpoint, loop, RESTARTS, PERIOD, exc_info=what, extra={"endpoint": self._endpoint})
+        self.note(loop, error, pause)
+
+    def note(self, loop: str, error: Exception, pause: float | None) -> None:
+        """A loop that restarts by itself, and logs, has failed: it goes on after so many seconds, or (None) no more."""
+        if self.error is not None or self._is_closed:
+            return
+        if pause is not None:
+            self.counts[loop] = self.counts.get(loop, 0) + 1
+        else:
+            self.error = error
+        if self._tell is not None:
+            self._tell(LoopFailed(self._endpoint, loop, pause, error))
+        if pause is None:
+            self.close()
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Call nothing again."""
+        self._is_closed = True
+        while self._pending:
+            timer = self._pending.pop()
+            timer.stop()
+            timer.close()
+
+    def _start(self, pause: float, again: Callable[[], object]) -> None:
+        def fire() -> None:
+            self._pending.discard(timer)
+            timer.close()
+            if self._generation == generation():  # a forked child's loops are not these
+                again()
+
+        timer = start_timer(self._hub, pause, fire)
+        self._pending.add(timer)

@@ -1,0 +1,385 @@
+"""Tests of greensafe.restarts: loops that are made to fail, in servers and clients with real sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import gevent.event
+import pytest
+from helpers import LONG, MS, running, wait_until
+
+import greensafe as zmq
+from greensafe import Client, RemoteError, Request, Server
+from greensafe.green import _pump
+from greensafe.hooks import LoopFailed, ServerStopped
+from greensafe.restarts import Restarts
+from greensafe.sansio.backoff import RESTARTS
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+ENDPOINT = "inproc://s"
+
+#: What stands for errors that nobody has thought of.
+ERRORS: list[Callable[[], Exception]] = [lambda: zmq.ZMQError(zmq.EFSM), lambda: MemoryError("x"), lambda: RuntimeError("x")]
+
+
+class Fault:
+    """Stands before a function and fails at some of its calls.
+
+    Attributes:
+        left: How often it still fails.
+        skips: Calls before that.
+    """
+
+    def __init__(self, real: Callable[..., Any], error: BaseException, skips: int = 0) -> None:
+        self._real = real
+        self._error = error
+        self.skips = skips
+        self.left = 0
+
+    def __call__(self, *args: Any) -> Any:
+        if self.left and not self.skips:
+            self.left -= 1
+            raise self._error
+        self.skips = max(0, self.skips - 1) if self.left else self.skips
+        return self._real(*args)
+
+
+def _echo(request: Request) -> bytes:
+    return request.body
+
+
+@pytest.fixture
+def made() -> Iterator[list[Restarts]]:
+    """Restarts that are closed afterwards."""
+    found: list[Restarts] = []
+    yield found
+    for each in found:
+        each.close()
+
+
+def test_a_loop_goes_on(made: list[Restarts], caplog: pytest.LogCaptureFixture) -> None:
+    """Each failure is logged with its traceback, counted and told; then the loop's turn is done again, later."""
+    told: list[Any] = []
+    restarts = Restarts(ENDPOINT, told.append, told.append)
+    made.append(restarts)
+    error, turns = ValueError("injected"), []
+
+    def turn() -> None:
+        turns.append(len(told))
+        if len(turns) <= RESTARTS:
+            raise error
+
+    restarts.run("loop", turn)
+    assert len(turns) == 1
+    wait_until(lambda: len(turns) == RESTARTS + 1)
+    assert turns == [0, 1, 2, 3]
+    assert restarts.counts == {"loop": RESTARTS}
+    assert [(type(record), record.endpoint, record.loop, record.error) for record in told] == [
+        (LoopFailed, ENDPOINT, "loop", error)
+    ] * RESTARTS
+    assert [record.exc_info and record.exc_info[1] for record in caplog.records] == [error] * RESTARTS
+    assert {record.levelno for record in caplog.records} == {logging.ERROR}
+    assert repr(restarts) == "<Restarts open inproc://s counts={'loop': 3}>"
+
+
+def test_a_loop_is_given_up(made: list[Restarts], caplog: pytest.LogCaptureFixture) -> None:
+    """After three restarts whoever owns it is given the error, once, and nothing of his is called again."""
+    told: list[Any] = []
+    given_up: list[Exception] = []
+    restarts = Restarts(ENDPOINT, given_up.append, told.append)
+    made.append(restarts)
+    errors = [ValueError(str(number)) for number in range(10)]
+    left = iter(errors)
+
+    def turn() -> None:
+        raise next(left)
+
+    restarts.run("one", turn)
+    restarts.run("other", turn)
+    wait_until(lambda: given_up)
+    assert given_up == [errors[3]]
+    assert restarts.error is errors[3]
+    assert sum(restarts.counts.values()) == RESTARTS
+    assert [record.seconds is None for record in told] == [False, False, False, True]
+    assert caplog.records[-1].levelno == logging.CRITICAL
+    restarts.run("one", turn)
+    gevent.sleep(250 * MS)
+    assert next(left) is errors[5]
+    assert len(told) == 4
+    assert "given up" in repr(restarts)
+
+
+def test_closed_it_calls_nothing_again(made: list[Restarts]) -> None:
+    """A pause that is not over when the owner closes does not end in a call, and later failures are nobody's."""
+    given_up: list[Exception] = []
+    calls: list[int] = []
+    restarts = Restarts(ENDPOINT, given_up.append)
+
+    def turn() -> None:
+        calls.append(1)
+        raise ValueError
+
+    restarts.run("loop", turn)
+    restarts.close()
+    for _ in range(5):
+        restarts.run("loop", turn)
+    gevent.sleep(100 * MS)
+    assert len(calls) == 6
+    assert not given_up
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, gevent.GreenletExit])
+def test_what_is_no_failure(made: list[Restarts], error: type[BaseException]) -> None:
+    """What is not an Exception is for somebody else."""
+    restarts = Restarts(ENDPOINT, made.append)
+
+    def turn() -> None:
+        raise error
+
+    with pytest.raises(error):
+        restarts.run("loop", turn)
+    assert not restarts.counts
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_other_loops(made: list[Restarts]) -> None:
+    """A pause that began in the parent does not end in the child's call."""
+    calls: list[int] = []
+    restarts = Restarts(ENDPOINT, made.append)
+    made.append(restarts)
+    restarts.failed("loop", ValueError(), lambda: calls.append(os.getpid()))
+    child = gevent.os.fork()
+    if child == 0:
+        gevent.sleep(100 * MS)
+        os._exit(len(calls))
+    wait_until(lambda: calls)
+    _, status = gevent.os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert calls == [os.getpid()]
+
+
+# A server's pump.
+
+CLIENTS, EACH = 5, 40
+
+
+def _ask_all(context: zmq.Context, server: Server) -> list[Any]:
+    """Clients whose requests all wait to be read."""
+    peers = []
+    for number in range(CLIENTS):
+        peer = context.socket(zmq.DEALER)
+        peer.routing_id = b"%d" % number
+        peer.connect(str(server.endpoint))
+        for index in range(EACH):
+            peer.send_multipart([b"id", b"", b"%d-%d" % (number, index), b"more"])
+        peers.append(peer)
+    return peers
+
+
+def _answers(peers: list[Any], count: int = CLIENTS * EACH) -> Counter[bytes]:
+    """What comes, until so many are here, and a little longer for what should not."""
+    found: Counter[bytes] = Counter()
+
+    def read() -> bool:
+        for peer in peers:
+            while peer.poll(0):
+                frames = peer.recv_multipart()
+                assert frames[:2] == [b"id", b""]
+                found[frames[2]] += 1
+        return found.total() >= count
+
+    wait_until(read)
+    gevent.sleep(20 * MS)
+    read()
+    return found
+
+
+ALL = Counter(b"%d-%d" % (number, index) for number in range(CLIENTS) for index in range(EACH))
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, what: str, error: Exception, skips: int = 0) -> Fault:
+    """Put a fault before something that the pump of the server does; it fails when `left` is set."""
+    owner: Any = _pump.Pump if what == "flush" else _pump
+    fault = Fault(getattr(owner, what), error, skips)
+    monkeypatch.setattr(owner, what, lambda *args: fault(*args))
+    return fault
+
+
+#: What fails, at which call: `_recv` and `_get` (of EVENTS) are libzmq's, `flush` is the pump's.
+FAULTS: list[tuple[str, int, Callable[[], Exception]]] = [
+    (what, skips, kind)
+    for what, skips in (
+        ("_recv", 0),
+        ("_recv", 5),
+        ("_recv", 6),
+        ("_recv", 9),
+        ("_get", 0),
+        ("_get", 3),
+        ("flush", 0),
+        ("flush", 1),
+    )
+    for kind in ERRORS
+]
+FAULTS.append(("_send", 0, ERRORS[0]))  # libzmq refuses a message at its first frame only
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:0", ENDPOINT])
+@pytest.mark.parametrize(("what", "skips", "kind"), FAULTS)
+def test_a_failing_pump_loses_nothing(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, endpoint: str, what: str, skips: int, kind: Callable[[], Exception]
+) -> None:
+    """Wherever it fails, between messages or in one: every request of every client is answered once."""
+    error = kind()
+    fault = _break(monkeypatch, what, error, skips)
+    told: list[Any] = []
+    with Server(endpoint, _echo, deadline=LONG, hooks=told.append, context=context) as server:
+        fault.left = 1
+        peers = _ask_all(context, server)
+        assert _answers(peers) == ALL
+        assert fault.left == 0
+        assert (server.state, server.healthy) == ("started", True)
+        failed = [record for record in told if type(record) is LoopFailed]
+        assert [(record.loop, record.error) for record in failed] == [("pump", error)]
+        assert server.stats.restarts == {"pump": 1}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_failing_message_is_alone(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, kind: Callable[[], Exception]
+) -> None:
+    """A message that cannot be dealt with is reported; all others are answered once, and no loop has failed."""
+    with Server(ENDPOINT, _echo, deadline=LONG, context=context) as server:
+        assert server._watchdog is not None
+        fault = Fault(server._watchdog.accept, kind(), skips=10)
+        monkeypatch.setattr(server._watchdog, "accept", fault)
+        reported: list[type[BaseException]] = []
+        monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda who, kind, *rest: reported.append(kind))
+        fault.left = 1
+        found = _answers(_ask_all(context, server), CLIENTS * EACH - 1)
+        assert len(found) == found.total() == CLIENTS * EACH - 1
+        assert reported == [type(kind())]
+        assert server.stats.restarts == {}
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_handler_that_cannot_be_started(context: zmq.Context, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Where there is no memory for its greenlet its client is answered, whether it came at once or waited for its turn."""
+
+    class Unborn(gevent.Greenlet):  # type: ignore[misc]
+        def switch(self, *args: Any) -> Any:
+            if fault.left:
+                fault()
+            return super().switch(*args)
+
+    fault = Fault(lambda: None, MemoryError("injected"), skips=count - 1)
+    gate = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        gate.wait()
+        return request.body
+
+    with Server(ENDPOINT, handler, deadline=None, max_inflight=1, context=context) as server:
+        with Client(ENDPOINT, context=context) as client:
+            with monkeypatch.context() as patch:
+                patch.setattr("greensafe.watchdog.gevent.Greenlet", Unborn)
+                fault.left = 1
+                calls = [gevent.spawn(client.request, b"x") for _ in range(count)]
+                wait_until(lambda: server.stats.received == count)
+                gate.set()
+                gevent.joinall(calls)
+            errors = [call.exception for call in calls if call.exception is not None]
+            assert [(type(error), error.code, error.type) for error in errors] == [(RemoteError, "RESOURCE_EXHAUSTED", "MemoryError")]
+            assert client.request(b"x") == b"x"
+        assert (server.stats.inflight, server.stats.running, server.stats.restarts) == (0, 0, {})
+
+
+@pytest.mark.parametrize("what", ["_recv", "_get"])
+def test_a_pump_that_goes_on_failing(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """The fourth time it is given up: who waits is answered UNAVAILABLE, and serve_forever raises the error."""
+    error = zmq.ZMQError(zmq.EFSM)
+    fault = _break(monkeypatch, what, error)
+    told: list[Any] = []
+
+    def handler(request: Request) -> None:
+        gevent.sleep(LONG)
+
+    server = Server("tcp://127.0.0.1:0", handler, deadline=None, hooks=told.append, context=context)
+    runner = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    peers = [context.socket(zmq.REQ) for _ in range(3)]
+    for peer in peers:
+        peer.connect(str(server.endpoint))
+        peer.send(b"x")
+    wait_until(lambda: server.stats.running == 3)
+    fault.left = 10**6
+    late = context.socket(zmq.REQ)
+    late.connect(str(server.endpoint))
+    late.send(b"x")
+    for peer in peers:
+        answer = RemoteError.from_reply(peer.recv())
+        assert answer is not None
+        assert answer.code == "UNAVAILABLE"
+    runner.join()
+    assert runner.exception is error
+    assert (server.state, server.closed, server.healthy) == ("failed", True, False)
+    stats = server.stats
+    assert (stats.state, stats.is_healthy, stats.restarts) == ("failed", False, {"pump": RESTARTS})
+    assert stats.loop_error == f"ZMQError: {error}"
+    assert repr(server).startswith("<Server failed")
+    failed = [record for record in told if type(record) is LoopFailed]
+    assert [record.seconds is None for record in failed] == [False] * RESTARTS + [True]
+    assert type(told[-1]) is ServerStopped
+    assert {record.exc_info and record.exc_info[1] for record in caplog.records if record.name == "greensafe.restarts"} == {
+        error
+    }
+    fault.left = 0
+    with server, Client(str(server.endpoint), context=context):
+        assert (server.state, server.healthy, server.stats.restarts, server.stats.loop_error) == ("started", True, {}, "")
+
+
+FAILING = """
+import gevent, greensafe
+from greensafe.green import _pump
+
+def fail(*args):
+    raise MemoryError("injected")
+
+def handler(request):
+    _pump._recv = fail
+    gevent.sleep(3600)
+
+server = greensafe.Server("tcp://127.0.0.1:0", handler, deadline=None)
+server.start()
+print(server.endpoint, flush=True)
+server.serve_forever()
+"""
+
+
+def test_the_process_ends_with_the_error(context: zmq.Context) -> None:
+    """Of a program that only serves: its client is answered, its code is 1, and the traceback says where it has failed."""
+    with running([sys.executable, "-c", FAILING]) as (process, endpoint):
+        first, second = (context.socket(zmq.REQ) for _ in range(2))
+        for req in (first, second):
+            req.connect(endpoint)
+            req.send(b"x")
+        waiting = zmq.Poller()
+        for req in (first, second):
+            waiting.register(req, zmq.POLLIN)
+        ((answered, _),) = waiting.poll()
+        answer = RemoteError.from_reply(answered.recv())
+        assert answer is not None
+        assert answer.code == "UNAVAILABLE"
+        assert process.wait(LONG) == 1
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        assert errors.rstrip().endswith("MemoryError: injected")
+        assert "in _read" in errors
