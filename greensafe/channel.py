@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ from .green._forks import generation
 from .green._pump import Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
+from .restarts import Restarts
 from .sansio.backoff import LONGEST, delay
 from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample
@@ -77,7 +79,13 @@ _EVENTS = (
 
 
 class Owner(Protocol):
-    """Who is told, in the hub or in a greenlet that drains."""
+    """Who is told, in the hub or in a greenlet that drains.
+
+    Attributes:
+        restarts: Looks after the channel's loops.
+    """
+
+    restarts: Restarts
 
     def on_up(self, channel: Channel) -> None:
         """Requests can be handed over."""
@@ -325,7 +333,12 @@ class Channel:
             with explained(self.endpoint):
                 sock.connect(self.endpoint)
             self._pump = Pump(
-                sock, self._on_message, self._owner.on_end, outbox=None, on_gone=self._on_gone if is_inproc else None
+                sock,
+                self._on_message,
+                self._owner.on_end,
+                outbox=None,
+                on_gone=self._on_gone if is_inproc else None,
+                on_failure=lambda error, go_on: self._owner.restarts.failed("pump", error, go_on),
             )
         except BaseException:
             if self._monitor is not None:
@@ -349,7 +362,7 @@ class Channel:
 
     def _watch(self, sock: zmq.Socket[Any]) -> Monitor | None:
         try:
-            return Monitor(sock, self._on_event, _EVENTS)
+            return Monitor(sock, self._on_event_guarded, _EVENTS)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -373,6 +386,16 @@ class Channel:
             self._owner.on_up(self)
 
     # What libzmq tells.
+
+    def _on_event_guarded(self, event: ConnectionEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception as error:  # noqa: BLE001 - what is known of the connection is not true any more: it is made again
+            self._owner.restarts.failed("connection", error, lambda: self._guarded(lambda: self._lose(LOST)))
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """Do something that would not be done any more if it failed."""
+        self._owner.restarts.run("connection", act)
 
     def _on_event(self, event: ConnectionEvent) -> None:
         kind = event.kind
@@ -411,7 +434,7 @@ class Channel:
         if self.is_up:
             self._is_dying = True
             self.is_up = False  # what comes now waits for the next connection
-            self._settle = start_timer(gevent.get_hub(), SETTLE, self._on_settled)
+            self._settle = start_timer(gevent.get_hub(), SETTLE, lambda: self._guarded(self._on_settled))
         elif self._has_failed:
             self._has_failed = False
         elif self.trouble is None or self.trouble.kind is not Refused:
@@ -502,7 +525,8 @@ class Channel:
             self._pause()
 
     def _pause(self) -> None:
-        self._reopen = start_timer(gevent.get_hub(), delay(self._losses, random.random()), self._on_reopen)
+        pause = delay(self._losses, random.random())
+        self._reopen = start_timer(gevent.get_hub(), pause, lambda: self._guarded(self._on_reopen))
 
     def _on_reopen(self) -> None:
         self._stop_reopening()

@@ -11,6 +11,7 @@ Rules:
   may have run only if it is idempotent or its server journals. Retries are a share of all requests (`sansio.backoff.Budget`).
 * What a server has rejected, or what was not handed over, was not run: it goes elsewhere without an error, if there is a place.
 * A limit that runs out ends the wait, not the connection: the server is told (CANCEL), a late reply is counted and dropped.
+* When a loop of its own fails (see `restarts`) too often it closes.
 * A reply that has arrived is delivered, also to a caller whose limit ends in the same instant.
 
 It does not know how a connection is made, watched and lost; see `channel`.
@@ -21,7 +22,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import sys
 import weakref
 from collections.abc import Sequence
 from time import monotonic
@@ -60,6 +60,7 @@ from .hooks import (
     teller,
 )
 from .options import check_body, check_heartbeat, check_metadata, check_retries
+from .restarts import Restarts
 from .sansio.backoff import Budget, delay
 from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS
@@ -151,7 +152,8 @@ class Client:
             Refused: The server refuses this client, or is none; trying again cannot help.
             RemoteError: A greensafe server answered with an error.
             RemoteProtocolError: The reply has several frames: use request_multipart.
-            Cancelled: The client was closed meanwhile, or its context was terminated.
+            Cancelled: The client was closed meanwhile, or its context was terminated; or a loop of its own has failed too often
+                (see `restarts`), with the error that is its __cause__.
         """
         frames = self._ask([body] if type(body) is bytes else check_body([body]), timeout, idempotent, metadata)
         if len(frames) != 1:
@@ -168,7 +170,7 @@ class Client:
         if metadata:
             check_metadata(metadata)
         if self._closed:
-            raise Cancelled("the client is closed")
+            raise _ended(self.restarts.error)
         if self._generation != generation():
             self._forget_parent()
         if gevent.get_hub() is not self._hub:
@@ -210,13 +212,18 @@ class Client:
 
     def close(self) -> None:
         """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers."""
+        self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        """Close, because a loop has failed too often with an error if there is one."""
         if self._closed:
             return
         self._closed = True
+        self.restarts.close()
         self._waiting.clear()
         has_told = [self._tell_cancelled(asked.owner) for asked in self._requester.asked()]
         for asked in self._requester.abandon_all():
-            asked.owner.outcome = Cancelled("the client or its context was closed")
+            asked.owner.outcome = _ended(error)
             self._hub.loop.run_callback(asked.owner.wake)
         self._stop_timers()
         for channel in self._channels:
@@ -231,10 +238,10 @@ class Client:
     @property
     def stats(self) -> ClientStats:
         """How it stands now, counted since it was made; to be asked in its own thread."""
-        table = self._requester
+        table, error = self._requester, self.restarts.error
         since = min((asked.owner.since for asked in table.asked()), default=None)
         return ClientStats(
-            state="closed" if self._closed else "open",
+            state=self._state,
             answered=self._answered,
             failures=dict(self._failures),
             inflight=len(table),
@@ -244,12 +251,17 @@ class Client:
             rejections=self._rejected,
             drops={"late": table.late, "malformed": table.malformed, "ignored": table.ignored},
             endpoints=tuple(channel.stats for channel in self._channels),
+            restarts=dict(self.restarts.counts),
+            loop_error="" if error is None else f"{type(error).__name__}: {error}",
         )
 
+    @property
+    def _state(self) -> str:
+        return "open" if not self._closed else "closed" if self.restarts.error is None else "failed"
+
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
         return (
-            f"<Client {state} {' '.join(self._endpoints)} up={sum(channel.is_up for channel in self._channels)}"
+            f"<Client {self._state} {' '.join(self._endpoints)} up={sum(channel.is_up for channel in self._channels)}"
             f" inflight={len(self._requester)} late={self._requester.late}>"
         )
 
@@ -353,7 +365,7 @@ class Client:
         call.tries += 1
         call.avoids = ()
         pause = delay(call.tries, random.random())
-        call.pause = start_timer(self._hub, pause, lambda: self._on_paused(call))
+        call.pause = start_timer(self._hub, pause, lambda: self.restarts.run("retries", lambda: self._on_paused(call)))
         self._retried += 1
         if self._tell is not None:
             self._tell(CallRetried(call.endpoint, call.asked.request_id.hex(), call.tries, pause, error))
@@ -417,6 +429,10 @@ class Client:
     def on_end(self) -> None:
         self.close()
 
+    def _give_up(self, error: Exception) -> None:
+        """A loop has failed too often. Not closed here: this may be in the middle of a send."""
+        self._hub.loop.run_callback(self._end, error)
+
     def is_wanted(self, channel: Channel) -> bool:
         return len(self._requester) > 0
 
@@ -472,6 +488,7 @@ class Client:
         own(self._context)
         self._generation = generation()
         self._hub: Hub = gevent.get_hub()
+        self.restarts = Restarts(" ".join(self._endpoints), self._give_up, self._tell)
         self._requester = Requester(self._heartbeat)
         self._budget = Budget()
         self._waiting: dict[Call, None] = {}
@@ -592,13 +609,18 @@ class Client:
 
     def _on_timer(self) -> None:
         self._disarm()
+        self._timer_at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
+        self.restarts.run("limits", self._end_overdue)
+
+    def _end_overdue(self) -> None:
         for channel in self._channels:
             channel.drain()
         for asked in self._requester.tick(monotonic()):
             asked.owner.is_timed_out = True
             self._wake(asked.owner)
+        self._disarm()
         at = self._requester.next_deadline()
-        if at is not None and at < self._timer_at:
+        if at is not None:
             self._arm(at)
 
     def _look_out(self) -> None:
@@ -639,10 +661,16 @@ def _look(client: weakref.ref[Client], timer: Any) -> None:
         timer.stop()
         timer.close()
         return
-    try:
-        found._on_look()
-    except BaseException:  # noqa: BLE001 - an exception that leaves a callback stops its timer for good
-        found._hub.handle_error(found, *sys.exc_info())
+    found.restarts.run("looks", found._on_look)
+
+
+def _ended(error: Exception | None) -> Cancelled:
+    """What a request gets that is open when the client ends, or comes afterwards."""
+    if error is None:
+        return Cancelled("the client or its context was closed")
+    cancelled = Cancelled(f"the client is closed, since a loop of its own has failed again and again: {error!r}")
+    cancelled.__cause__ = error
+    return cancelled
 
 
 def _outlast(at: float | None) -> None:

@@ -6,7 +6,8 @@ owner. Rules:
 * A loop that fails is called again after a pause (`sansio.backoff`); if that happens more than three times within five seconds,
   all of the owner's loops together, its `give_up` is called with the error, once, and nothing is called again.
 * Each failure is logged with its traceback, counted, and told to hooks.
-* An Exception is a failure. KeyboardInterrupt and SystemExit that happen to be raised in the hub are for the main greenlet.
+* An Exception is a failure. KeyboardInterrupt or SystemExit that happens to be raised in the hub is none: it goes where gevent
+  sends it, to the main greenlet, and the loop's turn is done again.
 
 It does not know what the loops do, nor what giving up means; that one message's failure is not its loop's is up to the loop.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -61,11 +63,17 @@ class Restarts:
         return f"<Restarts {state} {self._endpoint} counts={self.counts}>"
 
     def run(self, loop: str, act: Callable[[], object]) -> None:
-        """Do a turn of a loop; if it fails, again after a pause. No Exception leaves this."""
+        """Do a turn of a loop; if it fails, again after a pause. In the hub nothing leaves this."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - what would leave the callback is dealt with
+        except Exception as error:  # noqa: BLE001 - what leaves a callback is reported at best, and ends a watcher for good
             self.failed(loop, error, lambda: self.run(loop, act))
+        except BaseException:
+            if gevent.getcurrent() is not self._hub:
+                raise
+            self._hub.handle_error(self, *sys.exc_info())
+            if not self._is_closed:
+                self._start(0.0, lambda: self.run(loop, act))
 
     def failed(self, loop: str, error: Exception, again: Callable[[], object]) -> None:
         """A loop has failed: call `again` in the hub after a pause, unless it has failed too often."""

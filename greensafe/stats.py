@@ -159,7 +159,7 @@ class ClientStats:
     """How a Client stands.
 
     Attributes:
-        state: "open" or "closed".
+        state: "open", "closed", or "failed": closed because a loop of its own had failed too often.
         answered: Requests that have returned their reply.
         failures: Requests that ended with an exception, by its class, such as {"RemoteError": 2, "OperationTimeout": 1}.
         inflight: Requests that are open.
@@ -172,6 +172,7 @@ class ClientStats:
             "malformed": messages that were no answer;
             "ignored": kinds of messages that mean nothing here.
         endpoints: One for each, in the order in which they were given.
+        restarts, loop_error: As in ServerStats.
     """
 
     state: str
@@ -184,6 +185,8 @@ class ClientStats:
     rejections: int
     drops: dict[str, int]
     endpoints: tuple[EndpointStats, ...]
+    restarts: dict[str, int] = field(default_factory=dict)
+    loop_error: str = ""
 
 
 def where(frame: FrameType | None) -> str:

@@ -287,8 +287,8 @@ class Pump:
         try:
             if not self._read():
                 self._schedule()
-        except zmq.ZMQError as error:
-            if error.errno in _ENDED:
+        except Exception as error:  # noqa: BLE001 - who only wants to read what is there has nothing to do with it
+            if isinstance(error, zmq.ZMQError) and error.errno in _ENDED:
                 self._schedule()  # the same error is met there, and dealt with
             else:
                 self._fail(error)
