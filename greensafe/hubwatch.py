@@ -9,6 +9,7 @@ timer fires, so nothing in the hub can say so. A `HubWatch` sees it from a nativ
 * Never early: what is counted is the time by which a beat is late, and only while the thread itself got its turns. So a
   process that was stopped, or a machine that is too busy for both, is nobody's fault and ends nobody.
 * Told once for each incident, with the stack of what ran in the hub's thread at that moment, and again when the hub turns.
+* A thread that fails goes on by itself (`sansio.backoff.Intensity`); if it does so too often, its servers are told.
 * The thread waits for nothing that the blocked greenlet may hold: logging has locks, so it is done by a thread of its own.
 * Preemption (Linux and macOS, the main thread's hub only): when something is overdue, the thread sends SIGUSR2. Python runs its
   handler in the greenlet that is running, which is hit only if its own preemptible scope is over, and only in the program's own
@@ -24,6 +25,7 @@ import atexit
 import logging
 import math
 import os
+import random
 import signal
 import sys
 import traceback
@@ -38,6 +40,7 @@ from gevent.monkey import get_original
 
 from .deadlines import raise_if_preempted
 from .green._forks import forbid_in_child
+from .sansio.backoff import Intensity
 
 __all__ = ["EXIT_CODE", "HubWatch", "Wish", "check_preempt", "watch"]
 
@@ -80,11 +83,17 @@ class Wish(NamedTuple):
         exit_after: Seconds after which the process is ended. Both are infinity for never.
         soonest: Gives the monotonic time at which the hub has something to do for this server, for one that preempts;
             called in another thread.
+        on_blocked: Called in the hub when it turns again after `after` or more, with the seconds by which it was late and the
+            stack of what ran; "" if nobody saw it.
+        on_failure: Called in the hub when the watch itself has failed, with the error and the seconds after which it goes on;
+            None: it has failed too often and is over.
     """
 
     after: float = math.inf
     exit_after: float = math.inf
     soonest: Callable[[], float] | None = None
+    on_blocked: Callable[[float, str], object] | None = None
+    on_failure: Callable[[Exception, float | None], object] | None = None
 
 
 class HubWatch:
@@ -92,12 +101,15 @@ class HubWatch:
 
     Attributes:
         blocked: How often the hub did not turn for as long as the shortest `after`.
-        longest: The seconds of the longest of these incidents.
+        late: Seconds by which the last beat was late.
+        longest: The most seconds by which one was.
     """
 
     def __init__(self) -> None:
         self.blocked = 0
+        self.late = 0.0
         self.longest = 0.0
+        self._intensity = Intensity()
         self._hub: Hub = gevent.get_hub()
         self._thread = _get_ident()
         self._wishes: list[Wish] = []
@@ -105,8 +117,8 @@ class HubWatch:
         self._period = 0.0
         self._timer: Any = None
         self._beaten_at = 0.0
-        #: The beat after which an incident was told.
-        self._told_at = 0.0
+        #: The beat after which an incident was told, and what ran then.
+        self._told: tuple[float, str] = (0.0, "")
         self._is_over = False
         self._doorbell = _make_lock()
         self._doorbell.acquire()
@@ -164,14 +176,27 @@ class HubWatch:
             self._stop_timer()
             return
         before, self._beaten_at = self._beaten_at, monotonic()
-        late = self._beaten_at - before - self._period
+        self.late = late = max(0.0, self._beaten_at - before - self._period)
+        self.longest = max(self.longest, late)
         if late >= self._after:
             self.blocked += 1
-            self.longest = max(self.longest, late)
-            unseen = (
-                "" if self._told_at == before else "; nobody saw why: C code kept Python's lock, or the process was stopped"
-            )
-            log.warning("the hub turns again, after %.3f s%s", late, unseen)
+            try:
+                self._tell(late, self._told[1] if self._told[0] == before else "")
+            except BaseException:  # noqa: BLE001 - without its timer the hub would be taken for blocked
+                self._hub.handle_error(self, *sys.exc_info())
+
+    def _tell(self, late: float, stack: str) -> None:
+        """The hub turns again."""
+        unseen = "" if stack else "; nobody saw why: C code kept Python's lock, or the process was stopped"
+        log.warning("the hub turns again, after %.3f s%s", late, unseen)
+        for wish in list(self._wishes):
+            if late >= wish.after and wish.on_blocked is not None:
+                wish.on_blocked(late, stack)
+
+    def _on_failure(self, error: Exception, pause: float | None) -> None:
+        for wish in list(self._wishes):
+            if wish.on_failure is not None:
+                wish.on_failure(error, pause)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -187,6 +212,27 @@ class HubWatch:
     # In the native thread.
 
     def _run(self) -> None:
+        while not self._is_over:
+            try:
+                self._watch()
+            except Exception as error:  # noqa: BLE001 - a thread that has ended finds nothing any more
+                if not self._rest(error):
+                    return
+
+    def _rest(self, error: Exception) -> bool:
+        """Wait before the next try; False if there is none. That must not depend on the hub, which may be blocked."""
+        pause = self._intensity.restart(monotonic(), random.random())
+        what = (type(error), error, error.__traceback__)
+        text = "the watch over the hub has failed" + (": it is given up" if pause is None else f" and goes on in {pause:.3f} s")
+        _aside(lambda: log.error("%s", text, exc_info=what))
+        if self._hub.loop is not None:
+            self._hub.loop.run_callback_threadsafe(self._on_failure, error, pause)
+        if pause is None:
+            return False
+        self._doorbell.acquire(timeout=pause)
+        return True
+
+    def _watch(self) -> None:
         beat, stuck, looked_at = self._beaten_at, 0.0, monotonic()
         while not self._is_over:
             pause = self._pause(looked_at)
@@ -222,9 +268,10 @@ class HubWatch:
             _watches.pop(self._hub, None)
         elif late >= self._exit_after:
             self._exit(late)
-        elif late >= self._after and self._told_at != beat:
-            self._told_at = beat
-            text = f"the hub has not turned for {late:.3f} s; what runs:\n{_stack(frame)}"
+        elif late >= self._after and self._told[0] != beat:
+            stack = _stack(frame)
+            self._told = (beat, stack)
+            text = f"the hub has not turned for {late:.3f} s; what runs:\n{stack}"
             _aside(lambda: log.error("%s", text))
 
     def _exit(self, late: float) -> None:

@@ -38,7 +38,7 @@ from .errors import RemoteError
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
-from .hooks import Hooks, ServerStarted, ServerStopped, teller
+from .hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
 from .hubwatch import HubWatch, Wish, check_preempt, watch
 from .journal.base import Journal
 from .journal.commits import Commits
@@ -189,6 +189,7 @@ class Server:
         """How it stands now, counted since the last start; to be asked in its own thread."""
         self._forget_parent()
         watchdog, pump, error = self._watchdog, self._pump, self._restarts.error
+        hub = None if self._watch is None else self._watch[0]
         endpoint = self.endpoint or self._bind_to
         if watchdog is None:
             return ServerStats(endpoint, self.state)
@@ -220,6 +221,9 @@ class Server:
             journal=watchdog.stats if isinstance(watchdog, Journaled) and pump is not None else None,
             restarts=dict(self._restarts.counts),
             loop_error="" if error is None else f"{type(error).__name__}: {error}",
+            hub_lag_seconds=None if hub is None else hub.late,
+            worst_hub_lag_seconds=None if hub is None else hub.longest,
+            hub_blocked=0 if hub is None else hub.blocked,
         )
 
     @property
@@ -433,7 +437,14 @@ class Server:
         after, exit_after = (math.inf if limit is None else limit for limit in (self._blocked_after, self._exit_when_blocked))
         if not self._preempts and after == exit_after == math.inf:
             return None
-        wish = Wish(after, exit_after, (lambda: watchdog.soonest) if self._preempts else None)
+        restarts, tell, endpoint = self._restarts, self._tell, str(self.endpoint)
+        wish = Wish(
+            after,
+            exit_after,
+            soonest=(lambda: watchdog.soonest) if self._preempts else None,
+            on_blocked=None if tell is None else lambda late, stack: tell(HubBlocked(endpoint, late, stack)),
+            on_failure=lambda error, pause: restarts.note("hubwatch", error, pause),
+        )
         return watch(wish), wish
 
     @contextlib.contextmanager

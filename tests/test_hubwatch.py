@@ -21,7 +21,9 @@ from helpers import LONG, MS, run_python, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, RemoteError, Request, Server, hubwatch, shield
+from greensafe.hooks import HubBlocked, LoopFailed
 from greensafe.hubwatch import EXIT_CODE, HubWatch, Wish
+from greensafe.sansio.backoff import RESTARTS
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -133,6 +135,84 @@ def test_a_thread_that_ends_without_stopping(caplog: pytest.LogCaptureFixture) -
     wait_until(lambda: done)
     wait_until(lambda: not hubwatch._watches)
     assert not _errors(caplog)
+
+
+def test_servers_tell_how_their_hub_is(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
+    """By how much it was late, now and at worst, and each incident, with what ran: the servers that it is one for."""
+    told: list[Any] = []
+    where: list[bool] = []
+
+    def hook(record: Any) -> None:
+        if isinstance(record, HubBlocked):
+            told.append(record)
+            where.append(gevent.getcurrent() is gevent.get_hub())
+
+    unwatched = Server("inproc://1", _echo, deadline=1, context=context, blocked_after=None, hooks=hook)
+    patient = Server("inproc://2", _echo, deadline=1, context=context, blocked_after=LONG, hooks=hook)
+    with unwatched, patient:
+        assert unwatched.stats.hub_lag_seconds is unwatched.stats.worst_hub_lag_seconds is None
+        with Server("inproc://3", _echo, deadline=1, context=context, blocked_after=AFTER, hooks=hook) as server:
+            _hold_until_told(caplog)
+            wait_until(lambda: told)
+            assert server.stats.hub_blocked == 1
+            assert (server.stats.worst_hub_lag_seconds or 0) >= AFTER
+            wait_until(lambda: (server.stats.hub_lag_seconds or 0) < AFTER)
+            assert (server.stats.worst_hub_lag_seconds or 0) >= AFTER
+            assert server.healthy
+    (record,) = told
+    assert where == [True]
+    assert record.endpoint == "inproc://3"
+    assert record.seconds >= AFTER
+    assert "_hold_until_told" in record.stack
+    assert record.stack in _errors(caplog)[0]
+    assert server.stats.hub_lag_seconds is None
+
+
+@pytest.fixture
+def judging(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """The errors that the watch will meet, one at a look."""
+    errors: list[Exception] = []
+    real = HubWatch._judge
+
+    def judge(*args: Any) -> None:
+        if errors:
+            raise errors.pop()
+        real(*args)
+
+    monkeypatch.setattr(HubWatch, "_judge", judge)
+    return errors
+
+
+def test_a_thread_that_fails_goes_on(context: zmq.Context, caplog: pytest.LogCaptureFixture, judging: list[Exception]) -> None:
+    """It is logged, counted and told, and afterwards it sees a hub that is blocked as ever."""
+    told: list[Any] = []
+    error = RuntimeError("injected")
+    with Server(
+        "inproc://s", _echo, deadline=1, context=context, blocked_after=AFTER, exit_when_blocked=LONG, hooks=told.append
+    ) as server:
+        judging.append(error)
+        wait_until(lambda: server.stats.restarts == {"hubwatch": 1})
+        (record,) = [record for record in told if isinstance(record, LoopFailed)]
+        assert (record.loop, record.error, record.seconds is None) == ("hubwatch", error, False)
+        wait_until(lambda: _errors(caplog))
+        assert caplog.records[-1].exc_info is not None
+        caplog.clear()
+        _hold_until_told(caplog)
+        assert "has not turned" in _errors(caplog)[0]
+        assert server.healthy
+
+
+def test_a_thread_that_goes_on_failing(context: zmq.Context, judging: list[Exception]) -> None:
+    """It ends, and its servers with its error: nobody would end the process when the hub is blocked."""
+    errors = [RuntimeError(str(number)) for number in range(RESTARTS + 1)]
+    server = Server("inproc://s", _echo, deadline=1, context=context, blocked_after=AFTER)
+    runner = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    judging.extend(errors)
+    runner.join()
+    assert runner.exception is errors[0]
+    assert (server.state, server.stats.restarts) == ("failed", {"hubwatch": RESTARTS})
+    assert not hubwatch._watches
 
 
 BLOCKED = """
