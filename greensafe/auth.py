@@ -24,8 +24,10 @@ It does not know servers or clients, nor who was admitted: a server finds that i
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Coroutine
 from contextlib import suppress
+from time import monotonic
 from types import TracebackType
 from typing import Any, Final
 
@@ -36,6 +38,7 @@ from zmq.auth import CURVE_ALLOW_ANY, create_certificates, load_certificate, loa
 
 from .green.context import Context
 from .green.socket import Socket
+from .sansio.backoff import Intensity
 
 __all__ = ["CURVE_ALLOW_ANY", "Authenticator", "create_certificates", "load_certificate", "load_certificates"]
 
@@ -77,6 +80,7 @@ class Authenticator(zmq.auth.Authenticator):
     def __init__(self, context: zmq.Context[Any] | None = None, encoding: str = "utf-8", log: Any = None) -> None:
         super().__init__(Context.instance() if context is None else context, encoding, log)
         self._handling: dict[_Handshake, gevent.Greenlet] = {}
+        self._reader: gevent.Greenlet | None = None
 
     def start(self) -> None:
         """Answer from now on, until `stop()` or the context's end; both in the thread that called this.
@@ -95,7 +99,7 @@ class Authenticator(zmq.auth.Authenticator):
                 zmq.EADDRINUSE, f"this context has an authenticator already ({ENDPOINT} is bound): stop that one first"
             ) from None
         self.zap_socket = sock
-        gevent.spawn(self._serve, sock)
+        self._reader = gevent.spawn(self._serve, sock)
 
     def stop(self) -> None:
         """Answer no more. Who is being checked is told to come again; callbacks that still run are killed.
@@ -126,27 +130,43 @@ class Authenticator(zmq.auth.Authenticator):
         self.stop()
 
     def __repr__(self) -> str:
-        state = "stopped" if self.zap_socket is None else "started"
+        has_failed = self._reader is not None and self._reader.ready()
+        state = "stopped" if self.zap_socket is None else "failed" if has_failed else "started"
         return f"<Authenticator {state}, checking {len(self._handling)}>"
 
     def _serve(self, sock: Socket) -> None:
-        """Read requests until the socket's end.
+        """Read requests until the socket's end, and on after a pause when that fails, three times within five seconds.
 
-        When anything else ends this, a kill for instance, the socket stays bound: who connects is not answered then, and so
-        not admitted.
+        When it fails more often, or anything else ends this, a kill for instance, the socket stays bound: who connects is not
+        answered then, and so not admitted.
         """
+        intensity = Intensity()
+        while True:
+            try:
+                self._read(sock)
+                break
+            except Exception:
+                pause = intensity.restart(monotonic(), random.random())
+                if pause is None:
+                    self.log.critical("reading requests has failed too often: nobody is admitted any more", exc_info=True)
+                    return
+                self.log.exception("reading a request has failed: on in %.3f s", pause)
+            gevent.sleep(pause)
+        if self.zap_socket is sock:
+            self.stop()
+
+    def _read(self, sock: Socket) -> None:
+        """Read requests until the socket's end."""
         while True:
             try:
                 frames = sock.recv_multipart(timeout=None)
             except zmq.ZMQError as error:
                 if error.errno not in _ENDED:
                     raise
-                break
+                return
             handshake = self._open(sock, frames)
             if handshake is not None:
                 self._handling[handshake] = gevent.spawn(self._check, handshake)
-        if self.zap_socket is sock:
-            self.stop()
 
     def _open(self, sock: Socket, frames: list[bytes]) -> _Handshake | None:
         """Separate the envelope from the request; None if there is no telling where it ends."""

@@ -25,6 +25,7 @@ from .green._waits import Waiter
 from .green.socket import Socket
 from .options import Handler, OnError, check_handler, check_limits, check_options
 from .request import Request
+from .restarts import Restarts
 from .watchdog import Watchdog
 
 __all__ = ["supervise", "supervised"]
@@ -61,6 +62,7 @@ def supervise(
     Raises:
         TypeError, ValueError: An argument is not usable.
         zmq.ZMQError: The socket cannot receive, for instance EFSM if a request was read from the REP before.
+        Exception: A loop of the watchdog's has failed too often, with this error; see `restarts`.
     """
     _check_socket(sock)
     check_handler(handler)
@@ -68,6 +70,9 @@ def supervise(
     check_options(max_inflight, on_error)
     room = Event()
     is_rep = sock.type == zmq.REP
+    hub, caller = gevent.get_hub(), gevent.getcurrent()
+    ending: list[Any] = []
+    restarts = Restarts(repr(sock), lambda error: ending.append(hub.loop.run_callback(caller.throw, error)))
     watchdog = Watchdog(
         handler,
         _sender(sock, room.set),
@@ -77,6 +82,7 @@ def supervise(
         instance=_instance_of(sock),
         on_error=on_error,
         on_room=room.set,
+        restarts=restarts,
     )
     stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
     try:
@@ -88,6 +94,9 @@ def supervise(
             while not sock.closed and (watchdog.responder.inflight if is_rep else watchdog.is_full):
                 _wait_for_room(sock, room)
     finally:
+        restarts.close()
+        for callback in ending:
+            callback.stop()  # the caller is elsewhere soon
         watchdog.abort_all(stopped)
         watchdog.close()
 

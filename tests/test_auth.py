@@ -564,3 +564,55 @@ def test_server_and_client(context: zmq.Context, auth: Authenticator) -> None:
                     else:
                         with pytest.raises(zmq.Refused):
                             client.request(b"x")
+
+
+# Its own loop.
+
+
+@pytest.mark.parametrize("what", ["recv_multipart", "_open"])
+def test_reading_that_fails_goes_on(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """It is logged with its traceback, and who comes afterwards is judged as ever."""
+    owner: Any = Authenticator if what == "_open" else zmq.Socket
+    real, left = getattr(owner, what), [RuntimeError("injected")]
+
+    def fail(self: Any, *args: Any, **options: Any) -> Any:
+        if left and (what == "_open" or self is auth.zap_socket):
+            raise left.pop()
+        return real(self, *args, **options)
+
+    auth = Authenticator(context)
+    auth.configure_plain(passwords={"admin": "right"})
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, what, fail)
+        with auth:
+            if what == "_open":
+                plain(context).client.send(b"nobody answers this one")
+            wait_until(lambda: caplog.records)
+            plain(context).assert_admitted()
+            plain(context, b"wrong").assert_refused()
+    assert "injected" in str(caplog.records[0].exc_info)
+    assert "on in" in caplog.records[0].getMessage()
+
+
+def test_reading_that_goes_on_failing(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After three restarts it ends, which is said; then nobody is admitted, until it is started again."""
+
+    def fail(self: Any, sock: Any) -> None:
+        raise RuntimeError("injected")
+
+    auth = Authenticator(context)
+    auth.configure_plain(passwords={"admin": "right"})
+    with monkeypatch.context() as patch, auth:
+        patch.setattr(Authenticator, "_read", fail)
+        wait_until(lambda: repr(auth) == "<Authenticator failed, checking 0>")
+        assert [record.levelno for record in caplog.records] == [logging.ERROR] * 3 + [logging.CRITICAL]
+        pair = plain(context)
+        pair.client.send(b"request")
+        assert pair.server.poll(SHORT * 1000) == 0
+    with auth:
+        assert repr(auth) == "<Authenticator started, checking 0>"
+        plain(context).assert_admitted()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -16,6 +18,7 @@ from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
+from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.green import _pump
 from greensafe.green._pump import Pump
@@ -23,6 +26,8 @@ from greensafe.hooks import LoopFailed, ServerStopped
 from greensafe.restarts import Restarts
 from greensafe.sansio.backoff import RESTARTS
 from greensafe.sansio.requester import Requester
+from greensafe.sansio.responder import Responder
+from greensafe.systemd import Notifier
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -353,8 +358,86 @@ def test_a_pump_that_goes_on_failing(
         assert (server.state, server.healthy, server.stats.restarts, server.stats.loop_error) == ("started", True, {}, "")
 
 
+@pytest.mark.parametrize(("loop", "owner", "name"), [("watchdog", Responder, "tick"), ("turns", Backlog, "next")])
+@pytest.mark.parametrize("count", [1, 10])
+def test_the_watchdogs_loops(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, loop: str, owner: type, name: str, count: int
+) -> None:
+    """After one failure deadlines and turns come a little later; after four all are answered and the server is closed."""
+    errors = [RuntimeError(str(number)) for number in range(count)]
+    left, real = list(errors), getattr(owner, name)
+
+    def fail(self: Any, *args: Any) -> Any:
+        if left:
+            raise left.pop(0)
+        return real(self, *args)
+
+    def handler(request: Request) -> None:
+        gevent.sleep(LONG)
+
+    monkeypatch.setattr(owner, name, fail)
+    server = Server(ENDPOINT, handler, deadline=20 * MS, max_inflight=2, context=context)
+    runner = gevent.spawn(server.serve_forever)
+    wait_until(lambda: server.started)
+    peer = context.socket(zmq.DEALER)
+    peer.connect(ENDPOINT)
+    for number in range(6):
+        peer.send_multipart([b"%d" % number, b"", b"x"])
+    answers = dict(peer.recv_multipart()[::2] for _ in range(6))
+    assert len(answers) == 6
+    codes = {error.code for answer in answers.values() if (error := RemoteError.from_reply(answer)) is not None}
+    if count == 1:
+        assert codes == {"DEADLINE_EXCEEDED"}
+        assert server.stats.restarts == {loop: 1}
+        server.close()
+        runner.get()
+    else:
+        assert "UNAVAILABLE" in codes
+        runner.join()
+        assert runner.exception is errors[RESTARTS]
+        assert (server.state, server.stats.restarts) == ("failed", {loop: RESTARTS})
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no AF_UNIX sockets")
+@pytest.mark.parametrize("count", [1, 10])
+def test_pings_that_fail(context: zmq.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> None:
+    """systemd is pinged again after one failure; after four the server ends by itself, before systemd would end it."""
+    left = [RuntimeError(str(number)) for number in range(count)]
+    real = Notifier._ping
+
+    def ping(self: Notifier) -> None:
+        if left:
+            raise left.pop(0)
+        real(self)
+
+    monkeypatch.setattr(Notifier, "_ping", ping)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", str(int(20_000 * 1000 * MS)))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "notify"))
+        told.setblocking(False)
+        states: list[bytes] = []
+
+        def has_pinged() -> bool:
+            try:
+                states.append(told.recv(100))
+            except BlockingIOError:
+                return False
+            return states[-1] == b"WATCHDOG=1"
+
+        server = Server(ENDPOINT, _echo, deadline=1, context=context)
+        runner = gevent.spawn(server.serve_forever)
+        if count == 1:
+            wait_until(has_pinged)
+            assert server.stats.restarts == {"systemd": 1}
+            server.close()
+        runner.join()
+        assert str(runner.exception) == ("None" if count == 1 else "3")
+
+
 FAILING = """
 import gevent, greensafe
+from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.green import _pump
 from greensafe.green._pump import Pump

@@ -15,6 +15,7 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import Request, deadline, supervise, supervised, supervision
+from greensafe.sansio.responder import Responder
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -350,3 +351,36 @@ def test_clients_of_a_supervised_router_wait_their_turn(context: zmq.Context) ->
         asked = [gevent.spawn(client.request, b"%d" % number) for number in range(3)]
         assert [each.get() for each in asked] == [b"0", b"1", b"2"]
     looping.kill()
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_watchdog_that_fails(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: int, count: int
+) -> None:
+    """Its timer goes on after a failure, so the deadline holds; after three restarts supervise answers, and raises the error."""
+    sock, peer = _bound(context, kind)
+    real, left = Responder.tick, [RuntimeError(str(number)) for number in range(count)]
+
+    def tick(self: Responder, now: float) -> Any:
+        if left:
+            raise left.pop(0)
+        return real(self, now)
+
+    monkeypatch.setattr(Responder, "tick", tick)
+    runner = gevent.spawn(supervise, sock, _handle, deadline=10 * MS)
+    peer.send_multipart([b"", b"hang"])
+    code = json.loads(peer.recv_multipart()[1])["error"]["code"]
+    if count == 1:
+        assert code == "DEADLINE_EXCEEDED"
+        peer.send_multipart([b"", b"x"])
+        assert peer.recv_multipart() == [b"", b"x"]
+        runner.kill()
+    else:
+        assert code == "UNAVAILABLE"
+        runner.join()
+        assert str(runner.exception) == "3"
+        assert not sock.closed
+    restarts = [record for record in caplog.records if record.name == "greensafe.restarts"]
+    assert len(restarts) == min(count, 4)
+    assert repr(sock) in restarts[0].getMessage()
