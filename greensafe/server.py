@@ -473,6 +473,7 @@ class Server:
         if pump is None or watchdog is None:
             return
         stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
+        before = watchdog.failures.get(stopped.code, 0)
         watchdog.abort_all(stopped)
         if self._commits is not None:
             self._commits.close()  # who waits for it is told now, while that can still be sent
@@ -500,7 +501,10 @@ class Server:
         self._stopping = False
         self._stopped.set()
         answered, endpoint = watchdog.responder.answered, str(self.endpoint)
-        log.info("stopped at %s; %d requests were answered", endpoint, answered, extra={"endpoint": endpoint})
+        refused = watchdog.failures.get(stopped.code, 0) - before
+        level = logging.WARNING if refused else logging.INFO
+        text = "stopped at %s; %d requests were answered, the last %d of them UNAVAILABLE"
+        log.log(level, text, endpoint, answered, refused, extra={"endpoint": endpoint})
         if self._tell is not None:
             self._tell(ServerStopped(endpoint, answered))
 

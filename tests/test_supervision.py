@@ -358,7 +358,7 @@ def test_clients_of_a_supervised_router_wait_their_turn(context: zmq.Context) ->
 def test_a_watchdog_that_fails(
     context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: int, count: int
 ) -> None:
-    """Its timer goes on after a failure, so the deadline holds; after three restarts supervise answers, and raises the error."""
+    """Its timer goes on after a failure, so the deadline holds; after three restarts supervise answers and raises it."""
     sock, peer = _bound(context, kind)
     real, left = Responder.tick, [RuntimeError(str(number)) for number in range(count)]
 
