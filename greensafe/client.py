@@ -212,9 +212,9 @@ class Client:
 
     def close(self) -> None:
         """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers."""
-        self._end(None)
+        self._shut(None)
 
-    def _end(self, error: Exception | None) -> None:
+    def _shut(self, error: Exception | None) -> None:
         """Close, because a loop has failed too often with an error if there is one."""
         if self._closed:
             return
@@ -431,7 +431,7 @@ class Client:
 
     def _give_up(self, error: Exception) -> None:
         """A loop has failed too often. Not closed here: this may be in the middle of a send."""
-        self._hub.loop.run_callback(self._end, error)
+        self._hub.loop.run_callback(self._shut, error)
 
     def is_wanted(self, channel: Channel) -> bool:
         return len(self._requester) > 0
