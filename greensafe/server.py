@@ -95,7 +95,8 @@ class Server:
         exit_when_blocked: The same, after which the process ends itself with code 70, for its supervisor to restart it.
         preempt: Experimental: end overdue handlers that do not wait, by an exception at whatever they do just then. Main thread
             only; takes SIGUSR2, which also interrupts system calls.
-        max_zombies: Handlers that may have survived a kill before the server is no longer healthy.
+        max_zombies: Handlers that may have survived a kill before the server is no longer healthy. With max_inflight more of
+            them it runs nothing: requests are answered UNAVAILABLE, so that zombies are bounded.
         cancel_vanished: Stop the handlers of a client whose connection is gone (tcp and ipc; behind a proxy, the proxy's).
         hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
         journal: Where requests, steps and answers are kept, so that the next server goes on where this one has left off: a
@@ -290,6 +291,7 @@ class Server:
             "limit": self._limit,
             "grace": self._grace,
             "max_inflight": self._max_inflight,
+            "max_zombies": self._max_zombies,
             "rejects": self._rejects,
             "instance": os.urandom(16),
             "on_error": self._on_error,

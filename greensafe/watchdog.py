@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -55,6 +56,9 @@ TURN = 0.02
 #: What a client is told whose request is not even kept.
 _FULL = RemoteError("RESOURCE_EXHAUSTED", "the server has as many requests as it may run: try again later", "ServerFull")
 
+#: What a client is told for which no handler is started any more, because too many have survived their kill.
+_STUCK = RemoteError("UNAVAILABLE", "the server has too many handlers that cannot be ended: restart it", "ServerStuck")
+
 
 class Watchdog:
     """The requests of one server, their handlers and the answers they owe.
@@ -67,6 +71,7 @@ class Watchdog:
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         max_inflight: Handlers that run at a time.
+        max_zombies: When there are so many zombies and `max_inflight` more, nothing is run: it is answered UNAVAILABLE.
         rejects: What comes beyond that is answered RESOURCE_EXHAUSTED instead of being kept.
         instance: 16 bytes that tell this server from the one that was there before.
         journal: 16 bytes of its journal.
@@ -96,6 +101,7 @@ class Watchdog:
         grace: float,
         send_soon: Callable[[list[bytes]], None] | None = None,
         max_inflight: int = 1000,
+        max_zombies: int | None = None,
         rejects: bool = False,
         instance: bytes = bytes(16),
         journal: bytes = NO_JOURNAL,
@@ -113,6 +119,7 @@ class Watchdog:
         self._send_soon = send_soon or send
         self._limit = limit
         self._max_inflight = max_inflight
+        self._most_zombies = math.inf if max_zombies is None else max_zombies + max_inflight
         self._rejects = rejects
         self._on_error = on_error
         self._on_room = on_room
@@ -331,6 +338,9 @@ class Watchdog:
     # A request's turn.
 
     def _start(self, request: Request) -> None:
+        if self.responder.zombies >= self._most_zombies:
+            self._guarded(self._drop, request, _STUCK)
+            return
         self.begin(request)
         self._greenlets[request._exchange.key] = greenlet = gevent.Greenlet(self._run, request)
         before = monotonic()

@@ -202,7 +202,7 @@ def test_a_killed_server(context: zmq.Context, asked: list[Any]) -> None:
         wait_until(lambda: any(isinstance(record, ConnectionFailed) for record in asked))
     with running([*command, endpoint, "immortal"]), client:
         assert call.get() == b"die"
-    up, lost, retried = asked[1], _first(ConnectionLost, asked), _first(CallRetried, asked)
+    up, lost, retried = (_first(kind, asked) for kind in (ConnectionUp, ConnectionLost, CallRetried))
     assert up == ConnectionUp(endpoint, 0)
     assert (lost.endpoint, lost.error_name, lost.silent, lost.lost, lost.unsent) == (endpoint, "Disconnected", None, 1, 0)
     assert (retried.endpoint, retried.retries, type(retried.error)) == (endpoint, 1, zmq.Disconnected)

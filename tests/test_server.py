@@ -457,6 +457,50 @@ def test_a_zombie_makes_room(context: zmq.Context) -> None:
         wait_until(lambda: server._watchdog is not None and not server._watchdog.responder.zombies)
 
 
+@pytest.mark.parametrize("max_zombies", [0, 3])
+def test_zombies_are_bounded(context: zmq.Context, max_zombies: int) -> None:
+    """Above max_zombies the server is not healthy; with max_inflight more it runs nothing, until some of them have ended."""
+    until = time.monotonic() + 2 * LONG
+    places, seen = 2, 0
+
+    def handler(request: Request) -> bytes:
+        nonlocal seen
+        seen += 1
+        while request.body == b"zombie" and time.monotonic() < until:
+            try:
+                gevent.sleep(LONG)
+            except BaseException:
+                continue
+        return request.body
+
+    limits: dict[str, Any] = {"deadline": 5 * MS, "grace": 5 * MS, "max_inflight": places, "max_zombies": max_zombies}
+    with Server("inproc://s", handler, context=context, **limits) as server:
+        peer = context.socket(zmq.DEALER)
+        peer.connect("inproc://s")
+        codes = []
+        for number in range(max_zombies + places):
+            assert server.healthy is server.stats.is_healthy is (number <= max_zombies)
+            peer.send_multipart([b"", b"zombie"])
+            codes.append(_code(peer.recv_multipart()[1]))
+            wait_until(lambda number=number: server.stats.zombie_count == number + 1)
+        assert codes == ["DEADLINE_EXCEEDED"] * (max_zombies + places)
+        for _ in range(20):
+            peer.send_multipart([b"", b"zombie"])
+        assert {_code(peer.recv_multipart()[1]) for _ in range(20)} == {"UNAVAILABLE"}
+        assert seen == server.stats.zombie_count == max_zombies + places
+        assert server.stats.running == 0
+        until = 0.0
+        wait_until(lambda: not server.stats.zombie_count)
+        assert server.healthy
+        peer.send_multipart([b"", b"x"])
+        assert peer.recv_multipart() == [b"", b"x"]
+
+
+def _code(answer: bytes) -> str:
+    error = RemoteError.from_reply(answer)
+    return "" if error is None else error.code
+
+
 @pytest.mark.parametrize("how", ["term", "destroy"])
 def test_its_context_can_end(how: str) -> None:
     """The server is closed then, and its clients are told."""
