@@ -9,7 +9,7 @@ from statistics import median
 import gevent
 import zmq
 
-from . import clients, idle, servers, sockets, waits
+from . import clients, crowd, idle, servers, sockets, waits
 
 Round = dict[str, dict[str, float]]
 
@@ -53,6 +53,13 @@ def show_servers(rounds: int, count: int) -> None:
     show("a server's request, 64 bytes, ipc: µs of its process's CPU", results)
 
 
+def show_crowds(rounds: int, most: int, count: int) -> None:
+    show("many at a time: KiB of the server's process for each", [crowd.weights(most)])
+    with crowd.crowds(most) as all_of_them:
+        results = [crowd.costs(all_of_them, count) for _ in range(rounds)]
+    show("many at a time, tcp: µs of the server's CPU for a request, while so many of so many clients are in flight", results)
+
+
 def main() -> None:
     quick = "--quick" in sys.argv
     rounds = 3 if quick else 21
@@ -64,6 +71,7 @@ def main() -> None:
     show("sockets on which nothing happens: ms of CPU per second", [idle.rows(200, 0.2) if quick else idle.rows(10_000, 5)])
     show_clients(3 if quick else 21, 1_000 if quick else 5_000)
     show_servers(3 if quick else 7, 2_000 if quick else 10_000)
+    show_crowds(3 if quick else 7, 200 if quick else 10_000, 1_000 if quick else 10_000)
 
 
 if __name__ == "__main__":

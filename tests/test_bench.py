@@ -37,5 +37,8 @@ def test_quick_run() -> None:
         "1 in flight",
         "100 in flight",
         "1000 in flight",
+        "of 200 idle clients",
+        "of 200 requests in flight",
+        "a handler that waits",
     ):
         assert f"\n  {row}" in done.stdout
