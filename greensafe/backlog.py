@@ -1,12 +1,13 @@
 """Whose turn is it, of the requests that cannot run yet?
 
-Clients take turns, each with its oldest request, so that one with many does not keep the others waiting. A client is a list of
+Clients take turns (see `sansio.turns`), so that one with many requests does not keep the others waiting. A client is a list of
 routing ids. It does not know why the requests wait, nor for how long.
 """
 
 from __future__ import annotations
 
 from .request import Request
+from .sansio.turns import Turns
 
 __all__ = ["BACKLOG", "BACKLOG_BYTES", "Backlog"]
 
@@ -27,15 +28,14 @@ class Backlog:
     def __init__(self) -> None:
         #: Each with whose turn it waits for: one that is sent again by another way keeps its place.
         self._requests: dict[int, tuple[Request, tuple[bytes, ...]]] = {}
-        #: The keys of each client's requests, in order of arrival; the clients in the order of their turns.
-        self._turns: dict[tuple[bytes, ...], dict[int, None]] = {}
+        self._turns = Turns()
         self.size = 0
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def __repr__(self) -> str:
-        return f"<Backlog {len(self)} requests of {len(self._turns)} clients, {self.size} bytes>"
+        return f"<Backlog {len(self)} requests by {len(self._turns)} connections, {self.size} bytes>"
 
     @property
     def is_full(self) -> bool:
@@ -52,7 +52,7 @@ class Backlog:
         origin = request._exchange.envelope.origin
         self._requests[key] = request, origin
         self.size += sum(map(len, request.frames))
-        self._turns.setdefault(origin, {})[key] = None
+        self._turns.add(origin, key)
 
     def take(self, key: int) -> Request | None:
         """It does not wait any more; None if it did not."""
@@ -61,17 +61,11 @@ class Backlog:
             return None
         request, origin = found
         self.size -= sum(map(len, request.frames))
-        keys = self._turns[origin]
-        del keys[key]
-        if not keys:
-            del self._turns[origin]
+        self._turns.remove(origin, key)
         return request
 
     def next(self) -> Request:
-        """Take the request whose turn it is; its client is the last to have another one."""
-        origin, keys = next(iter(self._turns.items()))
-        request = self.take(next(iter(keys)))
+        """Take the request whose turn it is."""
+        request = self.take(self._turns.next())
         assert request is not None
-        if keys:
-            self._turns[origin] = self._turns.pop(origin)
         return request
