@@ -1,6 +1,6 @@
-"""A server that speaks ZMTP 3.0 or 2.0 byte by byte, to do what libzmq's sockets never do.
+"""A server, or a client, that speaks ZMTP 3.0 or 2.0 byte by byte, to do what libzmq's sockets never do.
 
-NULL mechanism, one client at a time. See https://rfc.zeromq.org/spec/23 and /15.
+NULL mechanism; a server has one client at a time. See https://rfc.zeromq.org/spec/23 and /15.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ready(kind: bytes = b"ROUTER") -> bytes:
 
 
 class Connection:
-    """One client's connection, after the handshake."""
+    """One connection, after the handshake."""
 
     def __init__(self, sock: Any, kind: bytes = b"ROUTER", is_old: bool = False) -> None:
         self.sock = sock
@@ -81,6 +81,16 @@ class Connection:
         if len(data) < size:
             raise EOFError("the client is gone")
         return data
+
+
+def connect(endpoint: str, kind: bytes = b"DEALER", buffer: int | None = None) -> Connection:
+    """A client's connection over tcp, whose kernel takes about `buffer` bytes that nobody reads."""
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    sock = socket.socket()
+    if buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    sock.connect((host, int(port)))
+    return Connection(sock, kind)
 
 
 class Listener:
