@@ -510,7 +510,8 @@ if state == "server gone":
     result = run_python(program, state, f"ipc://{tmp_path}/s")
     assert result.out.split() == ["done"], result.err
     assert result.code == 0, result.err
-    assert not result.err
+    # The server may not have read that its client has given up.
+    assert not result.err or (state == "timed out" and result.err.startswith("stopped at")), result.err
 
 
 FORKING = """
