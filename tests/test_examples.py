@@ -167,7 +167,7 @@ def test_demo() -> None:
     """`make demo` shows every case and finds greensafe's side as promised."""
     result = run_python(EXAMPLES / "demo.py", limit=9 * LONG)
     assert result.code == 0, result.out + result.err
-    assert result.out.count("stuck, given up on") == 7
+    assert result.out.count("stuck, given up on") == 8
     assert "As promised" in result.out
 
 
