@@ -163,8 +163,9 @@ def test_a_forked_child_has_other_loops(made: list[Restarts]) -> None:
     restarts = Restarts(ENDPOINT, made.append)
     made.append(restarts)
     restarts.failed("loop", ValueError(), lambda: calls.append(os.getpid()))
-    child = gevent.os.fork()
+    child = os.fork()  # not gevent's, whose loop would from then on collect the states of other tests' processes
     if child == 0:
+        gevent.reinit()
         gevent.sleep(100 * MS)
         os._exit(len(calls))
     wait_until(lambda: calls)
