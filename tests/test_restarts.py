@@ -20,11 +20,12 @@ import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
+from greensafe.deadlines import TICK
 from greensafe.green import _pump
 from greensafe.green._pump import Pump
 from greensafe.hooks import LoopFailed, ServerStopped
 from greensafe.restarts import Restarts
-from greensafe.sansio.backoff import RESTARTS
+from greensafe.sansio.backoff import FIRST, JITTER, RESTARTS
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
 from greensafe.systemd import Notifier
@@ -399,6 +400,38 @@ def test_the_watchdogs_loops(
         assert (server.state, server.stats.restarts) == ("failed", {loop: RESTARTS})
 
 
+def test_requests_do_not_shorten_a_pause(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes while the watchdog's timer rests does not have it tried again before its time, and so given up."""
+    failed_at: list[float] = []
+    real = Responder.tick
+
+    def tick(self: Responder, now: float) -> Any:
+        if not failed_at or now < failed_at[0] + FIRST * (1 - JITTER) - TICK:
+            failed_at.append(now)
+            raise RuntimeError("injected")
+        return real(self, now)
+
+    def handler(request: Request) -> None:
+        gevent.sleep(LONG)
+
+    monkeypatch.setattr(Responder, "tick", tick)
+    with Server(ENDPOINT, handler, deadline=5 * MS, grace=LONG, context=context) as server:
+        peer = context.socket(zmq.DEALER)
+        peer.connect(ENDPOINT)
+        sent = 0
+        while not server.stats.answered:
+            peer.send_multipart([b"", b"x"])
+            sent += 1
+            gevent.sleep(MS)
+        for _ in range(sent):
+            answer = RemoteError.from_reply(peer.recv_multipart()[1])
+            assert answer is not None
+            assert answer.code == "DEADLINE_EXCEEDED"
+        assert len(failed_at) == 1
+        assert server.stats.restarts == {"watchdog": 1}
+        server.close()
+
+
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no AF_UNIX sockets")
 @pytest.mark.parametrize("count", [1, 10])
 def test_pings_that_fail(context: zmq.Context, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> None:
@@ -440,6 +473,7 @@ FAILING = """
 import gevent, greensafe
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
+from greensafe.deadlines import TICK
 from greensafe.green import _pump
 from greensafe.green._pump import Pump
 
