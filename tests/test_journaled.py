@@ -182,7 +182,7 @@ def test_the_answer_is_held_until_it_is_stored(build: Build) -> None:
     site.disk.gate.clear()
     go.event.set()
     assert site.peer.hear() == (Kind.WORKING, _id(1))
-    assert site.server.stats.inflight == 1
+    assert (site.server.stats.inflight, site.server.stats.running) == (1, 1)
     site.disk.gate.set()
     assert next(kind for kind, _ in iter(site.peer.hear, None) if kind != Kind.WORKING) == Kind.REPLY
 
@@ -468,6 +468,7 @@ def test_abort(build: Build) -> None:
         site.peer.ask(age_ms=5)
         assert site.peer.error() == (Kind.ERROR, "ABORTED", "Interrupted")
     assert len(site.runs) == 1
+    assert site.disk.kinds() == ["Begin", "Begin", "Finish", "Begin"]
 
 
 def test_the_callers_limit_survives(build: Build) -> None:
@@ -548,7 +549,7 @@ def test_an_effect_shares_the_steps_transaction(build: Build) -> None:
         return amount
 
     def handler(request: Request) -> Any:
-        with pytest.raises(ValueError, match="not that way"):
+        with pytest.raises(ValueError, match=r"^not that way"):
             request.step("bad", in_transaction(pay), "a", -1)
         paid = request.step("pay", in_transaction(pay), "a", 5)
         if request.attempt == 1 and request.body == b"body":
@@ -652,6 +653,7 @@ def test_a_rerun_waits_for_the_end_of_the_last_run(build: Build) -> None:
     assert site.peer.error()[0] == Kind.INTERRUPTED
     site.peer.ask(age_ms=5, flags=GREET)
     assert site.peer.hear() == (Kind.WORKING, _id(1))
+    wait_until(lambda: site.disk.kinds().count("Begin") == 2 and not site.journal.pending)
     gevent.sleep(5 * MS)
     assert running == [1]
     go.set()
@@ -689,6 +691,46 @@ def test_forgotten(build: Build) -> None:
     site.peer.ask(2)
     assert site.peer.hear() == (Kind.REPLY, b"re: body")
     assert len(site.runs) == 1
+
+
+def test_forgotten_by_its_age(build: Build) -> None:
+    """What counts is when it was first sent, not when it comes."""
+    site = build(_echo)
+    site.disk._horizon = site.disk.now() - 3600
+    site.peer.ask(1, age_ms=4_000_000)
+    assert site.peer.error() == (Kind.ERROR, "ABORTED", "Forgotten")
+    site.peer.ask(2, age_ms=3_000_000)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+def test_stop_waits_for_answers_that_are_held(build: Build) -> None:
+    """What was answered in time leaves, also if the disk takes its time."""
+    go = Waiting()
+    site = build(go)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.disk.gate.clear()
+    go.event.set()
+    wait_until(lambda: site.journal.pending)
+    stopping = gevent.spawn(site.server.stop, LONG)
+    gevent.sleep(100 * MS)
+    site.disk.gate.set()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    stopping.get()
+
+
+def test_stopped_before_it_is_stored(build: Build) -> None:
+    """It was not run: it is rejected, and nothing of it is owed."""
+    site = build(_echo)
+    site.disk.gate.clear()
+    site.peer.ask()
+    wait_until(lambda: site.journal.pending)
+    watchdog = site.server._watchdog
+    assert watchdog is not None
+    gevent.spawn(site.server.stop, 0)
+    assert site.peer.error() == (Kind.REJECTED, "UNAVAILABLE", "ServerStopped")
+    assert (watchdog.load, watchdog.responder.inflight) == (0, 0)
+    site.disk.gate.set()
 
 
 def test_rejected_requests_are_not_stored(build: Build) -> None:
