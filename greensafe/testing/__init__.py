@@ -1,13 +1,14 @@
-"""What programs are tested with: a link that fails on command, and a clock that goes only when told.
+"""What programs are tested with: a link that fails on command, a clock that goes only when told, and the tests of a journal.
 
-from greensafe.testing import FaultyLink, ManualClock
+from greensafe.testing import FaultyLink, JournalConformance, ManualClock
 
-docs/testing.md shows both in tests of a program. `import greensafe` does not load this package.
+docs/testing.md shows them in tests of a program. `import greensafe` does not load this package.
 """
 
 from __future__ import annotations
 
 from .clock import ManualClock as ManualClock
+from .conformance import JournalConformance as JournalConformance
 from .link import Direction as Direction, FaultyLink as FaultyLink
 
-__all__ = ["Direction", "FaultyLink", "ManualClock"]
+__all__ = ["Direction", "FaultyLink", "JournalConformance", "ManualClock"]

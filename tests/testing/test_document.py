@@ -47,5 +47,5 @@ def test_its_table_is_whole() -> None:
 
 def test_public_names() -> None:
     """What the package offers is what it says."""
-    assert testing.__all__ == ["Direction", "FaultyLink", "ManualClock"]
+    assert testing.__all__ == ["Direction", "FaultyLink", "JournalConformance", "ManualClock"]
     assert all(hasattr(testing, name) for name in testing.__all__)
