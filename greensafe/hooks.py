@@ -86,6 +86,7 @@ class RequestStarted:
         client: As `Request.client`.
         metadata: As `Request.metadata`.
         seconds: Between the request's arrival and now, in which it waited for its turn.
+        attempt: As `Request.attempt`: more than 1 if a server with a journal goes on with what was interrupted.
     """
 
     endpoint: str
@@ -93,6 +94,7 @@ class RequestStarted:
     client: bytes
     metadata: bytes
     seconds: float
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ __all__ = ["answered", "extra", "started", "zombie"]
 
 def started(endpoint: str, request: Request) -> RequestStarted:
     """The record of a handler that is about to run."""
-    return RequestStarted(endpoint, request.id, request.client, request.metadata, _age(request))
+    return RequestStarted(endpoint, request.id, request.client, request.metadata, _age(request), request.attempt)
 
 
 def answered(endpoint: str, request: Request, error: RemoteError | None) -> RequestAnswered | RequestFailed:

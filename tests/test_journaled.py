@@ -16,6 +16,7 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, JournalError, RemoteError, Request, Server
+from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
 from greensafe.journal import SqliteJournal, State, Step, Write, in_transaction
 from greensafe.sansio.envelope import GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
 
@@ -818,6 +819,23 @@ def test_the_journals_id_is_in_every_header(build: Build) -> None:
         site.restart()
     assert seen[0].journal == seen[1].journal == site.disk.id
     assert seen[0].instance != seen[1].instance
+
+
+def test_hooks_are_told_of_each_attempt(build: Build) -> None:
+    """A run is told with its attempt, a stored answer as one without a run, each request once."""
+    told: list[Any] = []
+    go = Waiting()
+    site = build(go, hooks=told.append)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.restart()
+    go.event.set()
+    for _ in range(2):
+        site.peer.ask(age_ms=5)
+        assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert [record.attempt for record in told if isinstance(record, RequestStarted)] == [1, 2]
+    ends = [type(record) for record in told if isinstance(record, (RequestAnswered, RequestFailed))]
+    assert ends == [RequestFailed, RequestAnswered, RequestAnswered]
 
 
 def test_states_in_the_file(build: Build) -> None:
