@@ -52,9 +52,6 @@ class Call:
         """Where it was sent last."""
         return "" if self.channel is None else self.channel.endpoint
 
-    def is_answered(self) -> bool:
-        return self.outcome is not None
-
     def wake(self) -> None:
         if self.asleep:
             self.asleep = False

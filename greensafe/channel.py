@@ -225,12 +225,15 @@ class Channel:
 
     def send(self, asked: Asked, now: float) -> None:
         """Hand a request over; whoever empties `asked.frames` takes it back, if it has not left yet."""
-        assert self._pump is not None
-        frames = self._requester.send(asked, self.connection, now)
-        if len(self.connection.sent) > 1:
-            self._pump.send_soon(frames)
+        pump, connection = self._pump, self.connection
+        assert pump is not None
+        if not pump.is_started:
+            pump.start()
+        frames = self._requester.send(asked, connection, now)
+        if len(connection.sent) > 1:
+            pump.send_soon(frames)
         else:
-            self._pump.send(frames)  # alone: its server may begin while this goes to sleep
+            pump.send(frames)  # alone: its server may begin while this goes to sleep
 
     def tell(self, frames: list[bytes]) -> None:
         """Send what is no request."""
@@ -454,21 +457,23 @@ class Channel:
         self._lose(LOST)
 
     def _on_message(self, frames: list[bytes]) -> None:
-        was_heard = self.connection.is_heard
-        answer = self._requester.receive(frames, self.connection, monotonic())
-        if answer is None or not self.connection.is_direct:
+        connection = self.connection
+        was_heard = connection.is_heard
+        answer = self._requester.receive(frames, connection, monotonic())
+        if self._counts and (answer is None or not connection.is_direct):
             # Answers of a server without a proxy need not be counted: it is there, and the next may stand right behind.
             self._taken += sum(map(len, frames)) + FRAMING * len(frames)
         if answer is None:
-            if not was_heard and self.connection.is_heard:
+            if not was_heard and connection.is_heard:
                 self._learn()
                 self._owner.on_up(self)  # what waited for a sign that somebody answers here
         else:
             if not was_heard:
                 self._learn()
-            note = self._requester.ack(answer, self.connection)
-            if note is not None:
-                self.tell(note)
+            if answer.journal:
+                note = self._requester.ack(answer, connection)
+                if note is not None:
+                    self.tell(note)
             self._owner.on_answer(self, answer)
 
     def _learn(self) -> None:

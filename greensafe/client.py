@@ -30,11 +30,12 @@ from typing import Any, Self
 
 import gevent
 import zmq
+from gevent import get_hub, getcurrent
 from gevent.hub import Hub
 
 from .call import Call, error_in
 from .channel import Channel
-from .deadlines import TICK, DeadlineSignal, check, deadline, start_timer, to_seconds
+from .deadlines import TICK, DeadlineSignal, allowed_until, check, deadline, start_timer, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
     Cancelled,
@@ -173,20 +174,21 @@ class Client:
             raise _ended(self.restarts.error)
         if self._generation != generation():
             self._forget_parent()
-        if gevent.get_hub() is not self._hub:
+        if get_hub() is not self._hub:
             raise RuntimeError("this Client belongs to another thread: make one per thread")
         limit = self._timeout if timeout is UNSET else to_seconds(timeout)
         now = monotonic()
         at = None if limit is None else now + limit
-        check(at is not None)
+        told = allowed_until(at is not None)
         if now - self._turned_at > RECENT:
             self._catch_up(now)
         if limit == 0:
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
-        call = Call(gevent.getcurrent().switch, idempotent, now)
+        call = Call(getcurrent().switch, idempotent, now)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
-        call.asked = self._requester.open(request_id, body, at, call, _told(), metadata)
-        self._budget.earn()
+        call.asked = self._requester.open(request_id, body, at, call, told, metadata)
+        if self._retries:
+            self._budget.earn()
         try:
             if self._tell is not None:
                 self._tell(CallStarted(self._endpoints, request_id.hex(), metadata))
@@ -283,8 +285,10 @@ class Client:
             if call in self._waiting:
                 self._end_hopeless()
         else:
-            self._hand_over(call, channel, now)
-        self._look_out()
+            call.channel = channel
+            channel.send(call.asked, now)
+        if self._looks is None:
+            self._look_out()
 
     def _pick(self, call: Call) -> Channel | None:
         """The usable channel with the fewest requests in flight.
@@ -305,11 +309,6 @@ class Client:
                 best = channel
         return best
 
-    def _hand_over(self, call: Call, channel: Channel, now: float) -> None:
-        call.channel = channel
-        channel.wake()
-        channel.send(call.asked, now)
-
     def _place_waiting(self) -> None:
         now = monotonic()
         for call in list(self._waiting):
@@ -318,7 +317,8 @@ class Client:
                 return  # nor is there a place for those behind it
             if channel is not None and call in self._waiting:
                 del self._waiting[call]
-                self._hand_over(call, channel, now)
+                call.channel = channel
+                channel.send(call.asked, now)
 
     def _end_hopeless(self) -> None:
         """End the requests that wait if no channel can be expected to take them."""
@@ -348,6 +348,7 @@ class Client:
             self._end(call, error)
 
     def _end(self, call: Call, error: GreensafeError) -> None:
+        self._requester.abandon(call.asked)
         call.outcome = error
         self._wake(call)
 
@@ -414,13 +415,15 @@ class Client:
 
     def on_answer(self, channel: Channel, answer: Resolution) -> None:
         call: Call = answer.asked.owner
-        if answer.kind == Kind.REJECTED:
+        if answer.kind == _REJECTED:
             self._on_rejected(call, channel, answer)
-        elif answer.kind == Kind.INTERRUPTED:
+        elif answer.kind == _INTERRUPTED:
             self._on_interrupted(call, answer)
         else:
-            call.stop_pause()  # it may be the answer to an earlier try
-            self._waiting.pop(call, None)
+            if call.pause is not None:
+                call.stop_pause()  # it is the answer to an earlier try
+            if self._waiting:
+                self._waiting.pop(call, None)
             call.outcome = answer
             self._wake(call)
         if self._waiting:
@@ -434,7 +437,7 @@ class Client:
         self._hub.loop.run_callback(self._shut, error)
 
     def is_wanted(self, channel: Channel) -> bool:
-        return len(self._requester) > 0
+        return bool(self._requester.pending)
 
     def _on_rejected(self, call: Call, channel: Channel, answer: Resolution) -> None:
         """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""
@@ -498,6 +501,8 @@ class Client:
         self._answered = self._retried = self._rejected = 0
         self._failures: dict[str, int] = {}
         self._turned_at = monotonic()
+        #: A caller that was woken by a callback runs: it may ask again at once, so whether to rest is seen to afterwards.
+        self._is_waking = False
         self._prefix = os.urandom(8)
         self._numbers = itertools.count(1)
         self._channels: list[Channel] = []
@@ -513,45 +518,43 @@ class Client:
         """Sleep until the answer has come or a limit ends it."""
         if at is not None and at < self._timer_at:
             self._arm(at)
-        while True:
-            if call.outcome is None and not call.is_timed_out:
-                try:
-                    check(at is not None)
-                    self._sleep(call)
-                except DeadlineSignal as signal:
-                    if call.channel is not None:
-                        call.channel.drain()
-                    if not call.is_answered():
-                        raise
-                    signal.put_back()
-            if isinstance(call.outcome, GreensafeError):
-                raise call.outcome
-            if call.outcome is not None:
-                frames = self._frames(call.outcome, at)
-                if frames is not None:
-                    return frames
-                call.outcome = None
-                call.is_timed_out = True
-            if call.is_timed_out:
-                raise self._timeout_of(call, limit)
+        if call.outcome is None:
+            self._sleep(call)
+        outcome = call.outcome
+        if isinstance(outcome, GreensafeError):
+            raise outcome
+        if outcome is not None:
+            if outcome.kind != _ERROR:
+                return outcome.body
+            _raise_error(outcome, at)
+        raise self._timeout_of(call, limit)
 
     def _sleep(self, call: Call) -> None:
-        call.asleep = True
         try:
-            self._hub.switch()
+            while call.outcome is None and not call.is_timed_out:
+                call.asleep = True
+                self._hub.switch()
+        except DeadlineSignal as signal:
+            call.asleep = False
+            if call.channel is not None:
+                call.channel.drain()
+            if call.outcome is None:
+                raise
+            signal.put_back()
         finally:
             call.asleep = False
             self._turned_at = monotonic()
 
     def _leave(self, call: Call) -> None:
         """Nobody waits for this request any more: nothing of it stays, here or on the server."""
-        call.stop_pause()
-        if call.asked.is_open:
+        asked = call.asked
+        if asked.is_open:
+            call.stop_pause()
             self._tell_cancelled(call)
-            self._requester.abandon(call.asked)
+            self._requester.abandon(asked)
             self._waiting.pop(call, None)
-        call.asked.frames.clear()  # if it has not left yet it need not leave any more
-        if not len(self._requester):
+        asked.frames.clear()  # if it has not left yet it need not leave any more
+        if not self._is_waking and not self._requester.pending:
             self._rest()
 
     def _tell_cancelled(self, call: Call) -> bool:
@@ -575,23 +578,21 @@ class Client:
             error.add_note(f"it was not sent: {channel.trouble.message}")
         return error
 
-    def _frames(self, outcome: Resolution, at: float | None) -> list[bytes] | None:
-        """The reply's frames; the server's error is raised. None: the caller's own limit, known to the server, is over."""
-        if outcome.kind != Kind.ERROR:
-            return outcome.body
-        error = error_in(outcome)
-        if isinstance(error, RemoteError) and error.type == CALLER_LIMIT:
-            _outlast(at)
-            if at is not None and monotonic() >= at:
-                return None
-        raise error
-
     def _wake(self, call: Call) -> None:
         """Straight from a callback; from a greenlet only by way of the hub, which alone is sure to come back."""
-        if gevent.getcurrent() is self._hub:
-            call.wake()
-        elif call.asleep:
+        if not call.asleep:
+            return
+        if getcurrent() is not self._hub:
             self._hub.loop.run_callback(call.wake)
+            return
+        call.asleep = False
+        self._is_waking = True
+        try:
+            call.switch()
+        finally:
+            self._is_waking = False
+        if not self._requester.pending:
+            self._rest()
 
     # Time.
 
@@ -625,19 +626,18 @@ class Client:
 
     def _look_out(self) -> None:
         """Look at the connections from time to time as long as requests are open."""
-        if self._looks is None:
-            interval = LOOK if self._heartbeat is None else max(self._heartbeat / LOOKS, TICK)
-            self._looks = self._hub.loop.timer(interval, interval, ref=False)
-            self._looks.start(_look, weakref.ref(self), self._looks)
-            now = monotonic()
-            for channel in self._channels:
-                channel.begin_looks(now)
+        interval = LOOK if self._heartbeat is None else max(self._heartbeat / LOOKS, TICK)
+        self._looks = self._hub.loop.timer(interval, interval, ref=False)
+        self._looks.start(_look, weakref.ref(self), self._looks)
+        now = monotonic()
+        for channel in self._channels:
+            channel.begin_looks(now)
 
     def _on_look(self) -> None:
         now = monotonic()
         for channel in self._channels:
             channel.look(now)
-        if not len(self._requester):
+        if not self._requester.pending:
             self._stop_looking()
 
     def _stop_looking(self) -> None:
@@ -650,6 +650,8 @@ class Client:
         self._disarm()
         self._stop_looking()
 
+
+_REJECTED, _INTERRUPTED, _ERROR = int(Kind.REJECTED), int(Kind.INTERRUPTED), int(Kind.ERROR)
 
 #: What waiting does not help against.
 _FINAL = frozenset({Refused, PeerSilent})
@@ -671,6 +673,16 @@ def _ended(error: Exception | None) -> Cancelled:
     cancelled = Cancelled(f"the client is closed, since a loop of its own has failed again and again: {error!r}")
     cancelled.__cause__ = error
     return cancelled
+
+
+def _raise_error(answer: Resolution, at: float | None) -> None:
+    """Raise the server's error; return if it is the echo of the caller's own limit, which is over."""
+    error = error_in(answer)
+    if isinstance(error, RemoteError) and error.type == CALLER_LIMIT:
+        _outlast(at)
+        if at is not None and monotonic() >= at:
+            return
+    raise error
 
 
 def _outlast(at: float | None) -> None:

@@ -38,6 +38,7 @@ from .errors import Cancelled, DeadlineExceeded
 
 __all__ = [
     "DeadlineSignal",
+    "allowed_until",
     "check",
     "deadline",
     "move_on",
@@ -480,6 +481,15 @@ def check(limited: bool) -> None:
         scope = None if scope._shields else scope._outer
     if due is not None:
         raise _delivered(due, getcurrent())
+
+
+def allowed_until(limited: bool) -> float | None:
+    """Until when the scopes of the running greenlet let it wait, None for no limit; raises what `check` raises."""
+    scope: deadline | None = getattr(getcurrent(), _SCOPE, None)
+    if scope is None:
+        return None
+    check(limited)
+    return scope.effective_at
 
 
 def raise_if_preempted() -> None:

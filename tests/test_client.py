@@ -29,6 +29,7 @@ from greensafe import (
     Unreachable,
     deadline,
 )
+from greensafe.green._pump import Pump
 from greensafe.sansio.envelope import Kind, ServerHeader
 from greensafe.testing import FaultyLink
 
@@ -358,6 +359,32 @@ def test_a_dropped_client_is_collected(context: zmq.Context, endpoint: str) -> N
         warnings.simplefilter("ignore", ResourceWarning)
         del client
         wait_until(lambda: (gc.collect(), gone() is None)[1])
+
+
+def test_who_asks_again_at_once_finds_the_client_awake(
+    context: zmq.Context, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request after the other, with a limit or without, neither stops and starts the pump nor makes a timer for each.
+
+    As soon as the caller does something else the client rests: nothing of it keeps the loop running.
+    """
+    with Client(endpoint, context=context) as client:
+        assert client.request(b"x") == b"x"
+        gevent.sleep(0)
+        pump = client._channels[0]._pump
+        assert pump is not None
+        stops: list[Pump] = []
+        timers: list[float] = []
+        stop, arm = Pump.stop, Client._arm
+        monkeypatch.setattr(Pump, "stop", lambda self: (stops.append(self), stop(self)))
+        monkeypatch.setattr(Client, "_arm", lambda self, at: (timers.append(at), arm(self, at)))
+        for number in range(100):
+            assert client.request(b"x", timeout=None if number % 2 else LONG) == b"x"
+        assert stops == []
+        assert len(timers) == 1
+        gevent.sleep(0)
+        assert not pump.is_started
+        assert client._timer is None
 
 
 # Whoever leaves, whenever it is.

@@ -21,7 +21,7 @@ import pytest
 from helpers import LONG, MS, wait_until
 
 from greensafe import Cancelled, DeadlineExceeded, OperationTimeout, deadline, move_on, shield
-from greensafe.deadlines import DeadlineSignal, check, to_seconds
+from greensafe.deadlines import DeadlineSignal, allowed_until, check, to_seconds
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -309,6 +309,23 @@ def test_check_finds_what_is_due_before_the_timer_ran() -> None:
             time.sleep(3 * MS)
             check(limited)
             pytest.fail("it is due")
+
+
+def test_allowed_until() -> None:
+    """The earliest end of the scopes around up to a shield, None without any; what is over is raised as `check` does."""
+    assert allowed_until(False) is None
+    with deadline(LONG) as outer:
+        assert allowed_until(False) == outer.at
+        with deadline(LONG / 2) as inner:
+            assert allowed_until(True) == inner.at
+        with deadline(2 * LONG):
+            assert allowed_until(True) == outer.at
+        with shield():
+            assert allowed_until(False) is None
+    with pytest.raises(DeadlineExceeded), deadline(1 * MS):
+        time.sleep(3 * MS)
+        allowed_until(True)
+        pytest.fail("it is due")
 
 
 def test_put_back_delivers_again() -> None:

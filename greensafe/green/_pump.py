@@ -6,7 +6,8 @@ A pump drives a plain ROUTER or DEALER from callbacks in the hub: it reads what 
 Rules:
 
 * Any libzmq call may consume the edge of ZMQ_FD, so every send is followed by one more read in this turn of the loop (many
-  sends share it), and reading ends when libzmq says that nothing is there.
+  sends share it), and reading ends when libzmq says that nothing is there. A send by who was woken while messages are read
+  asks for no such turn: the reading goes on behind it.
 * At most `BATCH` messages are read before the loop gets a turn.
 * Each send may have to wake libzmq's I/O thread (10 µs and more, most of a request's cost). What `send_soon` sends goes out
   with the rest of this turn's, at the latest after `SOON` messages or `SOON_SECONDS` of reading: one wake-up for all.
@@ -110,6 +111,7 @@ class Pump:
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
         unreachable: Messages thrown away because their peer is gone (EHOSTUNREACH) or the socket is.
+        is_started: It reads; the loop is kept alive.
         is_paused: No message is read while this is set, so peers feel backpressure; `resume` clears it.
         source: The descriptor by which the message came that `on_message` is called with; -1 on inproc.
     """
@@ -119,6 +121,7 @@ class Pump:
         "_generation",
         "_hub",
         "_is_closed",
+        "_is_reading",
         "_is_resting",
         "_is_router",
         "_limit",
@@ -132,11 +135,11 @@ class Pump:
         "_scheduled",
         "_sock",
         "_soon",
-        "_started",
         "_torn",
         "_watcher",
         "dropped",
         "is_paused",
+        "is_started",
         "unreachable",
     )
 
@@ -164,7 +167,8 @@ class Pump:
         self._soon: deque[list[bytes]] = deque()
         self._retry: Any = None
         self._scheduled = False
-        self._started = False
+        self.is_started = False
+        self._is_reading = False
         self._is_closed = False
         self._is_resting = False
         #: The first frames of a message whose reading has failed halfway.
@@ -175,7 +179,7 @@ class Pump:
         self._first: zmq.Frame | None = None
 
     def __repr__(self) -> str:
-        state = "closed" if self._is_closed else "paused" if self.is_paused else "started" if self._started else "stopped"
+        state = "closed" if self._is_closed else "paused" if self.is_paused else "started" if self.is_started else "stopped"
         return f"<Pump {state} queued={self.queued} dropped={self.dropped} unreachable={self.unreachable}>"
 
     @property
@@ -200,7 +204,7 @@ class Pump:
                 return False
         except zmq.ZMQError:
             return False  # the context is terminated or the socket closed: nothing can be read any more
-        if self._started and not self._scheduled and not self.is_paused:
+        if self.is_started and not self._scheduled and not self.is_paused:
             self._schedule()
         return True
 
@@ -211,16 +215,16 @@ class Pump:
 
     def start(self) -> None:
         """Begin to read. Also looks at once, since an edge may have passed before."""
-        if not self._started:
-            self._started = True
+        if not self.is_started:
+            self.is_started = True
             if not self._is_resting:
                 self._watcher.start(self._run, True)
                 self._schedule()
 
     def stop(self) -> None:
         """Stop reading until `start`; messages stay where they are and the loop is not kept alive by this socket."""
-        if self._started:
-            self._started = False
+        if self.is_started:
+            self.is_started = False
             self._watcher.stop()
 
     def resume(self) -> None:
@@ -244,12 +248,12 @@ class Pump:
         if self._soon:
             self._send_gathered()
         self._send(frames)
-        if not self._scheduled and self._started:
+        if not self._is_reading and not self._scheduled and self.is_started:
             self._schedule()
 
     def send_soon(self, frames: list[bytes]) -> None:
         """Send in this turn of the loop, with what else there is. For who is about to leave the hub its turn."""
-        if not self._started:
+        if not self.is_started:
             self.send(frames)
             return
         self._soon.append(frames)
@@ -373,16 +377,16 @@ class Pump:
         if self._generation != generation():
             self._watcher.stop()
             return
-        if not self._started or self._is_resting:
+        if not self.is_started or self._is_resting:
             return
         try:
             if self._outbox or self._soon:
                 self.flush(TRIED_EACH_TURN)
             if not self.is_paused and not self._read(is_woken):
                 self._schedule()
-            if self.is_inherited:
+            if self._on_gone is None or self.is_inherited:
                 return
-            if self._on_gone is not None and self._started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
+            if self.is_started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
                 self._on_gone()
         except BaseException as error:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
             if isinstance(error, zmq.ZMQError) and error.errno in _ENDED:
@@ -405,12 +409,20 @@ class Pump:
 
     def _go_on(self) -> None:
         self._is_resting = False
-        if self._started and not self._is_closed and not self.is_inherited:
+        if self.is_started and not self._is_closed and not self.is_inherited:
             self._watcher.start(self._run, True)
             self._schedule()
 
     def _read(self, is_likely: bool = False) -> bool:
-        """Read up to a batch; True if there was no more, or no more is to be read.
+        """Read up to a batch; True if there was no more, or no more is to be read."""
+        outer, self._is_reading = self._is_reading, True
+        try:
+            return self._read_batch(is_likely)
+        finally:
+            self._is_reading = outer
+
+    def _read_batch(self, is_likely: bool) -> bool:
+        """See `_read`.
 
         To find nothing costs 4.8 µs by recv, which raises, and 2.0 by EVENTS. So EVENTS is asked where nothing is likely: at
         first, unless `is_likely`, and after a single message.
@@ -445,7 +457,7 @@ class Pump:
             except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
                 self._hub.handle_error(self, *sys.exc_info())
             self._first = None
-            if self.is_inherited:  # a greenlet that was switched to has forked, and this is the child
+            if self._generation != generation():  # a greenlet that was switched to has forked, and this is the child
                 return True
             if self._soon:
                 now = monotonic()
@@ -486,5 +498,5 @@ class Pump:
                 self.flush(TRIED_EACH_TIME)
         except BaseException as error:  # noqa: BLE001 - see _run
             self._fail(error)
-        if self._started and not self._scheduled:
+        if self.is_started and not self._scheduled:
             self._schedule()

@@ -249,8 +249,8 @@ def pack(
 ) -> bytes:
     """A client's header of arguments that are known to be right; see Header."""
     remaining = _NO_LIMIT if remaining_ms is None else min(max(remaining_ms, 0), _MAX_MS)
-    patience = min(patience_ms, 0xFFFFFFFF)
-    age = min(age_ms, 0xFFFFFFFF)
+    patience = patience_ms if patience_ms <= 0xFFFFFFFF else 0xFFFFFFFF
+    age = age_ms if age_ms <= 0xFFFFFFFF else 0xFFFFFFFF
     length = HEADER_SIZE + len(metadata)
     return _CLIENT.pack(MAGIC, VERSION, kind, length, request_id, remaining, patience, flags, age, journal) + metadata
 

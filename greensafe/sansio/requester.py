@@ -18,16 +18,33 @@ from typing import Any, NamedTuple
 
 from ..errors import LocalProtocolError
 from .due import DueQueue
-from .envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode, pack, remaining_ms
+from .envelope import (
+    GREET,
+    MAGIC,
+    NO_JOURNAL,
+    SERVER_HEADER_SIZE,
+    VERSION,
+    Header,
+    Kind,
+    ServerHeader,
+    decode,
+    pack,
+    remaining_ms,
+)
 from .liveness import WORDLESS
 
 __all__ = ["Asked", "Connection", "Requester", "Resolution"]
 
+_REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)
+
 #: The kinds that end a request.
-_ENDS = frozenset({Kind.REPLY, Kind.ERROR, Kind.REJECTED, Kind.INTERRUPTED, Kind.REQUEST})
+_ENDS = frozenset({_REQUEST, _REPLY, int(Kind.ERROR), int(Kind.REJECTED), int(Kind.INTERRUPTED)})
 
 #: Those among them after which the request is open as before: it may be sent again.
-_RETURNS = frozenset({Kind.REJECTED, Kind.INTERRUPTED})
+_RETURNS = frozenset({int(Kind.REJECTED), int(Kind.INTERRUPTED)})
+
+#: How a server's header begins that says REPLY and has no metadata.
+_REPLY_HEAD = MAGIC + bytes((VERSION, _REPLY)) + SERVER_HEADER_SIZE.to_bytes(2, "big")
 
 #: Bytes of a request's id.
 _ID = 16
@@ -107,9 +124,21 @@ class Connection:
         is_draining: The server wants further requests to go elsewhere.
         is_over: It has received its last request: those that are open on it were not run.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
+        signature: How its headers end if they have no metadata: the bytes of both, and of the hops.
     """
 
-    __slots__ = ("instance", "is_direct", "is_draining", "is_heard", "is_known", "is_mixed", "is_over", "journal", "sent")
+    __slots__ = (
+        "instance",
+        "is_direct",
+        "is_draining",
+        "is_heard",
+        "is_known",
+        "is_mixed",
+        "is_over",
+        "journal",
+        "sent",
+        "signature",
+    )
 
     def __init__(self) -> None:
         self.sent: dict[bytes, Asked] = {}
@@ -121,6 +150,7 @@ class Connection:
         self.is_over = False
         self.instance = b""
         self.journal = b""
+        self.signature = b""
 
     @property
     def is_journaling(self) -> bool:
@@ -144,6 +174,7 @@ class Connection:
         self.is_direct = header.hops == 1
         self.instance = header.instance
         self.journal = header.journal
+        self.signature = header.instance + header.journal + header.hops.to_bytes(2, "big")
 
 
 class Resolution(NamedTuple):
@@ -171,17 +202,18 @@ class Requester:
         patience: Seconds of silence after which a server is taken for dead, which servers are told; None for no such limit.
 
     Attributes:
+        pending: The requests that are open, by id; to be looked at only.
         late: Answers to requests that are not open: given up, answered before, or never asked.
         malformed: Messages without delimiter, body or header.
         ignored: Messages that mean nothing here: kinds that are unknown, or a client's.
     """
 
-    __slots__ = ("_due", "_open", "_patience_ms", "ignored", "late", "malformed", "patience")
+    __slots__ = ("_due", "_patience_ms", "ignored", "late", "malformed", "patience", "pending")
 
     def __init__(self, patience: float | None = None) -> None:
         self.patience = patience
         self._patience_ms = 0 if patience is None else max(1, round(patience * 1000))
-        self._open: dict[bytes, Asked] = {}
+        self.pending: dict[bytes, Asked] = {}
         self._due: DueQueue[Asked] = DueQueue(_is_due)
         self.late = 0
         self.malformed = 0
@@ -189,14 +221,14 @@ class Requester:
 
     def __len__(self) -> int:
         """Requests that are open."""
-        return len(self._open)
+        return len(self.pending)
 
     def __repr__(self) -> str:
         return f"<Requester open={len(self)} late={self.late} malformed={self.malformed} ignored={self.ignored}>"
 
     def asked(self) -> list[Asked]:
         """The requests that are open."""
-        return list(self._open.values())
+        return list(self.pending.values())
 
     def open(
         self,
@@ -212,10 +244,10 @@ class Requester:
         Raises:
             LocalProtocolError: The id is in use; nothing is changed.
         """
-        if request_id in self._open:
+        if request_id in self.pending:
             raise LocalProtocolError(f"requester: open does not fit request {request_id.hex()}, which is open already")
         asked = Asked(request_id, body, at, told, metadata, owner)
-        self._open[request_id] = asked
+        self.pending[request_id] = asked
         if at is not None:
             self._due.push(at, asked)
         return asked
@@ -230,7 +262,7 @@ class Requester:
         flags = 0 if connection.is_direct else GREET
         left = None if limit is None else remaining_ms(now, limit)
         age = max(1, round((now - asked.first_at) * 1000)) if asked.may_have_run else 0
-        header = pack(Kind.REQUEST, asked.request_id, left, self._patience_ms, flags, asked.metadata, age, asked.journal)
+        header = pack(_REQUEST, asked.request_id, left, self._patience_ms, flags, asked.metadata, age, asked.journal)
         if not asked.first_at:
             asked.first_at = now
         asked.connection = connection
@@ -244,7 +276,23 @@ class Requester:
 
     def receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
         """Take in what the DEALER received; None if it resolves nothing. Never raises, whatever the frames are."""
-        header = decode(frames[0]) if len(frames) >= 3 and frames[1] == b"" else None
+        if len(frames) < 3 or frames[1] != b"":
+            self.malformed += 1
+            return None
+        frame = frames[0]
+        asked = self.pending.get(frame[8:24])
+        if asked is not None and asked.connection is connection:
+            # Nearly all answers teach nothing, and need not be taken apart: a plain REP's, and those of a server that has
+            # answered before.
+            if frame == asked.frames[0]:
+                connection.is_heard = connection.is_mixed = True
+                return self._end(asked, frames, _REQUEST, b"")
+            if frame[24:] == connection.signature and frame.startswith(_REPLY_HEAD):
+                return self._end(asked, frames, _REPLY, connection.journal)
+        return self._receive(frames, connection, now)
+
+    def _receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
+        header = decode(frames[0])
         if header is None:
             self.malformed += 1
             return None
@@ -267,21 +315,28 @@ class Requester:
 
     def _resolve(self, header: Header | ServerHeader, frames: Sequence[bytes], connection: Connection) -> Resolution | None:
         """An answer to an earlier try counts as well, if it is one: what has arrived is not asked for again."""
-        asked = self._open.get(header.request_id)
+        asked = self.pending.get(header.request_id)
         returns = header.kind in _RETURNS
         if asked is None or connection not in asked.tried or (returns and asked.connection is not connection):
             self.late += 1
             return None
+        journal = header.journal if isinstance(header, ServerHeader) else b""
         if returns:
             self.unsend(asked)
-        else:
-            self.abandon(asked)
-        journal = header.journal if isinstance(header, ServerHeader) else b""
-        return Resolution(asked, list(frames[2:]), header.kind, journal)
+            return Resolution(asked, list(frames[2:]), header.kind, journal)
+        return self._end(asked, frames, header.kind, journal)
+
+    def _end(self, asked: Asked, frames: Sequence[bytes], kind: int, journal: bytes) -> Resolution:
+        asked.is_open = False
+        del self.pending[asked.request_id]
+        if asked.connection is not None:
+            asked.connection.sent.pop(asked.request_id, None)
+            asked.connection = None
+        return Resolution(asked, list(frames[2:]), kind, journal)
 
     def _hear(self, ids: bytes, now: float, journal: bytes) -> None:
         for start in range(0, len(ids) - _ID + 1, _ID):
-            asked = self._open.get(ids[start : start + _ID])
+            asked = self.pending.get(ids[start : start + _ID])
             if asked is not None:
                 asked.is_heard = True
                 asked.heard_at = now
@@ -297,7 +352,7 @@ class Requester:
         if not asked.is_open:
             return False
         asked.is_open = False
-        del self._open[asked.request_id]
+        del self.pending[asked.request_id]
         self.unsend(asked)
         return True
 
@@ -346,7 +401,7 @@ class Requester:
 
     def abandon_all(self) -> list[Asked]:
         """Forget all open requests; returns them."""
-        given_up = list(self._open.values())
+        given_up = list(self.pending.values())
         for asked in given_up:
             self.abandon(asked)
         return given_up

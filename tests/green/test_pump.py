@@ -8,7 +8,7 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import wait_until
+from helpers import LONG, wait_until
 
 import greensafe as zmq
 from greensafe.green import _pump
@@ -61,6 +61,23 @@ def test_messages_go_in_and_out(context: zmq.Context, make: Maker, got: list[lis
     wait_until(lambda: got == [[b"peer", b"a", b"", b"b"]])
     pump.send([b"peer", b"answer", b""])
     assert peer.recv_multipart() == [b"answer", b""]
+
+
+def test_what_is_sent_while_messages_are_read_loses_no_edge(context: zmq.Context, make: Maker) -> None:
+    """An answer sent by `on_message` asks for no turn of its own, and what comes meanwhile is read all the same."""
+    asked: list[bool] = []
+
+    def answer(frames: list[bytes]) -> None:
+        pump.send(frames)
+        asked.append(pump._scheduled)
+
+    pump, peer = make(answer, outbox=None), _peer(context)
+    for number in range(300):
+        for part in range(1 + number % 3):
+            peer.send_multipart([b"%d" % number, b"%d" % part])
+        for part in range(1 + number % 3):
+            assert peer.recv_multipart(timeout=LONG) == [b"%d" % number, b"%d" % part]
+    assert not any(asked[1:])
 
 
 def test_the_loop_gets_a_turn_between_batches(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:

@@ -111,6 +111,38 @@ def test_a_greensafe_answer(kind: Kind) -> None:
     assert (connection.instance, connection.is_journaling) == (INSTANCE, False)
 
 
+def test_answers_that_teach_nothing_new() -> None:
+    """The second reply of a server is taken as the first; one that says something else is learned from, metadata or not."""
+    requester, connection = Requester(), Connection()
+    for number, (hops, journal) in enumerate([(1, NO_JOURNAL), (1, NO_JOURNAL), (2, JOURNAL), (2, JOURNAL), (1, NO_JOURNAL)]):
+        asked = _ask(requester, connection, number)
+        answer = requester.receive(_said(Kind.REPLY, number, hops=hops, journal=journal), connection, 0.0)
+        assert answer == Resolution(asked, [b"answer"], Kind.REPLY, journal)
+        assert (connection.is_direct, connection.journal, asked.is_open, connection.sent) == (hops == 1, journal, False, {})
+    asked = _ask(requester, connection, 9)
+    traced = ServerHeader(Kind.REPLY, _id(9), INSTANCE, JOURNAL, 2, b"trace").encode()
+    assert requester.receive([traced, b"", b"answer"], connection, 0.0) == Resolution(asked, [b"answer"], Kind.REPLY, JOURNAL)
+    assert (len(requester), requester.late) == (0, 0)
+
+
+@pytest.mark.parametrize("first", [_said(Kind.PONG), _echoed(7)])
+def test_what_looks_like_an_answer(first: list[bytes]) -> None:
+    """However well a server is known: the same bytes on another connection, or with another id, answer nothing."""
+    requester, connection, other = Requester(), Connection(), Connection()
+    requester.receive(first, connection, 0.0)
+    requester.receive(_said(Kind.PONG), other, 0.0)
+    asked, before = _ask(requester, connection), requester.late
+    for frames in (_said(Kind.REPLY), [asked.frames[0], b"", b"answer"]):
+        assert requester.receive(frames, other, 0.0) is None
+    for frames in (_said(Kind.REPLY, 2), _echoed(2)):
+        assert requester.receive(frames, connection, 0.0) is None
+    assert requester.late == before + 4
+    assert requester.receive([asked.frames[0] + b"x", b"", b"answer"], connection, 0.0) is None
+    assert requester.malformed == 1
+    assert asked.is_open
+    assert requester.receive([asked.frames[0], b"", b"answer"], connection, 0.0) is not None
+
+
 def test_a_plain_answer() -> None:
     """A plain REP returns the header as it was; nothing is known of it by that but that it is there."""
     requester, connection = Requester(), Connection()
