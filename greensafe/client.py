@@ -196,7 +196,7 @@ class Client:
             frames = self._wait(call, at, limit)
         except BaseException as error:
             self._leave(call)
-            self._count_failure(call, error)
+            self._count_failure(call, request_id, error)
             raise
         self._leave(call)
         self._answered += 1
@@ -204,13 +204,13 @@ class Client:
             self._tell(CallAnswered(call.endpoint, request_id.hex(), monotonic() - now, call.tries))
         return frames
 
-    def _count_failure(self, call: Call, error: BaseException) -> None:
+    def _count_failure(self, call: Call, request_id: bytes, error: BaseException) -> None:
         # A scope's signal is DeadlineExceeded as soon as it has left the scope.
         name = "DeadlineExceeded" if isinstance(error, DeadlineSignal) else type(error).__name__
         self._failures[name] = self._failures.get(name, 0) + 1
         if self._tell is not None:
             took = monotonic() - call.since
-            self._tell(CallFailed(call.endpoint, call.asked.request_id.hex(), took, call.tries, error, name))
+            self._tell(CallFailed(call.endpoint, request_id.hex(), took, call.tries, error, name))
 
     def close(self) -> None:
         """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers."""
@@ -312,10 +312,12 @@ class Client:
     def _place_waiting(self) -> None:
         now = monotonic()
         for call in list(self._waiting):
+            if call not in self._waiting:
+                continue  # ended meanwhile
             channel = self._pick(call)
             if channel is None and not call.avoids and call.asked.journal is NO_JOURNAL:
                 return  # nor is there a place for those behind it
-            if channel is not None and call in self._waiting:
+            if channel is not None:
                 del self._waiting[call]
                 call.channel = channel
                 channel.send(call.asked, now)
@@ -326,6 +328,8 @@ class Client:
         if found is not None:
             channel, trouble = found
             for call in list(self._waiting):
+                if call not in self._waiting:
+                    continue  # ended by those that were woken before it
                 del self._waiting[call]
                 self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.asked.may_have_run), True)
 
@@ -395,8 +399,9 @@ class Client:
             self._tell(ConnectionLost(channel.endpoint, kind.__name__, message, silent, lost, unsent))
         now = monotonic()
         for asked in loss.unsent:
-            asked.owner.avoids = ()  # it must not wait for a better place while there is any
-            self._place(asked.owner, now)
+            if asked.is_open:
+                asked.owner.avoids = ()  # it must not wait for a better place while there is any
+                self._place(asked.owner, now)
         for asked in loss.lost:
             if not asked.is_open:
                 continue  # answered meanwhile, by what those woken before it have read
@@ -520,9 +525,12 @@ class Client:
             self._arm(at)
         if call.outcome is None:
             self._sleep(call)
-        outcome = call.outcome
+        outcome, call.outcome = call.outcome, None
         if isinstance(outcome, GreensafeError):
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome  # the error's traceback holds this frame
         if outcome is not None:
             if outcome.kind != _ERROR:
                 return outcome.body
@@ -554,6 +562,7 @@ class Client:
             self._requester.abandon(asked)
             self._waiting.pop(call, None)
         asked.frames.clear()  # if it has not left yet it need not leave any more
+        del call.asked  # which knows its call: else each request would be for the garbage collector
         if not self._is_waking and not self._requester.pending:
             self._rest()
 
@@ -682,7 +691,10 @@ def _raise_error(answer: Resolution, at: float | None) -> None:
         _outlast(at)
         if at is not None and monotonic() >= at:
             return
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # its traceback holds this frame
 
 
 def _outlast(at: float | None) -> None:

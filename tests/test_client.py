@@ -23,15 +23,19 @@ from greensafe import (
     DeadlineExceeded,
     Disconnected,
     OperationTimeout,
+    Refused,
     RemoteError,
     Request,
     Server,
     Unreachable,
     deadline,
 )
+from greensafe.call import Call
 from greensafe.green._pump import Pump
 from greensafe.sansio.envelope import Kind, ServerHeader
+from greensafe.sansio.requester import Asked
 from greensafe.testing import FaultyLink
+from greensafe.trouble import LOST
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -385,6 +389,47 @@ def test_who_asks_again_at_once_finds_the_client_awake(
         gevent.sleep(0)
         assert not pump.is_started
         assert client._timer is None
+
+
+@pytest.mark.parametrize("how", ["answered", "error", "timeout", "lost"])
+def test_nothing_is_left_to_the_garbage_collector(context: zmq.Context, endpoint: str, how: str) -> None:
+    """However a request ends, what it was made of is freed with it (or when its limit comes): no cycle holds it."""
+    bodies = {"answered": b"x", "error": b"raise it broke", "timeout": b"sleep %f" % LONG, "lost": b"sleep %f" % LONG}
+    with Client(endpoint, context=context) as client:
+        assert client.request(b"x") == b"x"
+        gc.collect()
+        gc.disable()
+        try:
+            if how == "lost":
+                gevent.get_hub().loop.run_callback(client._channels[0]._lose, LOST)
+            errors: list[weakref.ref[BaseException]] = []
+            try:
+                client.request(bodies[how], timeout=10 * MS if how == "timeout" else None)
+            except (RemoteError, OperationTimeout, Disconnected) as error:
+                errors.append(weakref.ref(error))
+            wait_until(lambda: not any(type(each) in (Call, Asked) for each in gc.get_objects()))
+            assert len(errors) == (how != "answered")
+            assert all(error() is None for error in errors)
+        finally:
+            gc.enable()
+
+
+def test_who_is_told_may_close_the_client(context: zmq.Context, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first of several that are told that nobody will answer closes the client: the others are told that."""
+    with context.socket(zmq.PUB) as wrong:
+        client = Client(f"tcp://127.0.0.1:{wrong.bind_to_random_port('tcp://127.0.0.1')}", context=context)
+
+        def ask() -> type[BaseException] | None:
+            try:
+                client.request(b"x", timeout=LONG)
+            except (Refused, Cancelled) as error:
+                client.close()
+                return type(error)
+            return None
+
+        asked = [gevent.spawn(ask) for _ in range(3)]
+        assert [greenlet.get() for greenlet in asked] == [Refused, Cancelled, Cancelled]
+    assert capfd.readouterr().err == ""
 
 
 # Whoever leaves, whenever it is.
