@@ -9,7 +9,7 @@ from statistics import median
 import gevent
 import zmq
 
-from . import clients, crowd, idle, servers, sockets, waits
+from . import clients, crowd, idle, losses, servers, sockets, waits
 
 Round = dict[str, dict[str, float]]
 
@@ -69,6 +69,10 @@ def main() -> None:
     show("a call with nothing to wait for: µs", [sockets.rows(1_000 if quick else 5_000) for _ in range(rounds)])
     show_waits(rounds, 200 if quick else 1_000)
     show("sockets on which nothing happens: ms of CPU per second", [idle.rows(200, 0.2) if quick else idle.rows(10_000, 5)])
+    show(
+        "until all who wait are told that the server was killed: ms",
+        [losses.rows(100 if quick else 1_000) for _ in range(3 if quick else 11)],
+    )
     show_clients(3 if quick else 21, 1_000 if quick else 5_000)
     show_servers(3 if quick else 7, 2_000 if quick else 10_000)
     show_crowds(3 if quick else 7, 200 if quick else 10_000, 1_000 if quick else 10_000)

@@ -1,7 +1,8 @@
 """What does a request cost its client: alone, and as one of many at a time?
 
 All ask the same bare ROUTER loop, a process of its own, in turn; the time is what the caller waits. `tcp` is used where
-heartbeats count bytes.
+heartbeats count bytes. *bare DEALER* sends the same frames as a Client and keeps as many requests in flight, in a plain
+blocking loop without greenlets: what the server, also a loop in Python, lets anybody have.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import zmq.green
 
 import greensafe
 from greensafe.client import HEARTBEAT
+from greensafe.sansio.envelope import GREET, Header, Kind
 
 from .servers import BODY, KINDS, Bench
 
@@ -44,6 +46,32 @@ def _client(endpoint: str, heartbeat: float | None) -> tuple[Ask, Ask]:
     return lambda: client.request(BODY), client.close
 
 
+class _Bare:
+    """A plain DEALER, and as many requests in flight as asked for."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._sock = self._context.socket(zmq.DEALER)
+        self._sock.connect(endpoint)
+
+    def run(self, inflight: int, count: int) -> float:
+        """Microseconds for each request."""
+        sock, message = self._sock, [Header(Kind.REQUEST, bytes(16), flags=GREET).encode(), b"", BODY]
+        start = time.perf_counter()
+        for _ in range(inflight):
+            sock.send_multipart(message)
+        for _ in range(count - inflight):
+            sock.recv_multipart()
+            sock.send_multipart(message)
+        for _ in range(inflight):
+            sock.recv_multipart()
+        return (time.perf_counter() - start) / count * 1e6
+
+    def close(self) -> None:
+        self._sock.close(0)
+        self._context.term()
+
+
 def _timed(ask: Ask, greenlets: int, count: int) -> float:
     """Microseconds for each request."""
 
@@ -67,12 +95,15 @@ class Asking:
             self._askers[transport, "greensafe REQ"] = _req(greensafe, server.endpoint)
             self._askers[transport, "no heartbeat"] = _client(server.endpoint, None)
             self._askers[transport, "Client"] = _client(server.endpoint, HEARTBEAT)
+        self._bare = {transport: _Bare(server.endpoint) for transport, server in self._servers.items()}
         for ask, _ in self._askers.values():
             ask()
 
     def close(self) -> None:
         for _, close in self._askers.values():
             close()
+        for bare in self._bare.values():
+            bare.close()
         for server in self._servers.values():
             server.close()
 
@@ -88,6 +119,7 @@ class Asking:
             found[f"{transport}, one at a time"] = alone
             found[f"{transport}, {GREENLETS} greenlets"] = {
                 "zmq.green REQ": alone["zmq.green REQ"],
+                "bare DEALER": self._bare[transport].run(GREENLETS, count),
                 **{who: self._time(transport, who, GREENLETS, count) for who in ("no heartbeat", "Client")},
             }
         return found

@@ -34,6 +34,8 @@ def test_quick_run() -> None:
         "200 in Poller.poll",
         "ipc, one at a time",
         "tcp, 50 greenlets",
+        "100 waiting, tcp",
+        "100 waiting, ipc",
         "1 in flight",
         "100 in flight",
         "1000 in flight",
