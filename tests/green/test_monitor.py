@@ -325,10 +325,11 @@ def test_iterating(context: zmq.Context, router: Any, address: str) -> None:
         assert [each.get(timeout=LONG).kind for each in (first, second)] == [GONE[0]] * 2
         assert "to take" in repr(second)
     assert list(second) == []
+    assert first.get(timeout=LONG).kind == GONE[1]
     waiter = gevent.spawn(list, first)
     gevent.sleep(0)
     dealer.close(0)
-    assert GONE[1] in _kinds(waiter.get())
+    assert set(_kinds(waiter.get())) <= set(GONE) | set(UP)
     with pytest.raises(zmq.ZMQError) as caught:
         first.get()
     assert caught.value.errno == zmq.ENOTSOCK
