@@ -121,7 +121,8 @@ class Channel:
 
     Attributes:
         connection: What is known of the present one.
-        journal: Of the server that answered here last, on this connection or an earlier one; NO_JOURNAL if it had none.
+        journal: Of the server that answered here last, on this connection or an earlier one, with nobody in between; NO_JOURNAL
+            if it had none, or stands behind a proxy.
         is_up: Whether requests can be handed over.
         trouble: How the last attempt to connect ended, None if none has ended since the channel was up.
         losses: Connections, or servers behind one, that were lost.
@@ -144,6 +145,7 @@ class Channel:
         "_limit",
         "_losses",
         "_monitor",
+        "_named",
         "_opened_at",
         "_owner",
         "_pulse",
@@ -183,6 +185,8 @@ class Channel:
         self._was_silent = False
         self._is_closed = False
         self.journal = NO_JOURNAL
+        #: Of the servers behind a proxy, any of which may get what is sent.
+        self._named: set[bytes] = set()
         self.losses = 0
         self.lost_requests = 0
         self.failed_attempts = 0
@@ -215,9 +219,13 @@ class Channel:
         )
 
     def keeps(self, journal: bytes) -> bool:
-        """Whether the server here has this journal, as far as anybody can tell before it is asked."""
+        """Whether the server here, or one behind the proxy, has this journal, as far as can be told before it is asked."""
         connection = self.connection
-        return not connection.is_mixed and (connection.journal if connection.is_known else self.journal) == journal
+        if connection.is_mixed:
+            return False
+        if connection.is_direct:
+            return connection.journal == journal
+        return journal in self._named or (not connection.is_known and self.journal == journal)
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "up" if self.is_up else "down"
@@ -463,6 +471,8 @@ class Channel:
         if self._counts and (answer is None or not connection.is_direct):
             # Answers of a server without a proxy need not be counted: it is there, and the next may stand right behind.
             self._taken += sum(map(len, frames)) + FRAMING * len(frames)
+        if self.connection.is_known and not self.connection.is_direct:
+            self._named.add(self.connection.journal)
         if answer is None:
             if not was_heard and connection.is_heard:
                 self._learn()
@@ -477,7 +487,11 @@ class Channel:
             self._owner.on_answer(self, answer)
 
     def _learn(self) -> None:
-        self.journal = self.connection.journal or NO_JOURNAL
+        if self.connection.is_direct:
+            self.journal = self.connection.journal
+            self._named.clear()
+        else:
+            self.journal = NO_JOURNAL  # the next request may be another server's
 
     # The end of a connection.
 

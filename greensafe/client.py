@@ -303,7 +303,7 @@ class Client:
                 continue
             if self._retries and connection.sent and not connection.is_heard:
                 continue
-            if call.asked.journal is not NO_JOURNAL and not channel.keeps(call.asked.journal):
+            if call.asked.is_bound and not channel.keeps(call.asked.journal):
                 continue
             if best is None or (channel.is_blind, channel.load) < (best.is_blind, best.load):
                 best = channel
@@ -315,28 +315,39 @@ class Client:
             if call not in self._waiting:
                 continue  # ended meanwhile
             channel = self._pick(call)
-            if channel is None and not call.avoids and call.asked.journal is NO_JOURNAL:
+            if channel is None and not call.avoids and not call.asked.is_bound:
                 return  # nor is there a place for those behind it
             if channel is not None:
                 del self._waiting[call]
                 call.channel = channel
                 channel.send(call.asked, now)
+            elif not self._keepers(call):
+                self._end_replaced(call)
+
+    def _keepers(self, call: Call) -> list[Channel]:
+        """The channels that may take this request: all, if it is not for one journal alone."""
+        asked = call.asked
+        return [channel for channel in self._channels if channel.keeps(asked.journal)] if asked.is_bound else self._channels
 
     def _end_hopeless(self) -> None:
         """End the requests that wait if no channel can be expected to take them."""
-        found = self._hopeless()
-        if found is not None:
-            channel, trouble = found
-            for call in list(self._waiting):
-                if call not in self._waiting:
-                    continue  # ended by those that were woken before it
+        anybody = self._hopeless(self._channels)
+        for call in list(self._waiting):
+            if call not in self._waiting:
+                continue  # ended by those that were woken before it
+            keepers = self._keepers(call)
+            found = self._hopeless(keepers) if call.asked.is_bound else anybody
+            if not keepers:
+                self._end_replaced(call)
+            elif found is not None:
                 del self._waiting[call]
+                channel, trouble = found
                 self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.asked.may_have_run), True)
 
-    def _hopeless(self) -> tuple[Channel, Trouble] | None:
-        """Why nobody can be expected, None as long as somebody can."""
+    def _hopeless(self, channels: Sequence[Channel]) -> tuple[Channel, Trouble] | None:
+        """Why nobody can be expected at any of these, None as long as somebody can."""
         found: tuple[Channel, Trouble] | None = None
-        for channel in self._channels:
+        for channel in channels:
             trouble = DRAINING if channel.is_up and channel.connection.is_draining else channel.trouble
             if trouble is None:
                 return None
@@ -465,14 +476,23 @@ class Client:
 
     def _on_other_journal(self, call: Call, channel: Channel) -> None:
         """The server that knows of it is not there, but another one. Behind a proxy it may be the next."""
-        error = LOST.error(channel.endpoint, call.asked.request_id, True)
-        error.add_note("the server that is there now keeps another journal, and must not run it")
         if self._pick(call) is not None:
             self._place(call, monotonic())
-        elif channel.connection.is_direct:
-            self._end(call, error)
+        elif not channel.connection.is_direct and call.tries < self._retries:
+            # Not a share of all requests: the one who owes this answer may be the next, and who refuses has hardly any work.
+            self._pause(call, self._replaced(call, channel))
         else:
-            self._retry_or_end(call, error, True)
+            self._end(call, self._replaced(call, channel))
+
+    def _end_replaced(self, call: Call) -> None:
+        """No server is left that may run it."""
+        del self._waiting[call]
+        self._end(call, self._replaced(call, call.channel or self._channels[0]))
+
+    def _replaced(self, call: Call, channel: Channel) -> GreensafeError:
+        error = LOST.error(channel.endpoint, call.asked.request_id, True)
+        error.add_note("the server that is there now keeps another journal, and must not run it")
+        return error
 
     def _on_interrupted(self, call: Call, answer: Resolution) -> None:
         """It goes on where it was interrupted when it is sent again, if to that journal."""

@@ -13,7 +13,7 @@ import zmq as plain
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import Client, Disconnected, RemoteError, Request, Server
+from greensafe import Client, Disconnected, RemoteError, Request, Server, Unreachable
 from greensafe.hooks import CallRetried
 from greensafe.sansio.envelope import OTHER_JOURNAL, SERVER_STOPPED, Header, Kind, ServerHeader, decode
 from greensafe.testing import FaultyLink
@@ -307,3 +307,94 @@ def test_a_server_that_is_restarted(context: zmq.Context, tmp_path: Path, transp
         assert again.stats.journal is not None
         assert again.stats.journal.rerun == 20
     assert len(steps) == 20
+
+
+def _refuse(server: Raw, hops: int = 1) -> None:
+    refusal = RemoteError("FAILED_PRECONDITION", "not mine", OTHER_JOURNAL).to_reply()
+    server.say(server.receive()[0], Kind.REJECTED, refusal, OTHER, hops)
+
+
+def test_all_that_were_lost_are_told_of_another_journal(context: zmq.Context, build: Build) -> None:
+    """One has found out that another server is there; the others, which were not sent yet, do not wait for ever."""
+    server = build()
+    with Client(server.endpoint, context=context, retries=5) as client:
+        asked = [_ask(client) for _ in range(3)]
+        server.greet(server.receive()[0])
+        for _ in range(2):
+            server.receive()
+        server.die()
+        _refuse(server)
+        errors = [_ended(each) for each in asked]
+    assert [type(error) for error in errors] == [Disconnected] * 3
+    assert all(error.maybe_executed and "another journal" in error.__notes__[0] for error in errors)
+
+
+def test_nobody_waits_for_a_journal_who_does_not_wait_for_servers(context: zmq.Context, build: Build) -> None:
+    """wait=False holds for a request that only one of two servers may run, although the other is there."""
+    servers = build(), build()
+    with Client(*(server.endpoint for server in servers), context=context, retries=2, wait=False) as client:
+        wait_until(lambda: all(endpoint.is_up for endpoint in client.stats.endpoints))
+        asked = _ask(client)
+        one, _ = _first(*servers)
+        one.greet(one.receive()[0])
+        wait_until(lambda: any(endpoint.is_greensafe for endpoint in client.stats.endpoints))
+        one.link.refuse()
+        one.die()
+        error = _ended(asked)
+    assert isinstance(error, Unreachable)
+    assert error.maybe_executed
+
+
+def test_behind_a_proxy_the_last_that_answered_need_not_be_the_one(context: zmq.Context, build: Build) -> None:
+    """Another worker has answered last, and what the first has lost is sent to the proxy all the same."""
+    proxy = build()
+    with Client(proxy.endpoint, context=context, retries=5, heartbeat=500 * MS) as client:
+        asked = _ask(client)
+        _, first = _greeted(proxy)
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        other = _ask(client)
+        proxy.say(proxy.receive()[0], Kind.REPLY, b"other", OTHER, hops=2)
+        assert _ended(other) == b"other"
+        # Its worker says nothing any more.
+        frames, again = proxy.receive()
+        assert (again.request_id, again.journal) == (first.request_id, J)
+        proxy.say(frames, Kind.REPLY, b"answer", hops=2)
+        assert _ended(asked) == b"answer"
+
+
+def test_behind_a_proxy_all_are_sent_until_their_worker_is_back(context: zmq.Context, build: Build) -> None:
+    """What other workers refuse meanwhile is not taken from the share of retries."""
+    proxy = build()
+    with Client(proxy.endpoint, context=context, retries=100, heartbeat=500 * MS) as client:
+        asked = [_ask(client) for _ in range(20)]
+        for _ in asked:
+            _greeted(proxy)
+        for _ in range(40):
+            _refuse(proxy, hops=2)
+        for _ in asked:
+            proxy.say(proxy.receive()[0], Kind.REPLY, b"answer", hops=2)
+        assert [_ended(each) for each in asked] == [b"answer"] * 20
+
+
+def test_behind_a_proxy_nobody_knows_who_had_it(context: zmq.Context, build: Build) -> None:
+    """A request of which no worker has said anything may be any worker's: it is not sent to the one that answered last."""
+    proxy = build()
+    with Client(proxy.endpoint, context=context, retries=5) as client:
+        asked = _ask(client)
+        proxy.say(proxy.receive()[0], Kind.REPLY, b"answer", hops=2)
+        assert _ended(asked) == b"answer"
+        proxy.die()
+        wait_until(lambda: client.stats.endpoints[0].losses == 1)
+        asked = _ask(client)
+        proxy.receive()
+        proxy.die()
+        error = _ended(asked)
+    assert isinstance(error, Disconnected)
+    assert error.maybe_executed
+
+
+def _greeted(proxy: Raw) -> tuple[list[bytes], Header]:
+    """A request of which a worker behind the proxy has said that it works on it."""
+    frames, header = proxy.receive()
+    proxy.greet(frames, hops=2)
+    return frames, header

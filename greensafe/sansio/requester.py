@@ -111,6 +111,11 @@ class Asked:
         self.journal = NO_JOURNAL
         self.is_open = True
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether only a server with this journal may run it."""
+        return self.journal != NO_JOURNAL
+
 
 class Connection:
     """What is known of one connection, from its beginning to its loss.
