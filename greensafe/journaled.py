@@ -260,7 +260,7 @@ class Journaled(Watchdog):
         if memory is not None and memory.is_begun and not memory.is_vanished and is_kept(error):
             self._keep(exchange, body, kind, error)
         elif isinstance(exchange.envelope.header, Header):
-            if memory is not None and memory.is_begun and not is_kept(error):
+            if memory is not None and (memory.is_vanished or (memory.is_begun and not is_kept(error))):
                 kind = Kind.INTERRUPTED
             self._answer_now(exchange, body, kind, error)
         else:

@@ -683,6 +683,23 @@ def test_one_whose_client_has_vanished_stays_open(build: Build) -> None:
     assert (calls, site.runs) == ([1], [("body", 1), ("body", 2)])
 
 
+def test_another_way_than_the_one_that_vanished(build: Build) -> None:
+    """A client whose latest connection is gone is not told by an earlier one that it has cancelled: the request is open."""
+    waiting = Waiting()
+    site = build(waiting, cancel_vanished=True)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    peer = site.connect()
+    peer.ask(age_ms=5)
+    wait_until(lambda: site.journal.joined == 1)
+    peer.sock.close(0)
+    assert site.peer.error() == (Kind.INTERRUPTED, "CANCELLED", "Cancelled")
+    waiting.event.set()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert site.runs == [("body", 1), ("body", 2)]
+
+
 def test_forgotten(build: Build) -> None:
     """What may have been dropped is ABORTED when it comes again, and run when it comes for the first time."""
     site = build(_echo)

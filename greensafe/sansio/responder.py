@@ -255,8 +255,11 @@ class Responder:
             return Send(self._refusal(Kind.ERROR, envelope, header, RemoteError("INVALID_ARGUMENT", message, "OtherBody")))
         self.joined += 1
         origin = envelope.origin
-        others = (exchange.envelope, *exchange.also[: MOST_WAYS - 1])
-        exchange.also = tuple(other for other in others if other.origin != origin)
+        others = [other for other in (exchange.envelope, *exchange.also) if other.origin != origin]
+        exchange.also = tuple(others[:MOST_WAYS])
+        for forgotten in others[MOST_WAYS:]:
+            if (caller := self._callers.get(forgotten.origin)) is not None:
+                self._settle(caller, header.request_id, exchange)
         exchange.envelope = envelope
         self._add(exchange, origin, header, now)
         if header.flags & GREET:

@@ -567,6 +567,8 @@ def test_ways_are_bounded() -> None:
         responder.receive(_frames(Kind.REQUEST, route=(b"way %d" % number,)), 0.1)
     responder.answer(exchange, [b"x"])
     assert len(responder.copies(exchange, [b"x"])) == MOST_WAYS
+    responder.finish(exchange)
+    assert _counts(responder) == (0, 0, 0, 0)  # nothing is kept of the ways that were forgotten
 
 
 def test_limit() -> None:
