@@ -372,8 +372,11 @@ class Requester:
         return self._note(Kind.CANCEL, asked.request_id, asked.connection) if asked.is_open else None
 
     def ack(self, answer: Resolution, connection: Connection) -> list[bytes] | None:
-        """What tells a server that journals that its answer has arrived; None for any other."""
-        if answer.journal in (b"", NO_JOURNAL):
+        """What tells a server that journals that its answer has arrived; None for any other, and if it was none.
+
+        Behind a proxy another worker may get it, perhaps the one whose answer is still on its way.
+        """
+        if answer.journal in (b"", NO_JOURNAL) or answer.kind in _RETURNS:
             return None
         return self._note(Kind.ACK, answer.asked.request_id, connection)
 

@@ -290,13 +290,17 @@ def test_a_plain_worker_behind_the_same_proxy() -> None:
 
 
 def test_ack() -> None:
-    """Only a server that journals is told that its answer has arrived."""
+    """Only a server that journals is told that its answer has arrived, and only if it was one."""
     requester, connection = Requester(), Connection()
     for number, (frames, acked) in enumerate(
         [
             (lambda number: _echoed(number), False),
             (lambda number: _said(Kind.REPLY, number), False),
             (lambda number: _said(Kind.REPLY, number, journal=JOURNAL), True),
+            (lambda number: _said(Kind.ERROR, number, journal=JOURNAL), True),
+            # Behind a proxy it could reach the worker that has the answer.
+            (lambda number: _said(Kind.REJECTED, number, journal=JOURNAL), False),
+            (lambda number: _said(Kind.INTERRUPTED, number, journal=JOURNAL), False),
         ]
     ):
         connection = Connection()
