@@ -15,6 +15,7 @@ Rules:
 * An answer that cannot be stored does not leave: its client is told UNAVAILABLE. That, and what else is not kept
   (`sansio.resume.is_kept`), leaves as INTERRUPTED, and the request stays open; so does an answer to nobody, whose client has
   vanished and may come back for more.
+* An attempt that ends as INTERRUPTED was not in vain (`Excuse`): only those count that have ended with their process.
 * After the answer nothing is stored any more: steps that still run are not for another run.
 
 It does not know how things are stored, nor when the client sends again.
@@ -36,7 +37,7 @@ from .journal.steps import InTransaction
 from .request import Request
 from .sansio.envelope import Header, Kind
 from .sansio.exchange import Exchange
-from .sansio.records import Ack, Begin, Effect, Failed, Finish, Known, Rerun, Step, Write
+from .sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Known, Rerun, Step, Write
 from .sansio.resume import Refuse, Replay, Run, decide, is_kept
 from .stats import JournalStats
 from .watchdog import TURN, Watchdog
@@ -93,6 +94,8 @@ class Journaled(Watchdog):
         #: Whose handler runs, by id; and who waits for its end.
         self._active: dict[bytes, Exchange] = {}
         self._after: dict[bytes, Request] = {}
+        #: Whose last attempt is excused, which could not be stored yet.
+        self._excused: set[bytes] = set()
         self.replayed = 0
         self.rerun = 0
 
@@ -156,6 +159,8 @@ class Journaled(Watchdog):
     def _go_on(self, request: Request, known: Known) -> None:
         """What was stored before decides."""
         exchange = request._exchange
+        if _id(exchange) in self._excused:
+            known = known._replace(fruitless=known.fruitless - 1)
         action = decide(known, self._resume, self._max_attempts)
         if isinstance(action, Run):
             self._again(request, known, action)
@@ -187,6 +192,8 @@ class Journaled(Watchdog):
         exchange.memory.attempt = run.attempt
         exchange.memory.steps = dict(run.steps)
         self.rerun += 1
+        if request_id in self._excused:
+            self._excuse(request_id)
         self._commits.write(Rerun(request_id), lambda _, error: self._on_rerun(request, error))
 
     def _on_rerun(self, request: Request, error: JournalError | None) -> None:
@@ -305,10 +312,17 @@ class Journaled(Watchdog):
         error: RemoteError | None,
         send: Callable[[list[bytes]], None],
     ) -> None:
+        if kind is Kind.INTERRUPTED and exchange.memory.is_begun:
+            self._excuse(_id(exchange))
         send(self.responder.deliver(exchange, body, kind))
         for frames in self.responder.copies(exchange, body, kind):
             send(frames)
         self._count(exchange, error)
+
+    def _excuse(self, request_id: bytes) -> None:
+        """Its attempt has ended, and not with this process: another one may follow. A disk that is full is told again then."""
+        self._excused.add(request_id)
+        self._commits.write(Excuse(request_id), lambda _, error: None if error else self._excused.discard(request_id))
 
     def _on_acked(self, request_id: bytes) -> None:
         if self._commits.pending < ACKS:

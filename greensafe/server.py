@@ -103,7 +103,7 @@ class Server:
             path, for a file of sqlite, or a Journal. See docs/journal.md.
         resume: What becomes of a request that the last server was interrupted at, when it is sent again: "rerun" or "abort"
             (ABORTED).
-        max_attempts: How often such a request is begun without a step that is new; then it is ABORTED.
+        max_attempts: How often such a request may end with its process without a step that is new; then it is ABORTED.
         step_codec: Has encode and decode for the results of steps; by default bytes and JSON.
         context: The Context to use; by default the shared one.
 

@@ -111,6 +111,12 @@ class Site:
         self.server.start()
         self.peer = self.connect()
 
+    def die(self) -> None:
+        """The same, but as a killed process does it: nobody says that what ran was not in vain."""
+        self.disk.fails = lambda write: type(write).__name__ == "Excuse"
+        self.restart()
+        self.disk.fails = lambda write: False
+
     @property
     def journal(self) -> Any:
         stats = self.server.stats.journal
@@ -304,7 +310,7 @@ def test_stopped_in_the_middle_it_is_interrupted_and_not_answered(build: Build) 
     peer = site.peer
     site.restart()
     assert peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "ServerStopped")
-    assert site.disk.kinds() == ["Begin"]
+    assert site.disk.kinds() == ["Begin", "Excuse"]
 
 
 def test_steps_by_name_and_number(build: Build) -> None:
@@ -359,7 +365,7 @@ def test_a_step_that_raises_is_not_stored(build: Build) -> None:
     site.restart()
     site.peer.ask(age_ms=5)
     assert site.peer.hear() == (Kind.REPLY, b"done")
-    assert (len(calls), site.disk.kinds()) == (2, ["Begin", "Begin", "Rerun", "Finish"])
+    assert (len(calls), site.disk.kinds()) == (2, ["Begin", "Excuse", "Begin", "Rerun", "Finish"])
 
 
 def test_a_step_that_cannot_be_stored(build: Build) -> None:
@@ -450,13 +456,49 @@ def test_attempts_are_bounded_as_long_as_nothing_new_is_finished(build: Build) -
     for attempt in (1, 2, 3, 4):
         site.peer.ask(1, b"poison", age_ms=attempt)
         wait_until(lambda attempt=attempt: ("poison", attempt) in site.runs and not site.journal.pending)
-        site.restart()
+        site.die()
     for _ in range(2):
         site.peer.ask(1, b"poison", age_ms=5)
         assert site.peer.error() == (Kind.ERROR, "ABORTED", "TooManyAttempts")
     site.peer.ask(2, b"good")
     assert site.peer.hear() == (Kind.REPLY, b"fine")
     assert [attempt for body, attempt in site.runs if body == "poison"] == [1, 2, 3, 4]
+
+
+def test_only_attempts_that_end_with_the_process_are_in_vain(build: Build) -> None:
+    """A server that is stopped in order, a handler that says "not now" and a full disk say nothing against a request."""
+    waiting = Waiting()
+
+    def handler(request: Request) -> bytes:
+        if request.attempt in (2, 3):
+            raise RemoteError("UNAVAILABLE", "not now")
+        if request.attempt < 8:
+            return waiting(request)
+        return b"done"
+
+    site = build(handler, max_attempts=2)
+    site.peer.ask()
+    wait_until(lambda: site.runs)
+    site.restart()
+    for _ in range(2):
+        site.peer.ask(age_ms=5)
+        assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "")
+    site.peer.ask(age_ms=5)
+    wait_until(lambda: len(site.runs) == 4)
+    site.restart()
+    waiting.event.set()
+    # Neither can the answer be stored, nor that this was not the request's fault.
+    site.disk.fails = lambda write: type(write).__name__ in ("Finish", "Excuse")
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    site.disk.fails = lambda write: type(write).__name__ == "Finish"
+    for _ in range(2):
+        site.peer.ask(age_ms=5)
+        assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    site.disk.fails = lambda write: False
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"done")
+    assert [attempt for _, attempt in site.runs] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_abort(build: Build) -> None:
@@ -469,7 +511,7 @@ def test_abort(build: Build) -> None:
         site.peer.ask(age_ms=5)
         assert site.peer.error() == (Kind.ERROR, "ABORTED", "Interrupted")
     assert len(site.runs) == 1
-    assert site.disk.kinds() == ["Begin", "Begin", "Finish", "Begin"]
+    assert site.disk.kinds() == ["Begin", "Excuse", "Begin", "Finish", "Begin"]
 
 
 def test_the_callers_limit_survives(build: Build) -> None:

@@ -1,6 +1,6 @@
 """Where a server keeps what must survive it: the interface, what is written, and sqlite as the default."""
 
-from ..sansio.records import Ack, Begin, Effect, Failed, Finish, Forget, Known, Rerun, State, Step, Write
+from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 from .base import Journal
 from .sqlite import SqliteJournal
 from .steps import Codec, JsonOrBytes, in_transaction
@@ -10,6 +10,7 @@ __all__ = [
     "Begin",
     "Codec",
     "Effect",
+    "Excuse",
     "Failed",
     "Finish",
     "Forget",

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import JournalError
-from ..sansio.records import Ack, Begin, Effect, Finish, Forget, Known, Rerun, State, Step, Write
+from ..sansio.records import Ack, Begin, Effect, Excuse, Finish, Forget, Known, Rerun, State, Step, Write
 from ._effects import run
 from ._rows import execute, fetch, marks, rows
 
@@ -120,6 +120,9 @@ class Writing:
         if self._many(_rerun_sql, list(zip(ids)), self._now) != len(ids):
             self._raise_not_open(ids)
 
+    def _excuse(self, group: _Group, results: list[Any]) -> None:
+        self._many(_excuse_sql, [(write.request_id,) for _, write in group], self._now)
+
     def _step(self, group: _Group, results: list[Any]) -> None:
         keys = [(write.request_id, write.name, write.number) for _, write in group]
         if self._many(_fruitful_sql, keys, self._now) != len(keys):
@@ -185,6 +188,7 @@ _Group = list[tuple[int, Any]]
 _DO: dict[type, Callable[[Writing, _Group, list[Any]], None]] = {
     Begin: Writing._begin,
     Rerun: Writing._rerun,
+    Excuse: Writing._excuse,
     Step: Writing._step,
     Effect: Writing._effect,
     Finish: Writing._finish,
@@ -239,6 +243,14 @@ def _insert_sql(size: int) -> str:
 def _rerun_sql(size: int) -> str:
     return (
         "UPDATE greensafe_requests SET attempts = attempts + 1, fruitless = fruitless + 1, changed = ?"
+        f" WHERE id IN ({marks(size)}) AND state = 0"
+    )
+
+
+@cache
+def _excuse_sql(size: int) -> str:
+    return (
+        "UPDATE greensafe_requests SET fruitless = max(fruitless - 1, 0), changed = ?"
         f" WHERE id IN ({marks(size)}) AND state = 0"
     )
 

@@ -4,6 +4,7 @@ A journal (see `greensafe.journal`) is told in *writes*:
 
     Begin    store a request before it is run        unless its id is known: then nothing changes, and what is known comes back
     Rerun    count one more attempt at it            before it is run again
+    Excuse   the attempt was not in vain             it has ended without an answer, but not with its process
     Step     store the result of a finished step
     Effect   the same, and do something else in the same transaction
     Finish   store the answer                        before it is sent
@@ -19,7 +20,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Ack", "Begin", "Effect", "Failed", "Finish", "Forget", "Known", "Rerun", "State", "Step", "Write"]
+__all__ = ["Ack", "Begin", "Effect", "Excuse", "Failed", "Finish", "Forget", "Known", "Rerun", "State", "Step", "Write"]
 
 
 class State(enum.Enum):
@@ -42,7 +43,8 @@ class Known(NamedTuple):
         state: See State. DROPPED comes without the rest.
         is_same: The body that was asked about is the one that was stored.
         attempts: How often it was begun, 1 after the first Begin.
-        fruitless: Attempts since the last one that has stored a new step; 1 after the first Begin, 0 after a new Step.
+        fruitless: Attempts since the last one that has stored a new step, less those that were excused; 1 after the first
+            Begin, 0 after a new Step.
         until: The journal's time at which its caller gives up, None for never.
         kind: The answer's, a number of `sansio.envelope.Kind`; 0 while it is OPEN.
         reply: The answer's frames; empty unless it is DONE.
@@ -82,6 +84,15 @@ class Begin(NamedTuple):
 
 class Rerun(NamedTuple):
     """Count one more attempt at an OPEN request; its result is None."""
+
+    request_id: bytes
+
+
+class Excuse(NamedTuple):
+    """Count one less of the attempts without a new step, if there are any; its result is None.
+
+    Nothing happens if the request is unknown or not OPEN.
+    """
 
     request_id: bytes
 
@@ -135,4 +146,4 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Write = Begin | Rerun | Step | Effect | Finish | Ack | Forget
+Write = Begin | Rerun | Excuse | Step | Effect | Finish | Ack | Forget

@@ -30,7 +30,7 @@ from typing import Any
 
 from ..errors import JournalError
 from ..journal.base import Journal
-from ..sansio.records import Ack, Begin, Effect, Failed, Finish, Forget, Known, Rerun, State, Step, Write
+from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 
 __all__ = ["JournalConformance", "Model"]
 
@@ -126,6 +126,17 @@ class JournalConformance:
             for attempt in (2, 3, 4):
                 assert journal.commit([Rerun(_id(1))]) == [None]
                 assert _counts(_look(journal, 1)) == (attempt, attempt)
+
+    def test_excuse(self, tmp_path: Path) -> None:
+        """An Excuse takes back what a Rerun or the Begin has counted as in vain, and no more; nor of others."""
+        with self._open(tmp_path) as journal:
+            journal.commit([_begin(1), Rerun(_id(1)), _begin(2), _finish(2)])
+            for fruitless in (1, 0, 0):
+                assert journal.commit([Excuse(_id(1)), Excuse(_id(2)), Excuse(_id(3))]) == [None] * 3
+                assert _counts(_look(journal, 1)) == (2, fruitless)
+            journal.commit([Rerun(_id(1))])
+            assert _counts(_look(journal, 1)) == (3, 1)
+            assert (_look(journal, 2).state, journal.commit([_begin(3)])) == (State.DONE, [None])
 
     def test_step(self, tmp_path: Path) -> None:
         """Steps come back by name and number, in the order in which they were stored; a new one makes attempts fruitful."""
@@ -640,6 +651,10 @@ class Model:
                 if (request := self.requests.get(id)) and request.state is State.DONE:
                     request.state, request.reply = State.ACKED, []
                 return None
+            case Excuse(id):
+                if (request := self.requests.get(id)) and request.state is State.OPEN:
+                    request.fruitless = max(request.fruitless - 1, 0)
+                return None
             case Forget(id):
                 self.requests.pop(id, None)
                 return None
@@ -730,6 +745,7 @@ def _histories() -> Any:
         st.builds(Begin, ids, frames, since=st.just(1.0), is_resent=st.booleans(), until=st.sampled_from([None, 1.5])),
         st.builds(Begin, ids, st.just([b"body"]), since=st.just(1.0)),
         st.builds(Rerun, ids),
+        st.builds(Excuse, ids),
         st.builds(Step, ids, names, numbers, small),
         st.builds(Effect, st.one_of(ids, st.just(b"")), names, numbers, acts),
         st.builds(Finish, ids, st.sampled_from([_REPLY, _ERROR]), st.lists(small, max_size=3)),

@@ -201,6 +201,19 @@ class NeverFruitful(Model):
         request.steps.setdefault(key, value)
 
 
+class ExcusesTooMuch(Model):
+    def write(self, write: Write) -> Any:
+        if type(write).__name__ == "Excuse" and (request := self.requests.get(write.request_id)):
+            request.fruitless -= 1
+            return None
+        return super().write(write)
+
+
+class ExcusesNothing(Model):
+    def write(self, write: Write) -> Any:
+        return None if type(write).__name__ == "Excuse" else super().write(write)
+
+
 class LetsEffectsRaise(Model):
     def call(self, act: Any) -> Any:
         return act(None)
@@ -458,6 +471,8 @@ BROKEN = [
     (SortsSteps, JournalConformance.test_step),
     (IgnoresNumbers, JournalConformance.test_step),
     (NeverFruitful, JournalConformance.test_step),
+    (ExcusesTooMuch, JournalConformance.test_excuse),
+    (ExcusesNothing, JournalConformance.test_excuse),
     (LetsEffectsRaise, JournalConformance.test_effect_that_raises),
     (TakesAnyValue, JournalConformance.test_effect_without_bytes),
     (CallsEffectsAgain, JournalConformance.test_effect_that_is_stored_already),
