@@ -303,7 +303,7 @@ class Client:
                 continue
             if self._retries and connection.sent and not connection.is_heard:
                 continue
-            if call.asked.is_bound and not channel.keeps(call.asked.journal):
+            if call.asked.journal is not NO_JOURNAL and not channel.keeps(call.asked.journal):
                 continue
             if best is None or (channel.is_blind, channel.load) < (best.is_blind, best.load):
                 best = channel

@@ -114,7 +114,7 @@ class Asked:
     @property
     def is_bound(self) -> bool:
         """Whether only a server with this journal may run it."""
-        return self.journal != NO_JOURNAL
+        return self.journal is not NO_JOURNAL
 
 
 class Connection:
@@ -350,7 +350,7 @@ class Requester:
     def bind(self, asked: Asked, journal: bytes) -> None:
         """It may have run for a server with this journal: from now on no other server may run it."""
         asked.may_have_run = True
-        asked.journal = journal
+        asked.journal = NO_JOURNAL if journal == NO_JOURNAL else journal
 
     def abandon(self, asked: Asked) -> bool:
         """Forget a request that nobody waits for any more; False if it was not open."""
