@@ -902,10 +902,10 @@ def test_states_in_the_file(build: Build) -> None:
     site = build(_echo)
     with Client(site.server.endpoint, context=site.context) as client:
         assert client.request(b"x") == b"re: x"
-    wait_until(lambda: any(type(write).__name__ == "Ack" for write in site.disk.seen))
+    wait_until(lambda: site.journal.pending)  # for the next batch, or the server's end
+    site.server.stop()
     assert [type(write).__name__ for write in site.disk.seen] == ["Begin", "Finish", "Ack"]
     (begin,) = (write for write in site.disk.seen if type(write).__name__ == "Begin")
-    site.server.stop()
     site.disk.open()
     (known,) = site.disk.commit([begin])
     site.disk.close()

@@ -4,8 +4,11 @@ Group commit: what is written while one commit is under way is the next one's ba
 
 * The hub never waits for the journal: its methods run in a thread, one at a time. `then` is called in the hub, in the order of
   the writes, when a write is durable or has failed; or where `close` is called, if that comes first.
+* The next batch is started before those are told whose writes the last one was: the disk works while the hub does. (Not from
+  the thread itself, which would spare the way through the hub: smaller batches cost more than that.)
+* A write that nobody waits for starts no batch: it goes with the next one, or when the timer comes.
 * A batch that fails is tried again in halves, so that a write which cannot be stored fails alone.
-* Between commits, and now and then while nothing happens, the journal may tidy up.
+* Between commits, however many there are, and now and then while nothing happens, the journal may tidy up.
 
 It does not know what is written.
 """
@@ -36,7 +39,8 @@ log = logging.getLogger(__name__)
 #: Called with a write's result and None, or with None and the error.
 Then = Callable[[Any, "JournalError | None"], None]
 
-#: Seconds between two times that the journal is asked to tidy up, if it had no more to do.
+#: Seconds between two times that the journal is asked to tidy up, if it had no more to do; and for which a write waits at most
+#: that nobody waits for.
 TIDY = 5.0
 
 
@@ -61,6 +65,8 @@ class Commits:
         self._process = os.getpid()
         self._waiting: list[tuple[Write, Then | None]] = []
         self._batch: Sequence[tuple[Write, Then | None]] = ()
+        #: A batch is to be started as soon as that can be.
+        self._is_due = False
         self._is_busy = False
         self._is_open = False
         self._is_scheduled = False
@@ -93,12 +99,20 @@ class Commits:
         self._timer.start(self._on_timer)
 
     def write(self, write: Write, then: Then | None = None) -> None:
-        """Store something. From any greenlet of the server's thread, the hub included; for `then` see above."""
+        """Store something. From any greenlet of the server's thread, the hub included; for `then` see above.
+
+        Without `then` it may take `TIDY` seconds before it is stored.
+        """
         if not self._is_open:
             if then is not None:
                 self._hub.loop.run_callback(then, None, JournalError("the journal is closed: its server was stopped"))
             return
         self._waiting.append((write, then))
+        if then is not None:
+            self._is_due = True
+            self._schedule()
+
+    def _schedule(self) -> None:
         if not self._is_busy and not self._is_scheduled:
             # At the end of this turn, with all that comes in it.
             self._is_scheduled = True
@@ -106,6 +120,8 @@ class Commits:
 
     def flush(self, seconds: float) -> bool:
         """Wait until nothing is pending, but not longer; returns whether that is so."""
+        self._is_due = bool(self._waiting)
+        self._schedule()
         with move_on(seconds):
             while self.pending:
                 self._done.clear()
@@ -146,8 +162,9 @@ class Commits:
 
     def _start(self) -> None:
         self._is_scheduled = False
-        if not self._is_open or self._is_busy or not self._waiting:
+        if not self._is_open or self._is_busy or not self._is_due or not self._waiting:
             return
+        self._is_due = False
         self._batch, self._waiting = self._waiting, []
         self._call(_commit, self._journal, [write for write, _ in self._batch])
 
@@ -157,30 +174,37 @@ class Commits:
 
     def _on_done(self, done: Any) -> None:
         self._is_busy = False
-        try:
+        batch, self._batch = self._batch, ()
+        if self._is_open and batch:
+            self._guarded(self._go_on)
+            self._guarded(self._tell, batch, done)
+        elif self._is_open:
+            self._guarded(self._on_tidied, done)
+        if not self._is_busy:
             if self._is_open:
-                batch, self._batch = self._batch, ()
-                if batch:
-                    self._tell(batch, done.get())
-                else:
-                    self._on_tidied(done.get())
-        except BaseException:  # noqa: BLE001 - the next batch must be started whatever happens
-            self._hub.handle_error(self, *sys.exc_info())
-        if self._is_open:
-            self._go_on()
-        else:
-            self._end()
+                self._guarded(self._go_on, not batch)
+            else:
+                self._guarded(self._end)
         if not self.pending:
             self._done.set()
 
-    def _go_on(self) -> None:
-        if self._waiting:
-            self._start()
-        elif monotonic() >= self._tidy_at:
+    def _go_on(self, has_tidied: bool = False) -> None:
+        """Start what is next: batches and the parts of a long tidying take turns."""
+        if monotonic() >= self._tidy_at and not (has_tidied and self._is_due):
             self._tidy_at = monotonic() + TIDY
             self._call(_tidy, self._journal, frozenset(self._running()))
+        else:
+            self._start()
 
-    def _tell(self, batch: Sequence[tuple[Write, Then | None]], results: Sequence[Any]) -> None:
+    def _guarded(self, act: Callable[..., object], *args: Any) -> None:
+        """What fails is reported, and what comes next is done all the same."""
+        try:
+            act(*args)
+        except BaseException:  # noqa: BLE001 - see above
+            self._hub.handle_error(self, *sys.exc_info())
+
+    def _tell(self, batch: Sequence[tuple[Write, Then | None]], done: Any) -> None:
+        results = done.get()
         self.count += 1
         failures = [result for result in results if isinstance(result, JournalError)]
         self.failures += len(failures)
@@ -189,12 +213,11 @@ class Commits:
 
     def _tell_all(self, batch: Sequence[tuple[Write, Then | None]], results: Sequence[Any]) -> None:
         for (_, then), result in zip(batch, results, strict=True):
-            error = result if isinstance(result, JournalError) else None
             if then is not None:
-                try:
-                    then(None if error is not None else result, error)
-                except BaseException:  # noqa: BLE001 - one write's failure is reported, and the next is told
-                    self._hub.handle_error(self, *sys.exc_info())
+                if isinstance(result, JournalError):
+                    self._guarded(then, None, result)
+                else:
+                    self._guarded(then, result, None)
 
     def _note(self, failed: JournalError | None) -> None:
         if failed is not None and self.error is None:
@@ -203,7 +226,8 @@ class Commits:
             log.warning("the journal can be written again")
         self.error = failed
 
-    def _on_tidied(self, result: Any) -> None:
+    def _on_tidied(self, done: Any) -> None:
+        result = done.get()
         if isinstance(result, JournalError):
             log.error("the journal cannot be tidied: %s", result)
         elif result:
@@ -213,6 +237,7 @@ class Commits:
         if os.getpid() != self._process:
             self._timer.stop()  # a forked child's, whose journal is closed
         elif not self._is_busy and self._is_open:
+            self._is_due = bool(self._waiting)
             self._go_on()
 
 

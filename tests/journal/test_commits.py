@@ -106,6 +106,48 @@ def test_what_comes_meanwhile_is_the_next_batch(journal: Gated, commits: Commits
     assert last.got == [(None, None)]
 
 
+def test_the_next_batch_is_started_before_the_last_ones_writers_are_told(journal: Gated, commits: Commits) -> None:
+    """The disk works while the hub does."""
+    commits.write(_begin(1), Told())
+    wait_until(lambda: journal.tidied and not commits._is_busy)
+    journal.gate.clear()
+    pending: list[int] = []
+    commits.write(_begin(2), lambda result, error: pending.append(len(commits._waiting)))
+    wait_until(lambda: commits._is_busy)
+    commits.write(_begin(3), Told())
+    journal.gate.set()
+    assert commits.flush(LONG)
+    assert pending == [0]
+    assert journal.batches == [1, 1, 1]
+
+
+def test_what_nobody_waits_for_goes_with_the_next_batch(journal: Gated, commits: Commits) -> None:
+    """It makes the disk do nothing of its own, and keeps its place."""
+    commits.write(_begin(1))
+    commits.write(_begin(2))
+    gevent.sleep(MS)
+    assert (journal.batches, commits.pending) == ([], 2)
+    known = Told()
+    commits.write(_begin(1), known)
+    assert commits.flush(LONG)
+    assert journal.batches == [3]
+    assert isinstance(known.got[0][0], Known)
+
+
+def test_what_nobody_waits_for_is_stored_in_the_end(journal: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nothing else comes, the timer takes it."""
+    monkeypatch.setattr("greensafe.journal.commits.TIDY", 5 * MS)
+    commits = Commits(journal, set)
+    commits.open()
+    try:
+        wait_until(lambda: journal.tidied)
+        commits.write(_begin(1))
+        wait_until(lambda: journal.batches == [1] and not commits.pending)
+    finally:
+        commits.close()
+        assert commits.join(LONG)
+
+
 def test_a_write_that_cannot_be_stored_fails_alone(journal: Gated, commits: Commits, caplog: pytest.LogCaptureFixture) -> None:
     """A batch with one is tried in halves; the others are stored, in their order."""
     good, bad = [Told() for _ in range(20)], Told()
@@ -202,6 +244,36 @@ def test_what_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
 
 def test_tidies_between_commits(journal: Gated, commits: Commits) -> None:
     """The journal may tidy up after a commit, and is told what it must keep."""
-    commits.write(Forget(_id(1)))
+    commits.write(Forget(_id(1)), Told())
     wait_until(lambda: journal.tidied)
     assert journal.tidied == [frozenset({_id(9)})]
+
+
+def test_tidies_however_much_there_is_to_store(journal: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is never idle does not outgrow its limits; one that has much to tidy stores between the parts."""
+    monkeypatch.setattr("greensafe.journal.commits.TIDY", 5 * MS)
+    commits = Commits(journal, set)
+    commits.open()
+    is_enough = False
+
+    def again(result: Any, error: JournalError | None) -> None:
+        if not is_enough:
+            commits.write(Forget(_id(1)), again)
+
+    try:
+        journal.gate.clear()
+        commits.write(Forget(_id(1)), again)
+        wait_until(lambda: commits._is_busy)
+        commits.write(Forget(_id(1)), again)
+        journal.gate.set()  # from now on one is always waiting while another is stored
+        wait_until(lambda: len(journal.tidied) > 3)
+        monkeypatch.setattr(journal, "tidy", lambda running: journal.tidied.append(frozenset(running)) or True)
+        tidied = len(journal.tidied)
+        wait_until(lambda: len(journal.tidied) > tidied + 1)
+        stored, tidied = len(journal.batches), len(journal.tidied)
+        wait_until(lambda: len(journal.tidied) > tidied + 10)
+        assert len(journal.batches) > stored + 5
+    finally:
+        is_enough = True
+        commits.close()
+        assert commits.join(LONG)
