@@ -3,6 +3,9 @@
 A statement is a function of a number of rows. It has places for 1, 2, 4 ... 256 of them; those that are left over are NULL,
 which is nobody's id: so there are few statements, and sqlite3 keeps them all prepared. Parameters that all share come first.
 
+Bytes are given as bytearrays: sqlite3 looks for an adapter of what is bytes, each time anew, which costs more than the copy (in
+Python 3.11 0.65 against 0.22 µs for 16 bytes), and holds the interpreter's lock.
+
 It does not know what the rows are.
 """
 
@@ -13,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
-__all__ = ["execute", "fetch", "marks", "rows"]
+__all__ = ["MOST", "execute", "fetch", "marks", "rows"]
 
 #: The most rows of one statement.
-_MOST = 256
+MOST = 256
 
 _Rows = Sequence[Sequence[Any]]
 
@@ -44,8 +47,9 @@ def marks(count: int) -> str:
 
 def _chunks(given: _Rows) -> Iterator[tuple[int, list[Any]]]:
     """For how many rows a statement has to be, and its parameters."""
-    for start in range(0, len(given), _MOST):
-        chunk = given[start : start + _MOST]
+    for start in range(0, len(given), MOST):
+        chunk = given[start : start + MOST]
         size = 1 << (len(chunk) - 1).bit_length()
         nothing = repeat(None, (size - len(chunk)) * len(chunk[0]))
-        yield size, [*chain.from_iterable(chunk), *nothing]
+        given_all = chain.from_iterable(chunk)
+        yield size, [*[bytearray(each) if type(each) is bytes else each for each in given_all], *nothing]

@@ -16,13 +16,14 @@ import hashlib
 import sqlite3
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from ..errors import JournalError
 from ..sansio.records import Ack, Begin, Effect, Excuse, Finish, Forget, Known, Rerun, State, Step, Write
 from ._effects import run
-from ._rows import execute, fetch, marks, rows
+from ._rows import MOST, execute, fetch, marks, rows
 
 __all__ = ["STATES", "Writing", "digest", "pack", "unpack"]
 
@@ -31,6 +32,9 @@ STATES = (State.OPEN, State.DONE, State.ACKED)
 _OPEN, _DONE, _ACKED = range(3)
 
 _LENGTH = struct.Struct(">I")
+
+#: Where a request's row has it.
+_DIGEST = 3
 
 
 def pack(frames: Iterable[bytes]) -> bytes:
@@ -92,20 +96,32 @@ class Writing:
     # Each of these gets the places in the batch and the writes there, all of one kind and for different requests.
 
     def _begin(self, group: _Group, results: list[Any]) -> None:
-        bodies = {write.request_id: pack(write.body) for _, write in group}
-        known = self._known(bodies)
+        for start in range(0, len(group), MOST):
+            self._begin_some(group[start : start + MOST], results)
+
+    def _begin_some(self, group: _Group, results: list[Any]) -> None:
+        """As many as one statement takes."""
+        rows = [self._row(write) for _, write in group]
+        if not any(write.is_resent for _, write in group):
+            # Most are new, and then nobody need ask: what is not makes sqlite undo the whole statement.
+            with suppress(sqlite3.IntegrityError):
+                self._many(_insert_sql, rows, self._now)
+                return
+        known = self._known([row[0] for row in rows])
         new = []
-        for place, write in group:
-            body = bodies[write.request_id]
-            checksum = digest(body)
+        for (place, write), row in zip(group, rows):
             if found := known.get(write.request_id):
                 stored, what = found
-                results[place] = what if stored == checksum else what._replace(is_same=False)
+                results[place] = what if stored == row[_DIGEST] else what._replace(is_same=False)
             elif write.is_resent and write.since <= self._horizon:
                 results[place] = Known(State.DROPPED)
             else:
-                new.append((write.request_id, write.since, write.until, checksum, write.client, write.metadata, body))
+                new.append(row)
         self._many(_insert_sql, new, self._now)
+
+    def _row(self, write: Begin) -> tuple[Any, ...]:
+        body = pack(write.body)
+        return write.request_id, write.since, write.until, digest(body), write.client, write.metadata, body
 
     def _known(self, ids: Iterable[bytes]) -> dict[bytes, tuple[bytes, Known]]:
         found = {}

@@ -360,6 +360,15 @@ def test_bytes_go_when_they_are_not_needed(journal: SqliteJournal, path: Path) -
 # What goes wrong later.
 
 
+def test_many_of_which_one_is_known(journal: SqliteJournal) -> None:
+    """Those before it, beside it and after it are stored as new ones, however many statements that takes."""
+    journal.commit([begin(400)])
+    results = journal.commit([begin(number) for number in range(700)])
+    assert [number for number, result in enumerate(results) if result is not None] == [400]
+    assert results[400].state is State.OPEN
+    assert all(result.state is State.OPEN for result in journal.commit([begin(number) for number in range(700)]))
+
+
 def test_too_large(journal: SqliteJournal) -> None:
     """What sqlite cannot store is a JournalError that says so; then the journal goes on."""
     limit = journal._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
