@@ -420,12 +420,14 @@ class Client:
             asked.may_have_run = True
             error = loss.trouble.error(channel.endpoint, asked.request_id, True)
             journal = asked.journal if asked.journal != NO_JOURNAL else loss.connection.journal_of(asked, channel.journal)
-            if call.idempotent or journal == NO_JOURNAL:
+            if journal == NO_JOURNAL:
                 self._retry_or_end(call, error, call.idempotent)
-            elif call.tries < self._retries:
-                self._resend(call, journal, error, now)
-            else:
+            elif call.tries >= self._retries:
                 self._end(call, error)
+            elif call.idempotent and self._budget.spend():
+                self._pause(call, error)  # for anybody
+            else:
+                self._resend(call, journal, error, now)
         if self._waiting:
             self._place_waiting()
 

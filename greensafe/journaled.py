@@ -15,7 +15,8 @@ Rules:
 * An answer that cannot be stored does not leave: its client is told UNAVAILABLE. That, and what else is not kept
   (`sansio.resume.is_kept`), leaves as INTERRUPTED, and the request stays open; so does an answer to nobody, whose client has
   vanished and may come back for more.
-* An attempt that ends as INTERRUPTED was not in vain (`Excuse`): only those count that have ended with their process.
+* An attempt that ends as INTERRUPTED, or whose handler has returned LATER, was not in vain (`Excuse`): only those count that
+  have ended with their process.
 * After the answer nothing is stored any more: steps that still run are not for another run.
 
 It does not know how things are stored, nor when the client sends again.
@@ -34,7 +35,7 @@ from .errors import JournalError, RemoteError
 from .journal.base import Journal
 from .journal.commits import Commits
 from .journal.steps import InTransaction
-from .request import Request
+from .request import LATER, Request
 from .sansio.envelope import Header, Kind
 from .sansio.exchange import Exchange
 from .sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Known, Rerun, Step, Write
@@ -272,6 +273,12 @@ class Journaled(Watchdog):
             self._answer_now(exchange, body, kind, error)
         else:
             super().answer(exchange, body, kind, error)
+
+    def _returned(self, request: Request, result: object) -> None:
+        super()._returned(request, result)
+        exchange = request._exchange
+        if result is LATER and exchange.memory is not None and not exchange.is_answered:
+            self._excuse(_id(exchange))
 
     def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
         if request._exchange.memory is None:

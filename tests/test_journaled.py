@@ -465,6 +465,27 @@ def test_attempts_are_bounded_as_long_as_nothing_new_is_finished(build: Build) -
     assert [attempt for body, attempt in site.runs if body == "poison"] == [1, 2, 3, 4]
 
 
+def test_a_promise_is_no_attempt_in_vain(build: Build) -> None:
+    """A request whose handler has returned LATER waits through any number of crashes."""
+    kept: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        kept.append(request)
+        return LATER
+
+    site = build(handler, max_attempts=2)
+    for attempt in range(1, 6):
+        site.peer.ask(age_ms=attempt)
+        wait_until(lambda attempt=attempt: ("body", attempt) in site.runs and not site.journal.pending)
+        site.die()
+    site.peer.ask(age_ms=6)
+    wait_until(lambda: len(kept) == 6)
+    kept[5].reply(b"later")
+    assert site.peer.hear() == (Kind.REPLY, b"later")
+    kept.clear()
+    gc.collect()
+
+
 def test_only_attempts_that_end_with_the_process_are_in_vain(build: Build) -> None:
     """A server that is stopped in order, a handler that says "not now" and a full disk say nothing against a request."""
     waiting = Waiting()

@@ -113,24 +113,28 @@ def test_without_retries_the_caller_is_told(context: zmq.Context, build: Build) 
         assert error.maybe_executed
 
 
-def test_more_than_the_share_of_retries(context: zmq.Context, build: Build) -> None:
+@pytest.mark.parametrize("idempotent", [False, True])
+def test_more_than_the_share_of_retries(context: zmq.Context, build: Build, idempotent: bool) -> None:
     """All that a journaling server has lost come back: it owes them in any case."""
     server = build()
     with Client(server.endpoint, context=context, retries=1) as client:
-        asked = [_ask(client) for _ in range(50)]
-        server.greet(server.receive()[0])
-        seen = {server.receive()[1].request_id for _ in range(49)}
-        server.die()
-        frames, first = server.receive()
-        seen.add(first.request_id)
+        asked = [_ask(client, idempotent=idempotent) for _ in range(50)]
+        frames, header = server.receive()
         server.greet(frames)
+        before = {header.request_id, *(server.receive()[1].request_id for _ in range(49))}
+        server.die()
+        frames, header = server.receive()
+        server.greet(frames)
+        after = {header.request_id}
         server.say(frames, Kind.REPLY, b"answer")
         for _ in range(49):
             frames, header = server.receive()
-            assert header.journal == J
+            after.add(header.request_id)
+            assert header.journal == J or idempotent
             server.say(frames, Kind.REPLY, b"answer")
         assert [_ended(each) for each in asked] == [b"answer"] * 50
-    assert len(seen) == 50
+    assert before == after
+    assert len(after) == 50
 
 
 def test_a_server_that_is_killed_before_it_says_anything(context: zmq.Context, build: Build) -> None:
