@@ -18,6 +18,8 @@ import os
 import weakref
 from typing import Any
 
+from gevent.monkey import get_original
+
 from ..errors import JournalError
 
 fcntl: Any
@@ -26,10 +28,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["Lock"]
+__all__ = ["Lock", "holder"]
 
 #: Behind the journal's name.
 SUFFIX = ".lock"
+
+#: How often a lock that somebody has is asked for, and seconds in between.
+TRIES = 5
+PAUSE = 0.01
+
+_sleep = get_original("time", "sleep")
 
 
 class Lock:
@@ -65,6 +73,18 @@ class Lock:
         os.close(fd)
 
 
+def holder(path: str) -> int | None:
+    """The process that may write to the journal at `path`; None if nobody does, 0 if it has not said who it is."""
+    try:
+        fd = os.open(path + SUFFIX, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return None if fcntl is None or _try(fd, fcntl.LOCK_SH) else _process(fd)
+    finally:
+        os.close(fd)
+
+
 def _take(name: str, path: str) -> int:
     while True:
         try:
@@ -74,7 +94,7 @@ def _take(name: str, path: str) -> int:
                 f"the journal {path} cannot be locked: {name}: {error.strerror}; its folder has to be there, and this user "
                 "must be able to write there"
             ) from error
-        if not _try(fd, fcntl.LOCK_EX):
+        if not _is_free(fd):
             process = _process(fd)
             os.close(fd)
             who = "this process" if process == os.getpid() else f"process {process}" if process else "another process"
@@ -85,6 +105,15 @@ def _take(name: str, path: str) -> int:
         if _is_at(name, fd):
             return fd
         os.close(fd)
+
+
+def _is_free(fd: int) -> bool:
+    """Take it. Who looks whether anybody has it (`holder`) has it himself, for a moment that is not worth a server."""
+    for _ in range(TRIES):
+        if _try(fd, fcntl.LOCK_EX):
+            return True
+        _sleep(PAUSE)
+    return False
 
 
 def _try(fd: int, how: int) -> bool:

@@ -1,0 +1,304 @@
+"""The command `greensafe journal`, run as a person at night would, next to a live server and after a dead one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from helpers import LONG, ROOT, Result, run_python
+
+import greensafe
+from greensafe.journal import Ack, Begin, Finish, SqliteJournal, Step
+from greensafe.journal.reading import Reading
+from greensafe.sansio.envelope import Kind
+
+pytestmark = pytest.mark.usefixtures("limit")
+
+OPEN, DONE, ACKED = (bytes(15) + bytes([number]) for number in (0xA1, 0xB2, 0xC3))
+
+
+def command(*args: str | Path) -> Result:
+    """`greensafe journal ...`, in a thread, so that a server in this process goes on."""
+    program = "import sys; from greensafe.__main__ import main; sys.argv[0] = 'greensafe'; sys.exit(main())"
+    result: Result = gevent.get_hub().threadpool.apply(run_python, (program, "journal", *map(str, args)))
+    return result
+
+
+def fill(path: Path) -> SqliteJournal:
+    """A journal with a request in each state; it is left open."""
+    made = SqliteJournal(path)
+    made.open()
+    now = made.now()
+    made.commit(
+        [
+            Begin(OPEN, [b"hello \xff\n", b"second"], since=now - 7200, until=now + 3600, client=b"\0abcd", metadata=b"trace"),
+            Step(OPEN, "key exchange", 1, b'j{"key":5}'),
+            Step(OPEN, "raw", 2, b"\x80other codec"),
+            Begin(DONE, [b"x"], since=now),
+            Finish(DONE, Kind.ERROR, [b"answer"]),
+            Begin(ACKED, [b"y"], since=now),
+            Finish(ACKED, Kind.REPLY, [b"z"]),
+        ]
+    )
+    made.commit([Ack(ACKED)])
+    return made
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "requests.db"
+
+
+@pytest.fixture(params=["live", "dead"])
+def journal(path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A filled one, which a server holds or does not."""
+    made = fill(path)
+    if request.param == "dead":
+        made.close()
+    yield request.param
+    made.close()
+
+
+def test_ls(path: Path, journal: str) -> None:
+    """What is unfinished, the rest in numbers, and who holds the file."""
+    result = command("ls", path)
+    assert (result.code, result.err) == (0, "")
+    first, *rest = result.out.splitlines()
+    assert first.split()[:2] == [OPEN.hex(), "open"]
+    assert "run 1 2 steps" in first
+    assert r"hello \xff\n" in first
+    assert rest[0].startswith("1 open, 1 done, 1 acked; dropped: 0 expired, 0 evicted")
+    assert ("no server" in rest[1]) == (journal == "dead")
+    assert (f"process {os.getpid()}" in rest[1]) == (journal == "live")
+
+
+def test_ls_of_all(path: Path, journal: str) -> None:
+    """In each state as many as are asked for."""
+    states = [line.split()[1] for line in command("ls", "--state", "all", path).out.splitlines()[:3]]
+    assert states == ["open", "done", "acked"]
+    assert command("ls", "--state", "done", "--most", "0", path).out.startswith("1 open, 1 done")
+
+
+def test_json(path: Path, journal: str) -> None:
+    """A line for each request, and one for the whole; bytes as latin-1."""
+    *entries, summary = map(json.loads, command("ls", "--json", "--state", "all", path).out.splitlines())
+    assert [entry["state"] for entry in entries] == ["open", "done", "acked"]
+    assert entries[0]["frames"] == ["hello \xff\n", "second"]
+    assert entries[0]["steps"][0] == ["key exchange", 1, 'j{"key":5}']
+    assert summary["counts"] == {"open": 1, "done": 1, "acked": 1}
+    assert json.loads(command("show", "--json", "b2", path).out)["frames"] == ["answer"]
+
+
+def test_show(path: Path, journal: str) -> None:
+    """One request, by the beginning or the end of its id: when it came, how often it ran, its steps, its body or answer."""
+    result = command("show", "00A1", path)
+    assert (result.code, result.err) == (0, "")
+    for expected in (
+        f"request   {OPEN.hex()}",
+        "state     open",
+        "(2.0 h ago)",
+        "caller    gives up",
+        "metadata  trace",
+        "step      key exchange (1): {'key': 5}",
+        r"step      raw (2): \x80other codec",
+        r"body      hello \xff\n",
+        "body      second",
+    ):
+        assert expected in result.out
+    assert "error     answer" in command("show", "b2", path).out
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ("00", "more than one request"),
+        ("ff", "no request"),
+        ("xyz", "hexadecimal"),
+        ("1" * 33, "hexadecimal"),
+        ("%", "hexadecimal"),
+    ],
+)
+def test_an_id_that_is_none(path: Path, journal: str, part: str, text: str) -> None:
+    """Is told, with code 1."""
+    result = command("show", part, path)
+    assert (result.code, result.out) == (1, "")
+    assert text in result.err
+
+
+def test_forget(path: Path, journal: str) -> None:
+    """What is answered goes at once; what is open only if no server holds the file."""
+    result = command("forget", "b2", path)
+    assert result.code == 0
+    assert DONE.hex() in result.out
+    result = command("forget", "a1", path)
+    if journal == "live":
+        assert result.code == 1
+        assert f"process {os.getpid()} may be running it" in result.err
+    else:
+        assert result.code == 0
+    made = SqliteJournal(path)
+    if journal == "dead":
+        made.open()
+        assert made.commit([Begin(DONE, [b"new"], since=1.0), Begin(OPEN, [b"new"], since=1.0)]) == [None, None]
+        made.close()
+    with Reading(str(path)) as reading:
+        assert list(reading.faults()) == []
+
+
+def test_verify(path: Path, journal: str) -> None:
+    """A file that is whole is said to be."""
+    result = command("verify", path)
+    assert (result.code, result.out) == (0, "whole: 3 requests\n")
+
+
+@pytest.mark.parametrize(
+    ("sql", "text"),
+    [
+        ("UPDATE greensafe_requests SET payload = x'0000000141' WHERE state = 0", "not the one it came with"),
+        ("UPDATE greensafe_requests SET payload = 'text' WHERE state = 0", "bytes that are none"),
+        ("UPDATE greensafe_requests SET payload = NULL WHERE state = 1", "is done and has no bytes"),
+        ("UPDATE greensafe_requests SET payload = x'00' WHERE state = 2", "is acked and has still its bytes"),
+        ("UPDATE greensafe_requests SET state = 9 WHERE state = 2", "unknown state 9"),
+        ("UPDATE greensafe_requests SET kind = 0 WHERE state = 1", "answer is of kind 0"),
+        ("UPDATE greensafe_requests SET attempts = 0 WHERE state = 0", "0 attempts"),
+        ("UPDATE greensafe_requests SET id = x'00' WHERE state = 0", "id of 1 bytes"),
+        ("UPDATE greensafe_requests SET state = 1, kind = 129 WHERE state = 0", "has steps and is not open"),
+    ],
+)
+def test_verify_finds_what_is_wrong(path: Path, sql: str, text: str) -> None:
+    """Each rule of a row, and what sqlite itself sees."""
+    fill(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(sql)
+        connection.commit()
+    result = command("verify", path)
+    assert result.code == 1
+    assert text in result.out
+
+
+def test_verify_finds_damage(path: Path) -> None:
+    """A page that was overwritten."""
+    fill(path).close()
+    data = bytearray(path.read_bytes())
+    data[3 * 4096 + 100 : 5 * 4096] = os.urandom(2 * 4096 - 100)
+    path.write_bytes(data)
+    result = command("verify", path)
+    assert result.code == 1
+    assert result.out or result.err
+
+
+def test_vacuum(path: Path, journal: str) -> None:
+    """Not under a server; otherwise the free pages go back to the disk, and what is in it stays."""
+    if journal == "dead":
+        made = SqliteJournal(path)
+        made.open()
+        made.commit([Begin(bytes([1]) * 16, [bytes(10**6)], since=1.0)])
+        made.commit([Finish(bytes([1]) * 16, Kind.REPLY, [b""])])
+        made.close()
+    result = command("vacuum", path)
+    if journal == "live":
+        assert result.code == 1
+        assert "in use" in result.err
+    else:
+        before, after = (int(word) for word in result.out.split() if word.isdigit())
+        assert after < before / 5
+        assert command("verify", path).out == "whole: 4 requests\n"
+    assert not Path(f"{path}.lock").exists() or journal == "live"
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "text", "foreign", "newer"])
+@pytest.mark.parametrize("name", ["ls", "show", "forget", "verify", "vacuum"])
+def test_what_is_no_journal(tmp_path: Path, path: Path, what: str, name: str) -> None:
+    """Is told in one line, with code 1, and is not touched."""
+    if what == "folder":
+        path.mkdir()
+    elif what == "text":
+        path.write_text("to whom it may concern\n" * 100)
+    elif what == "foreign":
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE accounts (name TEXT)")
+    elif what == "newer":
+        fill(path).close()
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA user_version = 99")
+    before = path.read_bytes() if path.is_file() else None
+    result = command(name, *(["a1"] if name in ("show", "forget") else []), path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("greensafe: ")
+    assert result.err.count("\n") == 1
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize("args", [(), ("ls",), ("show", "x"), ("burn", "x"), ("ls", "--state", "half", "x")])
+def test_wrong_arguments(args: Sequence[str]) -> None:
+    """Are answered with how it is used, and code 2."""
+    result = command(*args)
+    assert result.code == 2
+    assert "usage: greensafe journal" in result.err
+
+
+def test_next_to_a_server_that_works(path: Path) -> None:
+    """Looking holds up nobody, and sees what is there at that moment."""
+    served: list[Any] = []
+    with (
+        greensafe.Server("tcp://127.0.0.1:0", lambda request: request.body, deadline=LONG, journal=path) as server,
+        greensafe.Client(server.endpoint) as client,
+    ):
+        stop = gevent.event.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                served.append(client.request(b"x"))
+
+        asking = gevent.spawn(ask)
+        for args in (("ls", "--state", "all"), ("verify",), ("ls", "--json")):
+            assert command(*args, path).code == 0
+        stop.set()
+        asking.get()
+    assert len(served) > 3
+
+
+def test_a_server_starts_while_somebody_looks(path: Path) -> None:
+    """Who asks whether a server holds the file does not keep one from it."""
+    fill(path).close()
+    looking = Native(target=_look, args=(path,))
+    looking.start()
+    try:
+        for _ in range(200):
+            made = SqliteJournal(path)
+            made.open()
+            made.close()
+    finally:
+        STOP.append(True)
+        looking.join()
+        STOP.clear()
+
+
+Native = gevent.monkey.get_original("threading", "Thread")
+STOP: list[bool] = []
+
+
+def _look(path: Path) -> None:
+    from greensafe.journal._lock import holder
+
+    while not STOP:
+        holder(str(path))
+
+
+def test_installed_and_as_a_module() -> None:
+    """`greensafe` and `python -m greensafe` are the same."""
+    import subprocess
+
+    installed = Path(sys.executable).with_name("greensafe")
+    for start in ([str(installed)], [sys.executable, "-m", "greensafe"]):
+        done = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True, cwd=ROOT, timeout=LONG)
+        assert done.stdout == f"greensafe {greensafe.__version__}\n"
