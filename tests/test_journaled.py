@@ -931,3 +931,46 @@ def test_states_in_the_file(build: Build) -> None:
     (known,) = site.disk.commit([begin])
     site.disk.close()
     assert known.state is State.ACKED
+
+
+class FullDisk(SqliteJournal):
+    """One that takes no page more while `is_full`."""
+
+    is_full = False
+
+    def commit(self, writes: Sequence[Write]) -> list[Any]:
+        # sqlite makes of 1 the pages that are there.
+        self._ready().execute(f"PRAGMA max_page_count = {1 if self.is_full else 2**30}")
+        return super().commit(writes)
+
+
+@pytest.mark.parametrize("phase", ["begin", "step", "finish"])
+def test_a_disk_that_is_full_for_a_while(context: zmq.Context, tmp_path: Path, phase: str) -> None:
+    """Whatever cannot be stored then, its client gets its answer when there is room, and no finished step is run again."""
+    disk = FullDisk(tmp_path / "requests.db")
+    large = {name: b"x" * (500_000 if name == phase else 5) for name in ("begin", "step", "finish")}
+    waiting = Waiting()
+    calls: list[str] = []
+
+    def handler(request: Request) -> bytes:
+        request.step("first", calls.append, "first")
+        waiting(request)
+        request.step("large", lambda: large["step"])
+        return large["finish"]
+
+    with (
+        Server(ANY_PORT, handler, deadline=LONG, context=context, journal=disk, max_attempts=1) as server,
+        Client(str(server.endpoint), context=context, retries=10_000) as client,
+    ):
+        disk.is_full = phase == "begin"
+        asked = gevent.spawn(client.request, large["begin"])
+        wait_until(lambda: calls or disk.is_full)
+        disk.is_full = True
+        waiting.event.set()
+        wait_until(lambda: client.stats.retries >= 2)
+        assert server.stats.journal is not None
+        assert server.stats.journal.failures >= 2
+        disk.is_full = False
+        assert asked.get() == large["finish"]
+        wait_until(lambda: server.healthy)
+    assert calls == ["first"]
