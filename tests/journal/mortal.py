@@ -1,7 +1,8 @@
 """A server that can be killed at each point of its work: what `test_kills` starts. It is no test itself.
 
-It reads orders, one JSON list a line: [endpoint, journal, log, points, deadly]. For each it forks a child that serves, and says
-its process id, and then how it has ended: having imported everything once, a server is there within milliseconds.
+It reads orders, one JSON list a line: [endpoint, journal, log, max_attempts, points, deadly]. For each it forks a child that
+serves, and says its process id, and then how it has ended: having imported everything once, a server is there within
+milliseconds.
 
 A *point* is a passage before or after a write to the journal is handed over, before and after the statements and after the
 COMMIT of each batch (in the journal's thread), before and after each message is handed to libzmq, and before and after each
@@ -33,6 +34,9 @@ from greensafe.journaled import Journaled
 
 #: Seconds in which libzmq surely hands a message to the kernel: a death before that and one after it are two points.
 LEAVES = 0.005
+
+#: Bytes of the log that others write meanwhile: then a poisonous request kills the process.
+FATAL = 1_000
 
 
 class Points:
@@ -93,8 +97,16 @@ def _handler(log: str) -> Callable[[greensafe.Request], Any]:
         while not (folder / name.replace(" ", "-")).exists():
             gevent.sleep(0.002)
 
+    def die() -> None:
+        size = os.fstat(file).st_size
+        while os.fstat(file).st_size < size + FATAL:
+            gevent.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def handle(request: greensafe.Request) -> Any:
         name = request.body.decode()
+        if name == "poison":
+            die()
 
         def effect(step: str) -> str:
             note(f"run {step}", name)
@@ -127,9 +139,9 @@ def _handler(log: str) -> Callable[[greensafe.Request], Any]:
     return handle
 
 
-def _serve(endpoint: str, journal: str, log: str, points: str, deadly: list[int]) -> None:
+def _serve(endpoint: str, journal: str, log: str, max_attempts: int, points: str, deadly: list[int]) -> None:
     _install(Points(points, deadly))
-    server = greensafe.Server(endpoint, _handler(log), deadline=60, journal=journal, max_attempts=1_000)
+    server = greensafe.Server(endpoint, _handler(log), deadline=60, journal=journal, max_attempts=max_attempts)
     server.serve_forever(stop_timeout=0.02)
 
 

@@ -83,7 +83,7 @@ class Forge:
 class Site:
     """One server after the other, with one journal: whenever one has ended the next is started, until it is closed."""
 
-    def __init__(self, forge: Forge, folder: Path, deadly: Sequence[int]) -> None:
+    def __init__(self, forge: Forge, folder: Path, deadly: Sequence[int] = (), max_attempts: int = 1_000) -> None:
         folder.mkdir()
         self.folder = folder
         self.endpoint = f"ipc://{folder}/server"
@@ -92,7 +92,7 @@ class Site:
         self._points = folder / "points"
         self.ends: list[int] = []
         self._forge = forge
-        self._deadly = list(deadly)
+        self._order = [self.endpoint, str(self.journal), str(self.log), max_attempts, str(self._points), list(deadly)]
         self._process = 0
         self._is_closing = False
         self._keeper = gevent.spawn(self._keep)
@@ -104,7 +104,7 @@ class Site:
 
     def _keep(self) -> None:
         while not self._is_closing:
-            self._forge.order(self.endpoint, str(self.journal), str(self.log), str(self._points), self._deadly)
+            self._forge.order(*self._order)
             self._process = self._forge.read()
             end = self._forge.read()
             self._process = 0
@@ -157,17 +157,17 @@ class Play:
 
     def steps(self, client: Client, link: FaultyLink) -> None:
         """Two steps, and one in the journal's transaction."""
-        self._ask(client, "plain")
+        self.ask(client, "plain")
 
     def fail(self, client: Client, link: FaultyLink) -> None:
         """An error is an answer like any other."""
         with pytest.raises(RemoteError) as caught:
-            self._ask(client, "failing")
+            self.ask(client, "failing")
         assert (caught.value.code, caught.value.message) == ("INTERNAL", "first")
 
     def many(self, client: Client, link: FaultyLink) -> None:
         """Several at once, in one batch."""
-        gevent.joinall([gevent.spawn(self._ask, client, f"plain {number}") for number in range(4)], raise_error=True)
+        gevent.joinall([gevent.spawn(self.ask, client, f"plain {number}") for number in range(4)], raise_error=True)
 
     def later(self, client: Client, link: FaultyLink) -> None:
         """The handler has ended, and the answer comes from elsewhere."""
@@ -199,7 +199,7 @@ class Play:
     def replay(self, client: Client, link: FaultyLink) -> None:
         """Sent again when the answer is stored, and has not arrived."""
         link.stall("to_client")
-        asking = gevent.spawn(self._ask, client, "replayed")
+        asking = gevent.spawn(self.ask, client, "replayed")
         (asked,) = wait_until(client._requester.asked)
         ends = len(self._site.ends)
         # What was there when a server died is not told to anybody behind a link that stands still.
@@ -211,12 +211,12 @@ class Play:
     @contextlib.contextmanager
     def _asking(self, client: Client, name: str) -> Iterator[gevent.Greenlet]:
         """The handler goes on when the block ends; then the answer must come."""
-        asking = gevent.spawn(self._ask, client, name)
+        asking = gevent.spawn(self.ask, client, name)
         yield asking
         self._site.allow(name)
         asking.get()
 
-    def _ask(self, client: Client, name: str) -> None:
+    def ask(self, client: Client, name: str) -> None:
         self.asked.append(name)
         assert client.request(name.encode()) == f"{name}: first row last".encode()
 
@@ -278,6 +278,34 @@ def test_some_points(context: zmq.Context, tmp_path: Path, forge: Forge, act: st
     assert count > 20
     for number in range(1 + ACTS.index(act), count, EVERY):
         _play(forge, context, tmp_path / str(number), act, number)
+
+
+@pytest.mark.usefixtures("limit")
+def test_a_poisonous_request(context: zmq.Context, tmp_path: Path, forge: Forge) -> None:
+    """What kills the process every time does so three times; then it is ABORTED, and the others have had their answers."""
+    site = Site(forge, tmp_path / "0", max_attempts=3)
+    play = Play(site, context)
+    over = False
+
+    def ask(client: Client, number: int) -> None:
+        turn = 0
+        while not over:
+            play.ask(client, f"plain {number}.{turn}")
+            turn += 1
+
+    try:
+        with Client(site.endpoint, context=context, retries=1_000_000) as client:
+            client.request(b"hello", idempotent=True)
+            others = [gevent.spawn(ask, client, number) for number in range(4)]
+            with pytest.raises(RemoteError) as caught:
+                client.request(b"poison")
+            assert (caught.value.code, caught.value.type) == ("ABORTED", "TooManyAttempts")
+            assert site.ends == [-signal.SIGKILL] * 3
+            over = True
+            gevent.joinall(others, raise_error=True)
+    finally:
+        site.close()
+    assert not _again(site.log)
 
 
 @pytest.mark.slow
