@@ -78,6 +78,7 @@ class Site:
     """The server's process, again and again."""
 
     def __init__(self, endpoint: str, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.endpoint = endpoint
         self.journal = folder / "requests.db"
         self.log = folder / "log"
@@ -235,6 +236,45 @@ def test_random_kills(context: zmq_safe.Context, tmp_path: Path, transport: str)
     assert not _again(site.log)
     _check_journal(site.journal, retrying)
     _check_once(site.log, [*raising, *plain])
+
+
+def test_two_servers(context: zmq_safe.Context, tmp_path: Path) -> None:
+    """Each with a journal of its own: what one has lost waits for it and for no other, which answers the rest meanwhile."""
+    chance = random.Random(f"{SEED} two")
+    sites = [Site(f"ipc://{tmp_path}/{number}/server", tmp_path / str(number)) for number in range(2)]
+    client = Client(*(site.endpoint for site in sites), context=context, retries=1_000_000)
+    callers = [Caller(f"retries-{n}", client.request) for n in range(CALLERS)]
+    over = False
+    try:
+        hellos = 0
+        while not all(endpoint.is_greensafe for endpoint in client.stats.endpoints):
+            hellos += 1
+            gevent.joinall(
+                [gevent.spawn(client.request, b"%d.hello" % hellos, idempotent=True) for _ in sites], raise_error=True
+            )
+        running = [gevent.spawn(caller.run, lambda: over) for caller in callers]
+        for _ in range(KILLS // 4):
+            number = chance.randrange(2)
+            wait_until(lambda number=number: client._channels[number].is_up)
+            gevent.sleep(chance.uniform(0, 300 * MS))
+            sites[number].kill()
+        over = True
+        gevent.joinall(running, timeout=2 * LONG, raise_error=True)
+        assert all(greenlet.ready() for greenlet in running), repr(client)
+        assert [site.stop() for site in sites] == [0, 0]
+    finally:
+        over = True
+        resent, refused = client.stats.retries, client.stats.rejections
+        client.close()
+        for site in sites:
+            site.close()
+    print(f"\nseed {SEED}, two servers, {KILLS // 4} kills: {resent} sent again, {refused} refused")
+    print(f"  {dict(sum((caller.seen for caller in callers), Counter[str]()))}")
+    for caller in callers:
+        assert caller.seen == {"answers": caller.asked}
+    merged = tmp_path / "log"
+    merged.write_bytes(b"".join(site.log.read_bytes() for site in sites))
+    assert not _again(merged)
 
 
 def _check_journal(path: Path, callers: list[Caller]) -> None:
