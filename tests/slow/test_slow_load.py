@@ -23,8 +23,8 @@ from helpers import LONG, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client
+from greensafe.backlog import BACKLOG_BYTES
 from greensafe.green._pump import OUTBOX, OUTBOXES
-from greensafe.watchdog import BACKLOG_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
