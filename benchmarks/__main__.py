@@ -9,7 +9,7 @@ from statistics import median
 import gevent
 import zmq
 
-from . import clients, crowd, idle, losses, servers, sockets, waits
+from . import clients, crowd, idle, journals, losses, servers, sockets, waits
 
 Round = dict[str, dict[str, float]]
 
@@ -60,7 +60,20 @@ def show_crowds(rounds: int, most: int, count: int) -> None:
     show("many at a time, tcp: µs of the server's CPU for a request, while so many of so many clients are in flight", results)
 
 
+def show_journals(rounds: int, seconds: float) -> None:
+    bench = journals.Bench()
+    try:
+        place = bench.place()
+        rates, costs = zip(*[bench.rows(seconds) for _ in range(rounds)], strict=True)
+    finally:
+        bench.close()
+    print(f"\njournals on {place}")
+    show("durable requests, 64 bytes, ipc: how many per second", list(rates))
+    show("the same: µs of the server's CPU for each", list(costs))
+
+
 def main() -> None:
+    journals.check()
     quick = "--quick" in sys.argv
     rounds = 3 if quick else 21
     versions = f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}, gevent {gevent.__version__}"
@@ -75,6 +88,7 @@ def main() -> None:
     )
     show_clients(3 if quick else 21, 1_000 if quick else 5_000)
     show_servers(3 if quick else 7, 2_000 if quick else 10_000)
+    show_journals(1 if quick else 7, 0.1 if quick else 1.5)
     show_crowds(3 if quick else 7, 200 if quick else 10_000, 1_000 if quick else 10_000)
 
 

@@ -21,14 +21,15 @@ KINDS = ["bare ROUTER loop", "zmq.green + spawn + Timeout", "greensafe.Server"]
 BODY = b"x" * 64
 
 
-def _tell() -> None:
+def tell() -> None:
+    """Answer the lines on standard input."""
     for _ in sys.stdin:
         print(time.process_time(), flush=True)
 
 
 def bare(endpoint: str) -> None:
     """A ROUTER loop without any safety."""
-    threading.Thread(target=_tell, daemon=True).start()
+    threading.Thread(target=tell, daemon=True).start()
     sock = zmq.Context().socket(zmq.ROUTER)
     sock.set_hwm(0)  # at the default of 1000 a plain ROUTER drops answers without a word when its client is that far behind
     sock.bind(endpoint)
@@ -42,7 +43,7 @@ def green(endpoint: str) -> None:
     import gevent
     import zmq.green
 
-    threading.Thread(target=_tell, daemon=True).start()
+    threading.Thread(target=tell, daemon=True).start()
     sock: Any = zmq.green.Context().socket(zmq.ROUTER)
     sock.set_hwm(0)
     sock.bind(endpoint)
@@ -60,11 +61,38 @@ def greensafe_server(endpoint: str) -> None:
     """The default Server, with a deadline."""
     import greensafe
 
-    threading.Thread(target=_tell, daemon=True).start()
+    threading.Thread(target=tell, daemon=True).start()
     server = greensafe.Server(endpoint, lambda request: request.body, deadline=30)
     server.start()
     print(server.endpoint, flush=True)
     server.serve_forever()
+
+
+class Process:
+    """A server in a process of its own, which prints its endpoint first."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.endpoint = self._line().strip()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def cpu(self) -> float:
+        """Its CPU time so far, in seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._line())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 class Bench:
@@ -73,28 +101,17 @@ class Bench:
     def __init__(self, kind: str, transport: str = "ipc") -> None:
         self._folder = tempfile.TemporaryDirectory()
         endpoint = f"ipc://{self._folder.name}/s" if transport == "ipc" else "tcp://127.0.0.1:*"
-        command = [sys.executable, "-m", "benchmarks.servers", kind, endpoint]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = Process("benchmarks.servers", kind, endpoint)
         self._context = zmq.Context()
         self._sock = self._context.socket(zmq.DEALER)
         self._sock.setsockopt(zmq.RCVTIMEO, 20_000)
         self._sock.set_hwm(0)
-        self.endpoint = self._line().strip()
+        self.endpoint = self._process.endpoint
         self._sock.connect(self.endpoint)
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-    def _cpu(self) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(self._line())
 
     def run(self, inflight: int, count: int) -> float:
         """Microseconds of CPU of the server's process for each of `count` requests."""
-        start = self._cpu()
+        start = self._process.cpu()
         for _ in range(inflight):
             self._sock.send_multipart([b"", BODY])
         for _ in range(count - inflight):
@@ -102,14 +119,10 @@ class Bench:
             self._sock.send_multipart([b"", BODY])
         for _ in range(inflight):
             self._sock.recv_multipart()
-        return (self._cpu() - start) / count * 1e6
+        return (self._process.cpu() - start) / count * 1e6
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        self._process.close()
         self._sock.close(0)
         self._context.term()
         self._folder.cleanup()
