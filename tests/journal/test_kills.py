@@ -224,7 +224,8 @@ class Play:
 def _is_heard(client: Client) -> bool:
     """Whether it asks something, and a server has said that it works on that."""
     asked = client._requester.asked()
-    return bool(asked) and all(each.is_heard for each in asked)
+    # What was lost keeps the mark until it is sent again.
+    return bool(asked) and all(each.is_heard and each.connection is not None for each in asked)
 
 
 def _play(forge: Forge, context: zmq.Context, folder: Path, act: str, *deadly: int) -> bytes:
