@@ -292,7 +292,7 @@ instance = Context.instance
 def decorated(context):
     return type(context)
 
-own = {"__mp_main__", "greensafe.monkey"}
+own = {"__mp_main__", "greensafe.monkey", "gevent._threading"}  # the last gives itself another function at its first use
 
 def spaces():
     named = {name: module for name, module in list(sys.modules.items()) if name not in own}

@@ -16,7 +16,6 @@ for a caller's own part in them, `_tidying` for what goes.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sqlite3
@@ -257,6 +256,8 @@ class SqliteJournal(Journal):
     def _on_fork(self) -> None:
         """In a child: let go without touching anything. Closing might wait for ever for a thread that only the parent has."""
         if self._connection is not None:
+            import ctypes  # which not every Python has
+
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
         self._connection = self._lock = None
 

@@ -325,7 +325,7 @@ class JournalConformance:
 
         folders = iter(range(1_000_000))
 
-        @settings(deadline=None, max_examples=60, database=None, suppress_health_check=list(HealthCheck))
+        @settings(deadline=None, max_examples=100, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
         @given(_histories())
         def history(batches: list[list[Write] | None]) -> None:
             folder = tmp_path / str(next(folders))
@@ -340,6 +340,8 @@ class JournalConformance:
                         journal.open()
                     else:
                         assert _outcome(journal, batch) == _outcome(model, batch)
+                everything: list[Write] = [_begin(number) for number in range(4)]
+                assert _outcome(journal, everything) == _outcome(model, everything)
             finally:
                 journal.close()
 
