@@ -63,6 +63,11 @@ _SQLITE = (3, 35, 0)
 #: Seconds to wait for another program that writes to the file: not a server, those are refused.
 _BUSY = 5.0
 
+#: How a write-ahead log begins, by the order of its checksums' bytes.
+_LOG_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
+
+_FOREIGN = "{} is the database of another program, not a journal: give another name"
+
 _ADVICE = {
     sqlite3.SQLITE_FULL: "the disk is full: make room",
     sqlite3.SQLITE_IOERR: "the disk, or a limit of this process for files, is the cause: see the system's log",
@@ -124,13 +129,26 @@ def _check_header(path: str) -> None:
     except OSError as error:
         raise JournalError(f"the journal {path}: {error.strerror}; this user must be able to read and write it") from error
     if len(header) < _HEADER_SIZE or not header.startswith(_MAGIC):
+        if _has_log(path):
+            return  # a loss of power while the log was moved to the file: sqlite has what stood there in the log
         raise JournalError(f"{path} is not a sqlite file, or its beginning is damaged: give another name, or put a copy back")
     if int.from_bytes(header[_APPLICATION_AT : _APPLICATION_AT + 4], "big") != APPLICATION:
-        raise JournalError(f"{path} is the database of another program, not a journal: give another name")
+        raise JournalError(_FOREIGN.format(path))
+
+
+def _has_log(path: str) -> bool:
+    try:
+        with open(path + "-wal", "rb") as file:
+            return file.read(4) in _LOG_MAGIC
+    except OSError:
+        return False
 
 
 def check_version(path: str, connection: sqlite3.Connection) -> None:
     """Find a journal of a newer version, one with tables missing, and a file that was cut off; nothing is changed."""
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application != APPLICATION:
+        raise JournalError(_FOREIGN.format(path))
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if not 1 <= version <= len(MIGRATIONS):
         raise JournalError(
@@ -152,8 +170,7 @@ def _check_alone(path: str) -> None:
 def create(path: str, here: Moment) -> None:
     """Make a new journal, all or nothing."""
     draft = path + ".new"
-    with suppress(FileNotFoundError):
-        os.unlink(draft)
+    _remove(draft)
     try:
         with closing(connect(draft, "rwc")) as connection:
             connection.execute("PRAGMA synchronous = FULL")
@@ -169,8 +186,7 @@ def create(path: str, here: Moment) -> None:
     except (OSError, sqlite3.Error) as error:
         raise explain(path, error) from error
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
+        _remove(draft)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
@@ -190,6 +206,12 @@ def migrate(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _remove(draft: str) -> None:
+    for name in (draft, *(draft + suffix for suffix in ("-journal", "-wal", "-shm"))):
+        with suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def _sync(folder: str) -> None:
