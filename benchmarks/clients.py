@@ -1,6 +1,6 @@
 """What does a request cost its client: alone, and as one of many at a time?
 
-All ask the same bare ROUTER loop, a process of its own, in turn; the time is what the caller waits. `tcp` is used where
+All ask the same bare REP loop, a process of its own, in turn; the time is what the caller waits. `tcp` is used where
 heartbeats count bytes. *bare DEALER* sends the same frames as a Client and keeps as many requests in flight, in a plain
 blocking loop without greenlets: what the server, also a loop in Python, lets anybody have.
 """
@@ -18,7 +18,7 @@ import greensafe
 from greensafe.client import HEARTBEAT
 from greensafe.sansio.envelope import GREET, Header, Kind
 
-from .servers import BODY, KINDS, Bench
+from .servers import BODY, REP, Bench
 
 GREENLETS = 50
 
@@ -88,7 +88,7 @@ class Asking:
     """Everybody who asks, connected to one server each transport."""
 
     def __init__(self) -> None:
-        self._servers = {transport: Bench(KINDS[0], transport) for transport in ("ipc", "tcp")}
+        self._servers = {transport: Bench(REP, transport) for transport in ("ipc", "tcp")}
         self._askers: dict[tuple[str, str], tuple[Ask, Ask]] = {}
         for transport, server in self._servers.items():
             self._askers[transport, "zmq.green REQ"] = _req(zmq.green, server.endpoint)

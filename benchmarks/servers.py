@@ -18,6 +18,9 @@ import zmq
 
 KINDS = ["bare ROUTER loop", "zmq.green + spawn + Timeout", "greensafe.Server"]
 
+#: What clients ask.
+REP = "bare REP loop"
+
 BODY = b"x" * 64
 
 
@@ -36,6 +39,17 @@ def bare(endpoint: str) -> None:
     print(sock.last_endpoint.decode(), flush=True)
     while True:
         sock.send_multipart(sock.recv_multipart())
+
+
+def rep(endpoint: str) -> None:
+    """The REP loop of the ZeroMQ guide, which leaves the envelope to libzmq."""
+    threading.Thread(target=tell, daemon=True).start()
+    sock = zmq.Context().socket(zmq.REP)
+    sock.set_hwm(0)
+    sock.bind(endpoint)
+    print(sock.last_endpoint.decode(), flush=True)
+    while True:
+        sock.send(sock.recv())
 
 
 def green(endpoint: str) -> None:
@@ -137,4 +151,4 @@ def rows(benches: dict[str, Bench], count: int) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    dict(zip(KINDS, (bare, green, greensafe_server), strict=True))[sys.argv[1]](sys.argv[2])
+    dict(zip((*KINDS, REP), (bare, green, greensafe_server, rep), strict=True))[sys.argv[1]](sys.argv[2])
