@@ -129,7 +129,7 @@ class Connection:
         is_draining: The server wants further requests to go elsewhere.
         is_over: It has received its last request: those that are open on it were not run.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
-        signature: How its headers end if they have no metadata: the bytes of both, and of the hops.
+        signature: How its headers end if they have no metadata: the bytes of both, and of the hops; None before.
     """
 
     __slots__ = (
@@ -155,7 +155,7 @@ class Connection:
         self.is_over = False
         self.instance = b""
         self.journal = b""
-        self.signature = b""
+        self.signature: bytes | None = None
 
     @property
     def is_journaling(self) -> bool:

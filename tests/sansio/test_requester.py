@@ -488,3 +488,80 @@ def test_whose_journal_has_it() -> None:
     assert lost(_said(Kind.WORKING, 1, _id(1), hops=2, journal=JOURNAL)) == JOURNAL
     assert lost(_said(Kind.WORKING, 9, _id(9), hops=2, journal=JOURNAL)) == NO_JOURNAL
     assert lost(pong, _echoed(9)) == NO_JOURNAL
+
+
+# The short-cuts.
+
+_IDS = st.sampled_from([_id(1), _id(2), _id(3)])
+_HEADS = st.one_of(
+    st.builds(
+        ServerHeader,
+        st.one_of(st.sampled_from([int(each) for each in Kind if each >= 0x80]), st.integers(0x80, 0xFF)),
+        _IDS,
+        st.sampled_from([INSTANCE, b"another".ljust(16)]),
+        st.sampled_from([NO_JOURNAL, JOURNAL]),
+        st.sampled_from([0, 1, 1, 1, 2]),
+        st.sampled_from([b"", b"", b"trace"]),
+    ).map(ServerHeader.encode),
+    st.builds(Header, st.sampled_from([1, 1, 2, 3, 4, 9]), _IDS, st.sampled_from([None, 5000])).map(Header.encode),
+    st.sampled_from(["as sent 1", "as sent 2"]),
+)
+#: How a header is damaged: not at all, by one byte, by its end, by more at its end.
+_DAMAGES = st.one_of(
+    st.none(),
+    st.none(),
+    st.tuples(st.integers(0, 80), st.integers(1, 255)),
+    st.integers(0, 60),
+    st.just(b"\0"),
+    st.just(b"more"),
+)
+
+
+def _damaged(frame: bytes, damage: Any) -> bytes:
+    if isinstance(damage, tuple):
+        at, bits = damage[0] % len(frame), damage[1]
+        return frame[:at] + bytes((frame[at] ^ bits,)) + frame[at + 1 :]
+    if isinstance(damage, int):
+        return frame[:damage]
+    return frame + (damage or b"")
+
+
+@given(
+    st.lists(st.tuples(_HEADS, _DAMAGES, st.booleans()), max_size=12),
+    st.sampled_from([b"", b"trace"]),
+    st.sampled_from([None, 12.0]),
+)
+def test_the_short_cuts_lead_to_the_same_place(received: list[Any], metadata: bytes, at: float | None) -> None:
+    """What `receive` does not take apart gives what taking it apart would: the same answer, and the same is known then."""
+
+    def run(is_short: bool) -> list[Any]:
+        requester, connections = Requester(5.0), (Connection(), Connection())
+        asked = [requester.open(_id(number), [b"body"], at, number, metadata=metadata) for number in (1, 2)]
+        for each, connection in zip(asked, connections, strict=True):
+            requester.send(each, connection, 10.0)
+        sent = {f"as sent {number}": each.frames[0] for number, each in enumerate(asked, 1)}
+        seen: list[Any] = []
+        for head, damage, is_other in received:
+            frames = [_damaged(sent.get(head, head), damage), b"", b"answer", b""]
+            connection = connections[is_other]
+            answer = (requester.receive if is_short else requester._receive)(frames, connection, 11.0)
+            seen.append(None if answer is None else (answer.asked.request_id, *answer[1:]))
+            seen.append((requester.late, requester.malformed, requester.ignored, list(requester.pending)))
+            for one in connections:
+                seen.append([getattr(one, name) for name in Connection.__slots__ if name != "sent"] + [list(one.sent)])
+            for each in asked:
+                seen.append((each.is_open, each.is_heard, each.heard_at, each.heard_by, each.connection in connections))
+        return seen
+
+    assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("size", range(16, 59))
+def test_a_reply_that_is_cut_off(size: int) -> None:
+    """Of a server that was not heard of before: the part of a header is none, wherever it ends."""
+    requester, connection = Requester(), Connection()
+    asked = _ask(requester, connection)
+    whole, *rest = _said(Kind.REPLY)
+    answer = requester.receive([whole[:size], *rest], connection, 0.0)
+    assert (answer is None) == asked.is_open == (size < len(whole))
+    assert requester.malformed == (size < len(whole))
