@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import sys
 import weakref
 from collections.abc import Sequence
 from time import monotonic
@@ -620,6 +621,8 @@ class Client:
         self._is_waking = True
         try:
             call.switch()
+        except BaseException:  # noqa: BLE001 - out of a raw greenlet; those behind it are to be woken all the same
+            self._hub.handle_error(call, *sys.exc_info())
         finally:
             self._is_waking = False
         if not self._requester.pending:

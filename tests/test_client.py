@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from time import sleep as plain_sleep
 from typing import Any
 
 import gevent
@@ -430,6 +431,46 @@ def test_who_is_told_may_close_the_client(context: zmq.Context, capfd: pytest.Ca
         asked = [gevent.spawn(ask) for _ in range(3)]
         assert [greenlet.get() for greenlet in asked] == [Refused, Cancelled, Cancelled]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("how", ["timeout", "lost", "refused"])
+def test_a_raw_greenlet_that_fails_takes_nobody_with_it(
+    context: zmq.Context, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error that leaves a raw greenlet is reported by the hub: those behind it are woken, and the client rests."""
+    with context.socket(zmq.PUB) as wrong, Server("tcp://127.0.0.1:0", _handler, deadline=LONG, context=context) as server:
+        there = f"tcp://127.0.0.1:{wrong.bind_to_random_port('tcp://127.0.0.1')}" if how == "refused" else server.endpoint
+        assert there is not None
+        ended: list[type[BaseException]] = []
+        with Client(there, context=context) as client:
+            if how != "refused":
+                assert client.request(b"x") == b"x"
+            channel = client._channels[0]
+
+            def ask(is_raw: bool = False) -> None:
+                try:
+                    client.request(b"sleep %f" % LONG, timeout=20 * MS if how == "timeout" else LONG)
+                except (OperationTimeout, Disconnected, Refused) as error:
+                    ended.append(type(error))
+                    if is_raw:
+                        raise
+
+            gevent.spawn_raw(ask, True)
+            gevent.spawn_raw(ask, True)
+            others = [gevent.spawn(ask) for _ in range(3)]
+            gevent.sleep(0)
+            if how == "timeout":
+                gevent.get_hub().loop.run_callback(plain_sleep, 50 * MS)  # all limits come in one turn of the loop
+            elif how == "lost":
+                gevent.get_hub().loop.run_callback(channel._lose, LOST)
+            gevent.joinall(others)
+            assert ended == [{"timeout": OperationTimeout, "lost": Disconnected, "refused": Refused}[how]] * 5
+            assert client.restarts.counts == {}
+            gevent.sleep(0)
+            assert client._timer is None
+            assert channel._pump is None or not channel._pump.is_started
+        server.close()
+    assert capfd.readouterr().err.count("Traceback") >= 2
 
 
 # Whoever leaves, whenever it is.
