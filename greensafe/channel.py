@@ -381,10 +381,13 @@ class Channel:
             log.warning(what, self.endpoint, extra={"endpoint": self.endpoint})
             return None
 
-    def _shut(self, linger: int) -> None:
+    def _unwatch(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+
+    def _shut(self, linger: int) -> None:
+        self._unwatch()
         if self._pump is not None and not self.is_inherited:
             self._pump.close(linger)
         self._pump = None
@@ -499,6 +502,7 @@ class Channel:
         self._stop_settling()
         self._is_dying = False
         self.is_up = False  # whoever is woken by what is read now must not send on this socket
+        self._unwatch()  # nor learn that it is connected again
         self.drain()
         if self._is_closed:
             return

@@ -473,6 +473,51 @@ def test_a_raw_greenlet_that_fails_takes_nobody_with_it(
     assert capfd.readouterr().err.count("Traceback") >= 2
 
 
+def test_nobody_is_told_of_a_new_connection_on_a_socket_that_is_given_up(tmp_path: Path) -> None:
+    """Who gets the answer that is read at the connection's end, works long, and asks again: by the next connection, once."""
+    path = f"ipc://{tmp_path}/s"
+    got: list[bytes] = []
+    may_reply, again, is_back = threading.Event(), threading.Event(), threading.Event()
+
+    def serve() -> None:
+        for number in range(2):
+            with plain.Context() as native, native.socket(plain.REP) as sock:
+                sock.bind(path)
+                if number:
+                    is_back.set()
+                while sock.poll(int(1000 * (LONG if len(got) < 2 else 300 * MS))):
+                    got.append(sock.recv())
+                    assert number or may_reply.wait(LONG)
+                    sock.send(got[-1])
+                    if not number:
+                        assert again.wait(LONG)
+                        break
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with zmq.Context() as context, Client(path, context=context) as client:
+
+        def ask() -> bytes:
+            assert client.request(b"1") == b"1"
+            again.set()
+            assert is_back.wait(LONG)
+            plain_sleep(500 * MS)  # libzmq connects again meanwhile
+            return client.request(b"2")
+
+        def lose() -> None:
+            may_reply.set()
+            plain_sleep(100 * MS)  # the answer is there, and not read
+            client._channels[0]._lose(LOST)
+
+        asked = gevent.spawn(ask)
+        wait_until(lambda: got)
+        gevent.get_hub().loop.run_callback(lose)
+        assert asked.get() == b"2"
+        assert client.stats.endpoints[0].lost_requests == 0
+    thread.join()
+    assert got == [b"1", b"2"]
+
+
 # Whoever leaves, whenever it is.
 
 
