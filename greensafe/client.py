@@ -579,8 +579,8 @@ class Client:
     def _leave(self, call: Call) -> None:
         """Nobody waits for this request any more: nothing of it stays, here or on the server."""
         asked = call.asked
+        call.stop_pause()
         if asked.is_open:
-            call.stop_pause()
             self._tell_cancelled(call)
             self._requester.abandon(asked)
             self._waiting.pop(call, None)

@@ -518,6 +518,25 @@ def test_nobody_is_told_of_a_new_connection_on_a_socket_that_is_given_up(tmp_pat
     assert got == [b"1", b"2"]
 
 
+@pytest.mark.parametrize("how", ["closed", "killed"])
+def test_nothing_is_left_of_a_retry_that_is_to_come(context: zmq.Context, endpoint: str, how: str) -> None:
+    """Whoever waits for his next try may leave, or the client be closed: no timer is left, and nothing waits."""
+    with Client(endpoint, context=context, retries=1) as client:
+        assert client.request(b"x") == b"x"
+        asked = gevent.spawn(client.request, b"sleep %f" % LONG, idempotent=True)
+        wait_until(lambda: client._channels[0].load)
+        call = client._requester.asked()[0].owner
+        gevent.get_hub().loop.run_callback(client._channels[0]._lose, LOST)
+        wait_until(lambda: call.pause is not None)
+        if how == "closed":
+            client.close()
+        else:
+            asked.kill(block=False)
+        gevent.joinall([asked])
+        assert call.pause is None
+        assert not client._waiting
+
+
 # Whoever leaves, whenever it is.
 
 
