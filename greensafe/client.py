@@ -585,7 +585,8 @@ class Client:
             self._requester.abandon(asked)
             self._waiting.pop(call, None)
         asked.frames.clear()  # if it has not left yet it need not leave any more
-        del call.asked  # which knows its call: else each request would be for the garbage collector
+        asked.body = ()  # the table may keep what has a limit until that comes: neither what was asked with it, nor who asked
+        asked.owner = None  # which knows its request: else each would be for the garbage collector
         if not self._is_waking and not self._requester.pending:
             self._rest()
 
@@ -651,8 +652,9 @@ class Client:
         for channel in self._channels:
             channel.drain()
         for asked in self._requester.tick(monotonic()):
-            asked.owner.is_timed_out = True
-            self._wake(asked.owner)
+            if asked.is_open:  # and not ended by those that were woken before it
+                asked.owner.is_timed_out = True
+                self._wake(asked.owner)
         self._disarm()
         at = self._requester.next_deadline()
         if at is not None:

@@ -537,6 +537,18 @@ def test_nothing_is_left_of_a_retry_that_is_to_come(context: zmq.Context, endpoi
         assert not client._waiting
 
 
+def test_what_has_ended_before_its_limit_is_not_kept_until_then(context: zmq.Context, endpoint: str) -> None:
+    """The table may keep a request with a limit until that comes, but neither its body nor who asked."""
+    with Client(endpoint, context=context) as client:
+        for number in range(100):
+            asker = gevent.Greenlet(client.request, bytes(1000) + b"%d" % number, timeout=LONG)
+            asker.start()
+            asker.join()
+        kept = [entry[2] for entry in client._requester._due._heap]
+        assert kept
+        assert [each for each in kept if each.body or each.owner is not None] == []
+
+
 # Whoever leaves, whenever it is.
 
 
