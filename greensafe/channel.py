@@ -408,8 +408,9 @@ class Channel:
             self._owner.restarts.failed("connection", error, lambda: self._guarded(lambda: self._lose(LOST)))
 
     def _guarded(self, act: Callable[[], None]) -> None:
-        """Do something that would not be done any more if it failed."""
-        self._owner.restarts.run("connection", act)
+        """Do something that would not be done any more if it failed; nothing in a forked child, whose timers are not its own."""
+        if not self.is_inherited:
+            self._owner.restarts.run("connection", act)
 
     def _on_event(self, event: ConnectionEvent) -> None:
         kind = event.kind

@@ -389,7 +389,8 @@ class Client:
 
     def _on_paused(self, call: Call) -> None:
         call.stop_pause()
-        self._place(call, monotonic())
+        if self._generation == generation():  # in a forked child it is the parent's to send it again
+            self._place(call, monotonic())
 
     # What channels tell.
 
@@ -510,7 +511,8 @@ class Client:
 
     def _forget_parent(self) -> None:
         """Begin anew; the parent's requests are its own, whatever becomes of the greenlets here that seem to wait for them."""
-        self._requester.abandon_all()
+        for asked in self._requester.abandon_all():
+            asked.owner.stop_pause()
         self._stop_timers()
         self._begin()
 

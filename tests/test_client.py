@@ -753,3 +753,65 @@ def test_a_child_forked_while_a_request_waits(context: zmq.Context, tmp_path: Pa
         run = gevent.get_hub().threadpool.apply
         result = run(lambda: run_python(FORKING, f"ipc://{tmp_path}/s", state, f"{tmp_path}/own"))
     assert result.out.split() == ["0"], result.err
+
+
+FORKING_IN_A_PAUSE = """
+import os, sys, gevent
+import greensafe as zmq
+from greensafe import channel as channels, client as clients
+from greensafe.green._pump import Pump
+from greensafe.trouble import LOST
+
+endpoint, pause = sys.argv[1:]
+clients.delay = channels.delay = lambda attempt, fraction: 0.3
+client = zmq.Client(endpoint, heartbeat=0.5, timeout=30, retries=1)
+assert client.request(b"x") == b"x"
+waiting = gevent.spawn(client.request, b"sleep 0.2", idempotent=True)
+gevent.sleep(0.05)
+first = client._channels[0]
+if pause == "retry":
+    client._hub.loop.run_callback(first._lose, LOST)
+    while not client._requester.asked()[0].owner.pause or not first.is_up:
+        gevent.sleep(0.001)
+elif pause == "reopen":
+    first._losses = 1
+    client._hub.loop.run_callback(first._lose, LOST)
+    while not first._reopen:
+        gevent.sleep(0.001)
+else:
+    client._hub.loop.run_callback(first._on_disconnected)
+    while not first._settle:
+        gevent.sleep(0)
+child = os.fork()
+if not child:
+    used = []
+    for owner, name in (Pump, "_try_send"), (channels, "plain_socket"):
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *args, name=name, real=real: (used.append(name), real(*args))[1])
+    try:
+        gevent.sleep(0.6)
+        assert used == [], used
+        assert client.request(b"child") == b"child"
+        assert client.stats.answered == 1 and not client._waiting
+        gevent.sleep(0.6)
+        assert used == ["plain_socket", "_try_send"], used
+        client.close()
+        os._exit(0)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+assert waiting.get() == b"sleep 0.2"
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+client.close()
+"""
+
+
+@pytest.mark.parametrize("pause", ["retry", "reopen", "settle"])
+def test_a_child_forked_in_a_pause(context: zmq.Context, tmp_path: Path, pause: str) -> None:
+    """What was to be done after a pause is the parent's: a child neither sends its requests again nor makes its connections."""
+    with Server(f"ipc://{tmp_path}/s", _handler, deadline=LONG, context=context):
+        run = gevent.get_hub().threadpool.apply
+        result = run(lambda: run_python(FORKING_IN_A_PAUSE, f"ipc://{tmp_path}/s", pause))
+    assert result.out.split() == ["0"], result.err
