@@ -408,7 +408,7 @@ class Channel:
             self._owner.restarts.failed("connection", error, lambda: self._guarded(lambda: self._lose(LOST)))
 
     def _guarded(self, act: Callable[[], None]) -> None:
-        """Do something that would not be done any more if it failed; nothing in a forked child, whose timers are not its own."""
+        """Do what would not be done any more if it failed; nothing in a forked child, whose timers are not its own."""
         if not self.is_inherited:
             self._owner.restarts.run("connection", act)
 
