@@ -386,14 +386,22 @@ class Pump:
                 self._schedule()
             if self._on_gone is None or self.is_inherited:
                 return
-            if self.is_started and not _get(self._sock, _EVENTS) & (_POLLIN | _POLLOUT):
-                self._on_gone()
+            if self.is_started:
+                self._ask_for_peer(self._on_gone)
         except BaseException as error:  # noqa: BLE001 - an exception that leaves a callback stops its watcher for good
             if isinstance(error, zmq.ZMQError) and error.errno in _ENDED:
                 self.stop()
                 self._on_end()
             else:
                 self._fail(error)
+
+    def _ask_for_peer(self, on_gone: Callable[[], object]) -> None:
+        events = _get(self._sock, _EVENTS)
+        if events & _POLLIN:
+            if not self.is_paused:
+                self._schedule()  # it has come since all was read, and to ask has used up its edge
+        elif not events & _POLLOUT:
+            on_gone()
 
     def _fail(self, error: BaseException) -> None:
         """Not a message but the pump has failed, here and now."""

@@ -211,3 +211,45 @@ def test_stopped_it_leaves_messages_where_they_are(context: zmq.Context, make: M
     peer.send(b"2")
     pump.start()
     wait_until(lambda: len(got) == 2)
+
+
+def test_what_comes_while_it_is_asked_whether_the_peer_is_gone(
+    context: zmq.Context, got: list[list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking uses up the edge of a message that has come since all was read: it is read all the same, and nobody is gone."""
+    gone: list[bool] = []
+    peer = plain.Socket(context, zmq.DEALER)
+    peer.bind("inproc://peer")
+    sock: plain.Socket[bytes] = plain.Socket(context, zmq.DEALER)
+    sock.connect("inproc://peer")
+    pump = Pump(sock, got.append, lambda: None, on_gone=lambda: gone.append(True))
+    pump.start()
+    peer.send(b"first")
+    wait_until(lambda: got)
+    gevent.sleep(0)
+    read, ask = Pump._read, _pump._get
+    is_read = False
+
+    def note(self: Pump, is_likely: bool = False) -> bool:
+        nonlocal is_read
+        is_read = read(self, is_likely)
+        return is_read
+
+    def ask_late(sock: Any, option: int) -> Any:
+        nonlocal is_read
+        if is_read:
+            is_read = False
+            peer.send(b"%d" % len(got))
+        return ask(sock, option)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Pump, "_read", note)
+            patched.setattr(_pump, "_get", ask_late)
+            pump._schedule()
+            wait_until(lambda: len(got) > 20)
+        assert got[:4] == [[b"first"], [b"1"], [b"2"], [b"3"]]
+        assert gone == []
+    finally:
+        pump.close(0)
+        peer.close(0)
