@@ -641,6 +641,24 @@ def test_an_effect_shares_the_steps_transaction(build: Build) -> None:
     assert rows == [("a", 5), ("a", 5)], "one for the request that came twice, one for the plain one"
 
 
+def test_an_effect_that_ends_its_thread(build: Build) -> None:
+    """Whatever an effect raises is the handler's; nobody whose write was in the same batch waits for ever."""
+
+    def leave(connection: Any) -> None:
+        raise SystemExit("enough")
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"bad":
+            request.step("leave", in_transaction(leave))
+        return b"fine"
+
+    site = build(handler)
+    site.peer.ask(1, b"bad")
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "SystemExit")
+    site.peer.ask(2, b"good")
+    assert site.peer.hear() == (Kind.REPLY, b"fine")
+
+
 def test_steps_without_a_journal(context: zmq.Context) -> None:
     """The handler sees the same results; an effect needs a journal and says so."""
     results: list[Any] = []

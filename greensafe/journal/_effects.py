@@ -56,7 +56,7 @@ def _call(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes 
         if not isinstance(value, bytes):
             raise TypeError(f"an effect returns the bytes of its step's result, not {value!r}")
         return value
-    except Exception as error:  # noqa: BLE001 - it goes to whoever gave us the function
+    except BaseException as error:  # noqa: BLE001 - it goes to whoever gave us the function, SystemExit as well
         return Failed(error)
     finally:
         connection.set_authorizer(None)

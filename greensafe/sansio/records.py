@@ -143,7 +143,7 @@ class Forget(NamedTuple):
 class Failed(NamedTuple):
     """The result of an Effect whose `act` raised."""
 
-    error: Exception
+    error: BaseException
 
 
 Write = Begin | Rerun | Excuse | Step | Effect | Finish | Ack | Forget
