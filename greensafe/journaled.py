@@ -15,8 +15,8 @@ Rules:
 * An answer that cannot be stored does not leave: its client is told UNAVAILABLE. That, and what else is not kept
   (`sansio.resume.is_kept`), leaves as INTERRUPTED, and the request stays open; so does an answer to nobody, whose client has
   vanished and may come back for more.
-* An attempt that ends as INTERRUPTED, or whose handler has returned LATER, was not in vain (`Excuse`): only those count that
-  have ended with their process.
+* An attempt that ends as INTERRUPTED, or before it was run, or whose handler has returned LATER, was not in vain (`Excuse`):
+  only those count that have ended with their process.
 * After the answer nothing is stored any more: steps that still run are not for another run.
 
 It does not know how things are stored, nor when the client sends again.
@@ -58,16 +58,18 @@ class _Memory:
         steps: The results that are stored.
         counts: How often each name was used in this run.
         is_begun: Its Begin is stored, so its answer can be.
+        is_counted: The journal counts this run as one in vain, and was not told yet that it was not.
         is_vanished: Its client's connection is gone.
     """
 
-    __slots__ = ("attempt", "counts", "is_begun", "is_vanished", "steps")
+    __slots__ = ("attempt", "counts", "is_begun", "is_counted", "is_vanished", "steps")
 
     def __init__(self) -> None:
         self.attempt = 1
         self.steps: dict[tuple[str, int], bytes] = {}
         self.counts: dict[str, int] = {}
         self.is_begun = False
+        self.is_counted = False
         self.is_vanished = False
 
 
@@ -153,6 +155,7 @@ class Journaled(Watchdog):
         if error is not None:
             self._guarded(self._drop, request, _not_stored(error))
         elif known is None:
+            exchange.memory.is_counted = True
             self._run_stored(request)
         else:
             self._guarded(self._go_on, request, known)
@@ -195,6 +198,7 @@ class Journaled(Watchdog):
         self.rerun += 1
         if request_id in self._excused:
             self._excuse(request_id)
+        exchange.memory.is_counted = True
         self._commits.write(Rerun(request_id), lambda _, error: self._on_rerun(request, error))
 
     def _on_rerun(self, request: Request, error: JournalError | None) -> None:
@@ -278,7 +282,7 @@ class Journaled(Watchdog):
         super()._returned(request, result)
         exchange = request._exchange
         if result is LATER and exchange.memory is not None and not exchange.is_answered:
-            self._excuse(_id(exchange))
+            self._excuse_run(exchange)
 
     def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
         if request._exchange.memory is None:
@@ -319,12 +323,18 @@ class Journaled(Watchdog):
         error: RemoteError | None,
         send: Callable[[list[bytes]], None],
     ) -> None:
-        if kind is Kind.INTERRUPTED and exchange.memory.is_begun:
-            self._excuse(_id(exchange))
+        if exchange.memory is not None and (kind is Kind.INTERRUPTED or not exchange.memory.is_begun):
+            self._excuse_run(exchange)
         send(self.responder.deliver(exchange, body, kind))
         for frames in self.responder.copies(exchange, body, kind):
             send(frames)
         self._count(exchange, error)
+
+    def _excuse_run(self, exchange: Exchange) -> None:
+        """Once for a run, and only if there was one: what its predecessors have ended with is not forgotten."""
+        if exchange.memory.is_counted:
+            exchange.memory.is_counted = False
+            self._excuse(_id(exchange))
 
     def _excuse(self, request_id: bytes) -> None:
         """Its attempt has ended, and not with this process: another one may follow. A disk that is full is told again then."""

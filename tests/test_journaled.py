@@ -522,6 +522,70 @@ def test_only_attempts_that_end_with_the_process_are_in_vain(build: Build) -> No
     assert [attempt for _, attempt in site.runs] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_an_attempt_is_excused_once(build: Build) -> None:
+    """One that has returned LATER and is stopped afterwards does not excuse the one before, which ended with its process."""
+    kept: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        kept.append(request)
+        if request.attempt == 2:
+            return LATER
+        gevent.event.Event().wait()
+        return b"never"
+
+    site = build(handler, max_attempts=2)
+    for attempt, end in ((1, site.die), (2, site.restart), (3, site.die)):
+        site.peer.ask(age_ms=attempt)
+        wait_until(lambda attempt=attempt: len(site.runs) == attempt and not site.journal.pending)
+        end()
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "ABORTED", "TooManyAttempts")
+    kept.clear()
+    gc.collect()
+
+
+def test_what_was_not_run_excuses_nothing(build: Build) -> None:
+    """That a request is ABORTED cannot be stored: the attempts before are still those that ended with their process."""
+    waiting = Waiting()
+    site = build(waiting, max_attempts=1)
+    site.peer.ask()
+    wait_until(lambda: site.runs and not site.journal.pending)
+    site.die()
+    site.disk.fails = lambda write: type(write).__name__ == "Finish"
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    site.disk.fails = lambda write: False
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "ABORTED", "TooManyAttempts")
+    assert len(site.runs) == 1
+
+
+def test_cancelled_before_its_rerun_is_stored(build: Build) -> None:
+    """A rerun that was counted and not run was not in vain: it has not ended with its process."""
+    waiting = Waiting()
+    site = build(waiting, max_attempts=2)
+    site.peer.ask()
+    wait_until(lambda: site.runs and not site.journal.pending)
+    site.die()
+    is_held, go_on = Native(), Native()
+
+    def hold(write: Write) -> bool:
+        if type(write).__name__ == "Rerun":
+            is_held.set()
+            go_on.wait(LONG)
+        return False
+
+    site.disk.fails = hold
+    site.peer.ask(age_ms=5)
+    wait_until(is_held.is_set)
+    site.peer.tell(Kind.CANCEL)
+    assert site.peer.error() == (Kind.ERROR, "CANCELLED", "Cancelled")
+    go_on.set()
+    waiting.event.set()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
 def test_abort(build: Build) -> None:
     """With resume="abort" an interrupted request is not run again, and that is its answer from then on."""
     site = build(Waiting(), resume="abort")
