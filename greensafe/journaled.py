@@ -11,7 +11,8 @@ Rules:
 * Until its Begin is stored a request waits like one whose turn has not come: it can expire, be cancelled or refused, and leaves
   no trace but its Begin.
 * The same request again joins the one that is open here. If that is answered already but its handler has not ended, and the
-  answer was none to be kept, the next run waits for that end: a request never runs twice at a time.
+  answer was none to be kept, the next run waits for that end: a request never runs twice at a time. A handler that has survived
+  its kill is not waited for: the client is told RESOURCE_EXHAUSTED.
 * An answer that cannot be stored does not leave: its client is told UNAVAILABLE. That, and what else is not kept
   (`sansio.resume.is_kept`), leaves as INTERRUPTED, and the request stays open; so does an answer to nobody, whose client has
   vanished and may come back for more.
@@ -45,6 +46,10 @@ from .watchdog import TURN, Watchdog
 
 __all__ = ["Journaled"]
 
+
+#: What a client is told whose request cannot be run again as long as its last run does not end. (Not UNAVAILABLE: of a rejected
+#: request that says that the server is about to stop.)
+_SURVIVED = RemoteError("RESOURCE_EXHAUSTED", "this request's last run has survived a kill and goes on", "HandlerStuck")
 
 #: Writes that may wait for the disk before acknowledgements are left out: the answers then stay in the journal for longer.
 ACKS = 10_000
@@ -190,8 +195,11 @@ class Journaled(Watchdog):
             if exchange.at is not None and exchange.at <= monotonic():
                 return  # the timer answers it
         request_id = _id(exchange)
-        if request_id in self._active:
-            self._after[request_id] = request
+        if (active := self._active.get(request_id)) is not None:
+            if active.kills > 1:
+                self._drop(request, _SURVIVED)
+            else:
+                self._after[request_id] = request
             return
         exchange.memory.attempt = run.attempt
         exchange.memory.steps = dict(run.steps)
@@ -357,6 +365,13 @@ class Journaled(Watchdog):
                 after = self._after.pop(request_id, None)
                 if after is not None and self._beginning.pop(after._exchange.key, None) is not None:
                     self._start(after)
+
+    def _on_zombie(self, exchange: Exchange) -> None:
+        super()._on_zombie(exchange)
+        if exchange.memory is not None and self._active.get(_id(exchange)) is exchange:
+            after = self._after.pop(_id(exchange), None)
+            if after is not None and self._beginning.get(after._exchange.key) is after:
+                self._guarded(self._drop, after, _SURVIVED)
 
     def cancel_from(self, routing_id: bytes) -> None:
         for exchange in self._owed.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class Site:
         self.disk = Disk(path)
         self.handler = handler
         self.runs: list[tuple[str, int]] = []
-        self.server = Server(ANY_PORT, self._handle, deadline=LONG, context=context, journal=self.disk, **options)
+        options = {"deadline": LONG, **options}
+        self.server = Server(ANY_PORT, self._handle, context=context, journal=self.disk, **options)
         self.server.start()
         self.peer = self.connect()
 
@@ -804,6 +805,27 @@ def test_a_rerun_waits_for_the_end_of_the_last_run(build: Build) -> None:
     assert running == [1]
     go.set()
     assert site.peer.hear() == (Kind.REPLY, b"now")
+
+
+def test_a_rerun_does_not_wait_for_what_cannot_be_ended(build: Build) -> None:
+    """If the last run has survived its kill, who waits for its end is told, and who comes then as well."""
+    over = gevent.event.Event()
+
+    def handler(request: Request) -> None:
+        request.error("UNAVAILABLE", "not now")
+        while not over.is_set():
+            with suppress(BaseException):
+                over.wait()
+
+    site = build(handler, deadline=100 * MS, grace=20 * MS)
+    site.peer.ask()
+    assert site.peer.error()[0] == Kind.INTERRUPTED
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "HandlerStuck")
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "HandlerStuck")
+    assert site.runs == [("body", 1)]
+    over.set()
 
 
 def test_one_whose_client_has_vanished_stays_open(build: Build) -> None:
