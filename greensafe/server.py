@@ -165,6 +165,8 @@ class Server:
         self._stopped = Event()
         self._stopped.set()
         self._stopping = False
+        #: The pump of the server that is being closed just now.
+        self._closing: Pump | None = None
         self._closed_at = -math.inf
         self.endpoint: str | None = None
 
@@ -334,12 +336,16 @@ class Server:
         Greensafe clients are told at once, and send what they ask from then on elsewhere, if they have somewhere else, or to
         whoever is there next. What is not answered after `timeout` seconds is answered UNAVAILABLE: handlers that run are
         killed, requests that have arrived but were not run are refused. Called again (from a second signal, say) with a smaller
-        timeout it ends the first call's wait. The server can be started again afterwards.
+        timeout it ends the first call's wait; called while the server closes, by a hook, say, it does nothing. It can be
+        started again afterwards.
+
+        Raises:
+            RuntimeError: Called in the hub, where nobody can wait; the server was closed at once.
         """
         limit = to_seconds(timeout)
         self._forget_parent()
         pump = self._pump
-        if pump is None:
+        if pump is None or pump is self._closing:
             return
         # Not unbound first: that would end the connections it accepted, and their answers with them.
         self._stopping = True
@@ -360,8 +366,12 @@ class Server:
             if self._commits is not None and self._pump is pump and gevent.getcurrent() is not gevent.get_hub():
                 self._commits.flush(FLUSH)  # answers that wait for it, and no longer
         finally:
-            if self._pump is pump:
-                self._close()
+            if self._pump is pump is not self._closing:
+                self._closing = pump
+                try:
+                    self._close()
+                finally:
+                    self._closing = None
 
     def close(self) -> None:
         """Stop at once: what has arrived and is not answered is answered UNAVAILABLE."""

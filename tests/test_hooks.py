@@ -169,6 +169,34 @@ def test_a_server_comes_and_goes(context: zmq.Context, told: list[Any]) -> None:
     ]
 
 
+@pytest.mark.parametrize("act", ["close", "stop"])
+def test_a_hook_that_stops_a_server_that_closes(context: zmq.Context, told: list[Any], act: str) -> None:
+    """It has nothing to do: the server closes once, and each request is answered once."""
+    count = 20
+
+    def hook(record: Record) -> None:
+        told.append(record)
+        if isinstance(record, RequestFailed):
+            getattr(server, act)()
+
+    server = Server(ENDPOINT, _handler, deadline=LONG, max_inflight=count, hooks=hook, context=context)
+    with server, Client(ENDPOINT, context=context) as client:
+        asking = [gevent.spawn(_outcome, client) for _ in range(count)]
+        wait_until(lambda: server.stats.running == count)
+        server.close()
+        assert {each.get() for each in asking} == {"UNAVAILABLE"}
+    assert sum(isinstance(record, RequestFailed) for record in told) == count
+    assert [record for record in told if isinstance(record, ServerStopped)] == [ServerStopped(ENDPOINT, count)]
+
+
+def _outcome(client: Client) -> str:
+    try:
+        client.request(b"hang")
+    except RemoteError as error:
+        return error.code
+    return ""
+
+
 def test_a_stuck_handler_is_named(context: zmq.Context, told: list[Any]) -> None:
     """The handler that survives its kill is told of once, with what stats say of it."""
     go = gevent.event.Event()
