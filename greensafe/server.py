@@ -491,7 +491,7 @@ class Server:
             self._commits.close()  # who waits for it is told now, while that can still be sent
         run = self._restarts.run  # a pump that has failed does not keep this from its end
         run("pump", lambda: pump.refuse(lambda frames: watchdog.refuse(frames, stopped)))
-        if not pump.dropped:  # not if an answer was thrown away: its request was run
+        if not pump.dropped and not watchdog.responder.inflight:  # else a request may have been run that has no answer
             run("pump", watchdog.tell_closed)
         run("pump", pump.flush)
         if self._bind_to.startswith("inproc:"):

@@ -761,9 +761,9 @@ def test_clients_are_told_of_the_end_once(context: zmq.Context) -> None:
     stopping.get()
 
 
-@pytest.mark.parametrize("why", ["it may", "a journal", "an answer was dropped"])
+@pytest.mark.parametrize("why", ["it may", "a journal", "an answer was dropped", "an answer is owed"])
 def test_the_last_word_is_true(context: zmq.Context, tmp_path: Path, why: str) -> None:
-    """CLOSED is said if each request has had its answer, INTERRUPTED with a journal; not if one was dropped."""
+    """CLOSED is said if each request has had its answer, INTERRUPTED with a journal; not if one was dropped, or failed."""
     endpoint = f"ipc://{tmp_path}/s"
     journal = str(tmp_path / "journal") if why == "a journal" else None
     client = context.socket(zmq.DEALER)
@@ -786,4 +786,7 @@ def test_the_last_word_is_true(context: zmq.Context, tmp_path: Path, why: str) -
             if why == "an answer was dropped":
                 assert server._pump is not None
                 server._pump.dropped += 1
-    assert (Kind.CLOSED in kinds) == (why != "an answer was dropped")
+            elif why == "an answer is owed":
+                assert server._watchdog is not None
+                server._watchdog.responder.inflight += 1
+    assert (Kind.CLOSED in kinds) == (not why.startswith("an answer"))
