@@ -56,6 +56,8 @@ def _call(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes 
         if not isinstance(value, bytes):
             raise TypeError(f"an effect returns the bytes of its step's result, not {value!r}")
         return value
+    except KeyboardInterrupt:
+        raise  # nobody's but the program's
     except BaseException as error:  # noqa: BLE001 - it goes to whoever gave us the function, SystemExit as well
         return Failed(error)
     finally:

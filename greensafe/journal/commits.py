@@ -262,7 +262,7 @@ def _commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
     except JournalError as error:
         if len(writes) == 1:
             return [error]
-    except Exception as error:  # a fault of the journal's must not cost a request its answer
+    except BaseException as error:  # a fault of the journal's must not cost a request its answer
         log.exception("%r has failed", journal)
         return [_wrapped(error)] * len(writes)
     half = len(writes) // 2
@@ -290,7 +290,7 @@ def _finish(journal: Journal, writes: Sequence[Write]) -> None:
         log.exception("%r cannot be closed", journal)
 
 
-def _wrapped(error: Exception) -> JournalError:
+def _wrapped(error: BaseException) -> JournalError:
     wrapped = JournalError(f"the journal has failed: {error!r}")
     wrapped.__cause__ = error
     return wrapped

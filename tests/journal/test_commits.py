@@ -28,7 +28,7 @@ class Gated(SqliteJournal):
         self.gate = Native()
         self.gate.set()
         self.batches: list[int] = []
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
         self.tidied: list[frozenset[bytes]] = []
 
     def commit(self, writes: Sequence[Any]) -> list[Any]:
@@ -169,8 +169,8 @@ def test_a_write_that_cannot_be_stored_fails_alone(journal: Gated, commits: Comm
     assert commits.error is None
 
 
-@pytest.mark.parametrize("fault", [JournalError("the disk is full"), ZeroDivisionError("a bug")])
-def test_a_journal_that_fails(journal: Gated, commits: Commits, fault: Exception, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fault", [JournalError("the disk is full"), ZeroDivisionError("a bug"), SystemExit("a bug")])
+def test_a_journal_that_fails(journal: Gated, commits: Commits, fault: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     """Everybody is told, once is logged, and the next writes are stored when it is well again."""
     journal.fault = fault
     told = [Told() for _ in range(3)]
