@@ -54,9 +54,10 @@ class Service:
         self.asked: list[gevent.Greenlet] = []
 
     def ask(self, *bodies: bytes) -> None:
-        """Have them run, or wait for their turn."""
+        """Have them run, or wait for their turn: the server has said of each that it works on it."""
         self.asked += [gevent.spawn(self._client.request, body) for body in bodies]
-        wait_until(lambda: self._client.stats.endpoints[0].inflight == len(self.asked))
+        table = self._client._requester
+        wait_until(lambda: len(table) == len(self.asked) and all(asked.is_heard for asked in table.asked()))
 
     def signal(self, number: int) -> None:
         """Send it, and wait until the client knows that the server drains."""
