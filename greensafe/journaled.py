@@ -9,7 +9,7 @@ the answer before it leaves. Only what comes with an id can come again: requests
 Rules:
 
 * Until its Begin is stored a request waits like one whose turn has not come: it can expire, be cancelled or refused, and leaves
-  no trace but its Begin.
+  no trace (`Forget`).
 * The same request again joins the one that is open here. If that is answered already but its handler has not ended, and the
   answer was none to be kept, the next run waits for that end: a request never runs twice at a time. A handler that has survived
   its kill is not waited for: the client is told RESOURCE_EXHAUSTED.
@@ -39,7 +39,7 @@ from .journal.steps import InTransaction
 from .request import LATER, Request
 from .sansio.envelope import Header, Kind
 from .sansio.exchange import Exchange
-from .sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Known, Rerun, Step, Write
+from .sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, Step, Write
 from .sansio.resume import Refuse, Replay, Run, decide, is_kept
 from .stats import JournalStats
 from .watchdog import TURN, Watchdog
@@ -156,7 +156,10 @@ class Journaled(Watchdog):
     def _on_begun(self, request: Request, known: Known | None, error: JournalError | None) -> None:
         exchange = request._exchange
         if exchange.key not in self._beginning:
-            return  # expired or cancelled meanwhile
+            # Expired or cancelled meanwhile: if it was new and does not come again just now, it is as if it had never come.
+            if known is None and error is None and not self.responder.is_open(_id(exchange)):
+                self._commits.write(Forget(_id(exchange)))
+            return
         if error is not None:
             self._guarded(self._drop, request, _not_stored(error))
         elif known is None:

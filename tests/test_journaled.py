@@ -623,7 +623,8 @@ def test_overdue_before_it_is_stored(build: Build) -> None:
     assert site.peer.error() == (Kind.ERROR, "DEADLINE_EXCEEDED", "CallerLimit")
     assert site.server.stats.running == 0
     site.disk.gate.set()
-    wait_until(lambda: not site.journal.pending)
+    wait_until(lambda: site.disk.kinds() == ["Begin"])
+    gevent.sleep(5 * MS)
     assert site.runs == []
 
 
@@ -641,6 +642,19 @@ def test_cancelled_before_it_is_stored_and_after(build: Build) -> None:
     site.peer.tell(Kind.CANCEL, 2)
     assert site.peer.error() == (Kind.ERROR, "CANCELLED", "Cancelled")
     assert site.disk.kinds(2) == ["Begin", "Finish"]
+    assert site.disk.kinds(1) == ["Begin", "Forget"]
+
+
+def test_what_never_ran_is_no_interruption(build: Build) -> None:
+    """A request that was given up before it was stored is new when it comes again, also with resume="abort"."""
+    site = build(_echo, resume="abort")
+    site.disk.gate.clear()
+    site.peer.ask(limit_ms=20)
+    assert site.peer.error() == (Kind.ERROR, "DEADLINE_EXCEEDED", "CallerLimit")
+    site.disk.gate.set()
+    wait_until(lambda: site.disk.kinds() == ["Begin"])
+    site.peer.ask(age_ms=50)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
 
 
 def test_a_later_request_is_unfinished_until_it_is_answered(build: Build) -> None:

@@ -179,6 +179,10 @@ class Responder:
         """Requests that have come."""
         return self._key
 
+    def is_open(self, request_id: bytes) -> bool:
+        """With a journal: whether the request with this id is owed an answer."""
+        return self._ids is not None and request_id in self._ids
+
     def open_ids(self) -> list[bytes]:
         """With a journal: the ids of the requests that are owed an answer."""
         return list(self._ids or ())
