@@ -91,6 +91,7 @@ class Server:
             nothing is read and clients feel backpressure.
         overload: "wait", or "reject": those beyond max_inflight are answered RESOURCE_EXHAUSTED at once, and not run.
         on_error: Called with (request, error) before an error goes to a plain client; returns what to send instead, or None.
+            It is often called in the hub, where it cannot wait.
         blocked_after: Seconds without a turn of the hub after which what runs is logged; None for never.
         exit_when_blocked: The same, after which the process ends itself with code 70, for its supervisor to restart it.
         preempt: Experimental: end overdue handlers that do not wait, by an exception at whatever they do just then. Main thread
@@ -166,7 +167,6 @@ class Server:
         self._stopped.set()
         self._stopping = False
         #: The pump of the server that is being closed just now.
-        self._closing: Pump | None = None
         self._closed_at = -math.inf
         self.endpoint: str | None = None
 
@@ -336,17 +336,21 @@ class Server:
         Greensafe clients are told at once, and send what they ask from then on elsewhere, if they have somewhere else, or to
         whoever is there next. What is not answered after `timeout` seconds is answered UNAVAILABLE: handlers that run are
         killed, requests that have arrived but were not run are refused. Called again (from a second signal, say) with a smaller
-        timeout it ends the first call's wait; called while the server closes, by a hook, say, it does nothing. It can be
-        started again afterwards.
+        timeout it ends the first call's wait. The server can be started again afterwards. Whatever is thrown into the caller
+        meanwhile ends the wait, and the server is closed all the same.
 
         Raises:
-            RuntimeError: Called in the hub, where nobody can wait; the server was closed at once.
+            TypeError, ValueError: The timeout is none.
+            RuntimeError: In the hub, which cannot wait: `close` can be called there.
         """
         limit = to_seconds(timeout)
         self._forget_parent()
         pump = self._pump
-        if pump is None or pump is self._closing:
+        if pump is None:
             return
+        is_hub = gevent.getcurrent() is gevent.get_hub()
+        if is_hub and limit != 0:
+            raise RuntimeError("the hub cannot wait for requests to end: call close(), or spawn stop")
         # Not unbound first: that would end the connections it accepted, and their answers with them.
         self._stopping = True
         assert self._watchdog is not None
@@ -363,15 +367,11 @@ class Server:
                 with move_on(POLL if at is None else min(POLL, at - now)):
                     self._idle.wait()
                 now = monotonic()
-            if self._commits is not None and self._pump is pump and gevent.getcurrent() is not gevent.get_hub():
+            if self._commits is not None and self._pump is pump and not is_hub:
                 self._commits.flush(FLUSH)  # answers that wait for it, and no longer
         finally:
-            if self._pump is pump is not self._closing:
-                self._closing = pump
-                try:
-                    self._close()
-                finally:
-                    self._closing = None
+            if self._pump is pump:
+                self._end(is_hub)
 
     def close(self) -> None:
         """Stop at once: what has arrived and is not answered is answered UNAVAILABLE."""
@@ -480,10 +480,20 @@ class Server:
         assert self._watchdog is not None and self._pump is not None
         return self._watchdog.load > 0 or self._watchdog.backlog > 0 or self._pump.queued > 0 or self._pump.has_input
 
+    def _end(self, is_hub: bool) -> None:
+        """Have it closed in the hub: there on_error and hooks cannot wait, and who stops it may be killed meanwhile."""
+        if is_hub:
+            self._close()
+        else:
+            gevent.get_hub().loop.run_callback(self._close)
+            self._stopped.wait()
+
     def _close(self) -> None:
+        self._forget_parent()
         pump, watchdog = self._pump, self._watchdog
         if pump is None or watchdog is None:
             return
+        self._pump = None  # a hook that closes it once more does nothing
         stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
         before = watchdog.failures.get(stopped.code, 0)
         watchdog.abort_all(stopped)
@@ -496,7 +506,6 @@ class Server:
         run("pump", pump.flush)
         if self._bind_to.startswith("inproc:"):
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
-        self._pump = None
         if self._watch is not None:
             found, wish = self._watch
             found.remove(wish)
@@ -504,21 +513,27 @@ class Server:
         if self._vanished is not None:
             self._vanished.close()
             self._vanished = None
-        self._undelivered = (pump.dropped, pump.unreachable)
+        unread = pump.queued
+        self._undelivered = (pump.dropped + unread, pump.unreachable)
         pump.close(int(FLUSH * 1000))
         self._restarts.close()
         self._closed_at = monotonic()
         watchdog.close()
-        self._close_journal()
-        self._stopping = False
-        self._stopped.set()
         answered, endpoint = watchdog.responder.answered, str(self.endpoint)
         refused = watchdog.failures.get(stopped.code, 0) - before
-        level = logging.WARNING if refused else logging.INFO
-        text = "stopped at %s; %d requests were answered, the last %d of them UNAVAILABLE"
-        log.log(level, text, endpoint, answered, refused, extra={"endpoint": endpoint})
+        level = logging.WARNING if refused or unread else logging.INFO
+        text = "stopped at %s; %d requests were answered, the last %d of them UNAVAILABLE, and %d messages were not read"
+        log.log(level, text, endpoint, answered, refused, unread, extra={"endpoint": endpoint})
         if self._tell is not None:
             self._tell(ServerStopped(endpoint, answered))
+        if self._commits is None:
+            self._be_stopped()
+        else:
+            gevent.spawn(self._close_journal).rawlink(self._be_stopped)
+
+    def _be_stopped(self, _: object = None) -> None:
+        self._stopping = False
+        self._stopped.set()
 
 
 def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> None:

@@ -16,6 +16,7 @@ from helpers import LONG, MS, run_python, running, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, RemoteError, Request, Server, deadline
+from greensafe.hooks import RequestFailed, ServerStopped
 from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -308,6 +309,110 @@ def test_stop_during_stop(context: zmq.Context) -> None:
     server.close()
     first.get()
     assert b"UNAVAILABLE" in raw.recv_multipart()[1]
+
+
+@pytest.mark.parametrize("has_journal", [False, True])
+def test_a_handler_that_stops_its_server(context: zmq.Context, tmp_path: Path, has_journal: bool) -> None:
+    """It is killed by that in the middle of stop, which is done all the same: serve_forever returns, and it can start again."""
+
+    def handler(request: Request) -> bytes:
+        server.stop(0)
+        return b"not reached"
+
+    journal = tmp_path / "journal" if has_journal else None
+    server = Server("inproc://s", handler, deadline=LONG, journal=journal, context=context)
+    for _ in range(2):
+        serving = gevent.spawn(server.serve_forever)
+        wait_until(lambda: server.started)
+        with Client("inproc://s", context=context) as client, pytest.raises(RemoteError, match="UNAVAILABLE"):
+            client.request(b"x")
+        serving.get(timeout=LONG)
+        assert server.closed
+
+
+def test_on_error_that_waits_does_not_hold_up_the_end(context: zmq.Context) -> None:
+    """At the end nobody can wait: an on_error that does has failed, and the standard error goes out."""
+    server = Server("inproc://s", _hang, deadline=None, on_error=lambda request, error: gevent.sleep(LONG), context=context)
+    server.start()
+    with context.socket(zmq.REQ) as req:
+        req.connect("inproc://s")
+        req.send(b"x")
+        wait_until(lambda: server.stats.running)
+        server.close()
+        assert server.closed
+        error = RemoteError.from_reply(req.recv(timeout=LONG))
+    assert error is not None
+    assert error.code == "UNAVAILABLE"
+
+
+def _hang(request: Request) -> None:
+    gevent.sleep(LONG)
+
+
+def test_a_hook_that_closes_the_server(context: zmq.Context) -> None:
+    """Also while it is being closed, it ends once."""
+    told: list[Any] = []
+
+    def hook(record: Any) -> None:
+        told.append(type(record))
+        if isinstance(record, RequestFailed):
+            server.close()
+
+    server = Server("inproc://s", _hang, deadline=LONG, hooks=hook, context=context)
+    server.start()
+    with Client("inproc://s", context=context) as client:
+        asked = [gevent.spawn(client.request, b"x") for _ in range(2)]
+        wait_until(lambda: server.stats.running == 2)
+        server.stop(0)
+        for each in asked:
+            with pytest.raises(RemoteError, match="UNAVAILABLE"):
+                each.get()
+    assert told.count(RequestFailed) == 2
+    assert told.count(ServerStopped) == 1
+    server.start()
+    server.stop()
+
+
+def test_the_hub_cannot_wait(context: zmq.Context) -> None:
+    """There stop does nothing but say so, and close closes."""
+    said: list[str] = []
+    server = Server("inproc://s", _echo, deadline=LONG, context=context)
+
+    def stop() -> None:
+        with pytest.raises(RuntimeError, match="close") as caught:
+            server.stop()
+        said.append(server.state)
+        server.close()
+        said.append(str(caught.value))
+
+    server.start()
+    gevent.get_hub().loop.run_callback(stop)
+    wait_until(lambda: len(said) == 2)
+    assert said[0] == "started"
+    assert server.closed
+
+
+def test_answers_that_nobody_has_read_are_counted_at_the_end(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
+    """What a server has thrown away by closing is in its stats, and in the log."""
+    own = zmq.Context()
+    own.setsockopt(zmq.SNDHWM, 1)
+    with own:
+        server = Server("tcp://127.0.0.1:0", lambda request: bytes(1_000_000), deadline=LONG, context=own)
+        server.start()
+        assert server.endpoint is not None
+        with context.socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.RCVHWM, 1)
+            dealer.connect(server.endpoint)
+            for _ in range(14):
+                dealer.send_multipart([b"", b"x"])
+            wait_until(lambda: server.stats.answered == 14)
+            unsent = server.stats.unsent
+            assert unsent
+            server.close()
+            assert 0 < server.stats.drops["full_outbox"] <= unsent
+    (line,) = [record for record in caplog.records if "stopped at" in record.getMessage()]
+    assert line.levelname == "WARNING"
+    assert f"{server.stats.drops['full_outbox']} messages were not read" in line.getMessage()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
