@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from time import monotonic
 from types import TracebackType
@@ -384,8 +383,10 @@ class Server:
         where there is one that asks (see `systemd`).
 
         Raises:
+            TypeError, ValueError: The timeout is none; it is not started.
             Exception: A loop of its own has failed too often, with this error, and the server is closed; see `restarts`.
         """
+        to_seconds(stop_timeout)  # not when a signal comes
         self.start()
         restarts = self._restarts
         with _signals(lambda: self.stop(stop_timeout), self.close), self._told():
@@ -544,7 +545,7 @@ def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> 
 @contextlib.contextmanager
 def _signals(on_first: Callable[[], object], on_second: Callable[[], object]) -> Iterator[None]:
     """Handle SIGTERM and SIGINT while inside, in the main thread only; what was installed before comes back."""
-    if threading.current_thread() is not threading.main_thread():
+    if not gevent.get_hub().main_hub:  # to a patched threading each greenlet is a thread of its own
         yield
         return
     seen = 0

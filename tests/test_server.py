@@ -392,6 +392,14 @@ def test_the_hub_cannot_wait(context: zmq.Context) -> None:
     assert server.closed
 
 
+def test_a_wrong_timeout_is_found_at_once(context: zmq.Context) -> None:
+    """Not by the signal that is to stop the server."""
+    server = Server("inproc://s", _echo, deadline=LONG, context=context)
+    with pytest.raises(TypeError, match="'5'"):
+        server.serve_forever(stop_timeout="5")
+    assert server.closed
+
+
 def test_answers_that_nobody_has_read_are_counted_at_the_end(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
     """What a server has thrown away by closing is in its stats, and in the log."""
     own = zmq.Context()
@@ -440,6 +448,24 @@ os.kill(os.getpid(), {int(number)})
     result = run_python(program)
     assert result.out.split() == ["answered", "True", "mine"], result.err
     assert result.code == 0
+
+
+@pytest.mark.parametrize("patch", ["", "import gevent.monkey; gevent.monkey.patch_all()"])
+def test_signals_in_a_greenlet(patch: str) -> None:
+    """Patched or not, serve_forever ends on a signal in any greenlet of the main thread."""
+    result = run_python(f"""
+{patch}
+import os, signal, gevent, gevent.monkey, greensafe
+server = greensafe.Server("inproc://s", print, deadline=1)
+serving = gevent.spawn(server.serve_forever)
+while not server.started:
+    gevent.sleep(0.001)
+gevent.sleep(0)
+os.kill(os.getpid(), signal.SIGTERM)
+serving.get(timeout={LONG})
+print(server.state)
+""")
+    assert result.out.split() == ["closed"], result.err
 
 
 def test_a_second_signal_stops_at_once() -> None:
