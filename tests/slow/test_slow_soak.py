@@ -62,7 +62,9 @@ class Site:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         assert self.process.stdout is not None
-        self.endpoint = self._command[2] = self.process.stdout.readline().strip()
+        # In another thread: a hub that is held up does not hear that a server drains.
+        line = gevent.get_hub().threadpool.apply(self.process.stdout.readline)
+        self.endpoint = self._command[2] = line.strip()
         assert self.endpoint, self.stop()
 
     def stop(self) -> dict[str, Any]:
