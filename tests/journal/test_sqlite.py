@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -767,3 +768,20 @@ def test_migration_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with reader(path) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (1,)
         assert "note" not in [row[1] for row in connection.execute("PRAGMA table_info(greensafe_requests)")]
+
+
+# The document.
+
+
+def test_the_document_has_the_format(path: Path) -> None:
+    """docs/journal.md names each column of each table, the number that makes a file a journal, and the versions."""
+    text = (ROOT / "docs/journal.md").read_text()
+    store_one(path)
+    with reader(path) as connection:
+        for table in sorted(_schema.TABLES):
+            section = text.split(f"\n`{table}` ")[1].split("\n`greensafe_")[0]
+            for _, column, *_ in connection.execute(f"PRAGMA table_info({table})"):
+                assert re.search(rf"\b{column}\b", section), f"{table}.{column}"
+    assert f"`{_schema.APPLICATION.to_bytes(4, 'big').hex(' ').upper()}`" in text
+    assert f"{len(_schema.MIGRATIONS)} so far" in text
+    assert f"not later than {MARGIN:.0f} s" in text
