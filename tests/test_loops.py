@@ -11,7 +11,10 @@ from helpers import LONG, run_python
 
 HERE = Path(__file__).parent
 
-TESTS = ["deadlines", "handlers", "watchdog", "hubwatch", "systemd", "supervision", "server", "client"]
+TESTS = ["deadlines", "handlers", "watchdog", "hubwatch", "systemd", "supervision", "server", "client", "journaled"]
+
+#: A journal's backend knows no loop.
+LOOPLESS = HERE / "testing" / "test_conformance.py"
 
 
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
@@ -23,6 +26,7 @@ def test_on_libuv(tests: str) -> None:
     result = run_python(
         "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
         "-q",
+        f"--ignore={LOOPLESS}",
         "--rootdir",
         str(HERE.parent),
         str(HERE / tests),
