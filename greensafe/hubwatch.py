@@ -13,7 +13,8 @@ timer fires, so nothing in the hub can say so. A `HubWatch` sees it from a nativ
 * The thread waits for nothing that the blocked greenlet may hold: logging has locks, so it is done by a thread of its own.
 * Preemption (Linux and macOS, the main thread's hub only): when something is overdue, the thread sends SIGUSR2. Python runs its
   handler in the greenlet that is running, which is hit only if its own preemptible scope is over, and only in the program's own
-  code: greensafe, pyzmq and gevent are never interrupted halfway, so no message is torn.
+  code: greensafe, pyzmq and gevent are never interrupted halfway, so no message is torn; nor are `logging`, `threading` and
+  `queue`, so no lock of theirs stays held.
 
 It does not know requests, nor why a greenlet takes so long. While C code keeps the interpreter's lock this thread does not run
 either: what it missed so is counted afterwards, by the hub. For code that never gives it back there is systemd's watchdog.
@@ -67,8 +68,9 @@ MARGIN = 0.001
 #: Seconds that the last words of a process may take.
 LAST_WORDS = 1.0
 
-#: Whose code is never interrupted halfway.
-_OURS = frozenset({"greensafe", "zmq", "gevent", "greenlet"})
+#: Whose code is never interrupted halfway: ours, and what of Python's library is written in Python and holds locks that others
+#: need. `with` calls an `__exit__` of Python's own, which would be ended before its first line: the lock would be held for good.
+_WHOLE = frozenset({"greensafe", "zmq", "gevent", "greenlet"}) | {"threading", "logging", "queue", "concurrent", "importlib"}
 
 _start_thread: Callable[..., int] = get_original("_thread", "start_new_thread")
 _make_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
@@ -401,7 +403,9 @@ def _is_programs(frame: FrameType | None) -> bool:
     """Whether what is interrupted is the program's own code, or what it has called of Python's library."""
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in _WHOLE:
+            return False
         if package not in sys.stdlib_module_names:
-            return package not in _OURS
+            return True
         frame = frame.f_back
     return False

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import os
+import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -467,6 +470,48 @@ def test_not_inside_of_a_shield(context: zmq.Context) -> None:
     ):
         client.request(b"x")
     assert reached == ["the shield's end"]
+
+
+@pytest.mark.parametrize("what", ["queue", "logging"])
+def test_no_lock_stays_held(context: zmq.Context, what: str) -> None:
+    """Handlers that do little but take and give back locks of Python's library are interrupted while they hold none."""
+    jobs: queue.Queue[bytes] = queue.Queue()
+    log = logging.getLogger("test_no_lock_stays_held")
+    log.propagate = False
+    lines = logging.StreamHandler(io.StringIO())
+    log.addHandler(lines)
+
+    def handler(request: Request) -> None:
+        end = monotonic() + LONG
+        while monotonic() < end:
+            if what == "queue":
+                jobs.put(b"x")
+                jobs.get()
+            else:
+                log.warning("x")
+
+    free: list[bool] = []
+
+    def look() -> None:
+        """In another thread: to this one a lock of its own would always be free."""
+        lock = jobs.mutex if what == "queue" else lines.lock
+        assert lock is not None
+        free.append(lock.acquire(blocking=False))
+        if free[-1]:
+            lock.release()
+
+    with (
+        Server("inproc://s", handler, deadline=5 * MS, preempt=True, context=context),
+        Client("inproc://s", context=context) as client,
+    ):
+        for _ in range(50):
+            with pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
+                client.request(b"x")
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            assert free.pop()
+    log.removeHandler(lines)
 
 
 def test_no_message_is_torn(context: zmq.Context) -> None:
