@@ -69,7 +69,7 @@ MARGIN = 0.001
 LAST_WORDS = 1.0
 
 #: Whose code is never interrupted halfway: ours, and what of Python's library is written in Python and holds locks that others
-#: need. `with` calls an `__exit__` of Python's own, which would be ended before its first line: the lock would be held for good.
+#: need. `with` calls an `__exit__` of Python's own, which would be ended before its first line: the lock would stay held.
 _WHOLE = frozenset({"greensafe", "zmq", "gevent", "greenlet"}) | {"threading", "logging", "queue", "concurrent", "importlib"}
 
 _start_thread: Callable[..., int] = get_original("_thread", "start_new_thread")
