@@ -10,6 +10,7 @@ from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolErro
 from greensafe.sansio.envelope import GREET, MAX_ROUTE, NO_JOURNAL, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
 from greensafe.sansio.exchange import Exchange, State
 from greensafe.sansio.responder import (
+    IDLE_CALLERS,
     LONGEST_PULSE,
     MOST_WAYS,
     SHORTEST_PULSE,
@@ -312,6 +313,21 @@ def test_clients_with_much_patience_are_forgotten_in_time() -> None:
     assert responder.tick(LONGEST_PULSE) == []
     assert responder._callers == {}
     assert responder.next_deadline() is None
+
+
+def test_clients_without_requests_are_remembered_up_to_a_number() -> None:
+    """However many come while none is forgotten in time: those with open requests, and so many more."""
+    responder = _responder()
+    waiting = [_open(responder, number, patience_ms=0xFFFFFFFF, route=(b"waits %d" % number,)) for number in range(100)]
+    for number in range(2 * IDLE_CALLERS):
+        exchange = _open(responder, number, patience_ms=0xFFFFFFFF, route=(RID, b"%d" % number))
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+    assert len(responder._callers) <= IDLE_CALLERS + len(waiting)
+    assert len(responder._pulses) <= 2 * (IDLE_CALLERS + len(waiting)) + 1
+    told = responder.tick(LONGEST_PULSE)
+    assert len(told) == len(waiting)
+    assert len(responder._callers) == len(waiting)
 
 
 def test_the_pulse_of_a_client_that_keeps_asking() -> None:
