@@ -280,6 +280,18 @@ class Server:
         except BaseException:
             sock.close(0)
             raise
+        try:
+            self._begin(context, sock)
+        except BaseException:  # no memory, or no descriptor for the monitor
+            self._undo(sock)
+            raise
+        log.info("serving at %s", self.endpoint, extra={"endpoint": self.endpoint})
+        if self._tell is not None:
+            self._tell(ServerStarted(str(self.endpoint)))
+
+    def _begin(self, context: zmq.Context[Any], sock: zmq.Socket[Any]) -> None:
+        """Serve by a socket that is bound."""
+        assert self.endpoint is not None
         self._socket = sock
         self._stopped.clear()
         self._restarts = restarts = Restarts(self.endpoint, self._give_up, self._tell)
@@ -314,9 +326,18 @@ class Server:
         if self._cancel_vanished:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
         self._pump.start()
-        log.info("serving at %s", self.endpoint, extra={"endpoint": self.endpoint})
-        if self._tell is not None:
-            self._tell(ServerStarted(self.endpoint))
+
+    def _undo(self, sock: zmq.Socket[Any]) -> None:
+        """Have nothing left of a start that has failed halfway; nothing was read."""
+        pump, self._pump = self._pump, None
+        self._watch_no_more()
+        if pump is None:
+            sock.close(0)
+        else:
+            pump.close(0)
+        self._restarts.close()
+        self._closed_at = monotonic()
+        self._stopped.set()
 
     def _bind(self, sock: zmq.Socket[Any]) -> None:
         """Bind; libzmq gives an address back some time after the socket was closed that had it, which may have been ours."""
@@ -507,13 +528,7 @@ class Server:
         run("pump", pump.flush)
         if self._bind_to.startswith("inproc:"):
             self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
-        if self._watch is not None:
-            found, wish = self._watch
-            found.remove(wish)
-            self._watch = None
-        if self._vanished is not None:
-            self._vanished.close()
-            self._vanished = None
+        self._watch_no_more()
         unread = pump.queued
         self._undelivered = (pump.dropped + unread, pump.unreachable)
         pump.close(int(FLUSH * 1000))
@@ -531,6 +546,15 @@ class Server:
             self._be_stopped()
         else:
             gevent.spawn(self._close_journal).rawlink(self._be_stopped)
+
+    def _watch_no_more(self) -> None:
+        if self._watch is not None:
+            found, wish = self._watch
+            found.remove(wish)
+            self._watch = None
+        if self._vanished is not None:
+            self._vanished.close()
+            self._vanished = None
 
     def _be_stopped(self, _: object = None) -> None:
         self._stopping = False

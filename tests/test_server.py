@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import signal
 import sys
@@ -15,7 +16,7 @@ import pytest
 from helpers import LONG, MS, run_python, running, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, RemoteError, Request, Server, deadline
+from greensafe import LATER, Client, RemoteError, Request, Server, deadline, hubwatch, server as server_module
 from greensafe.hooks import RequestFailed, ServerStopped
 from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
 
@@ -371,6 +372,25 @@ def test_a_hook_that_closes_the_server(context: zmq.Context) -> None:
     assert told.count(ServerStopped) == 1
     server.start()
     server.stop()
+
+
+def test_a_start_that_fails_halfway(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound, but without a descriptor for the monitor, say: nothing is left of it, and the next start serves."""
+    server = Server("inproc://s", _echo, deadline=LONG, cancel_vanished=True, context=context)
+
+    def fail(*args: Any) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(server_module, "Vanished", fail)
+            with pytest.raises(zmq.ZMQError) as caught:
+                server.start()
+        assert caught.value.errno == errno.EMFILE
+        assert server.closed
+        assert not hubwatch._watches
+        with server, Client("inproc://s", context=context) as client:
+            assert client.request(b"x") == b"x"
 
 
 def test_the_hub_cannot_wait(context: zmq.Context) -> None:
