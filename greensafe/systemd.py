@@ -3,7 +3,8 @@
 Rules:
 
 * Where NOTIFY_SOCKET is not set nothing is needed and nothing is done.
-* READY=1 when the server serves, STOPPING=1 when it begins to drain, once each.
+* READY=1 when the server serves, STOPPING=1 when it begins to drain, once each; again as long as systemd's queue is full, as it
+  may be while a machine starts: a service whose READY was lost is ended for that.
 * WATCHDOG=1 twice within WATCHDOG_USEC, from a timer of the hub: none comes while the hub is blocked, nor from an unhealthy
   server, so systemd restarts the service. Only if WATCHDOG_PID is not set or names this process.
 * An error is logged once and hurts nobody.
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 #: Seconds between two pings, at least: what both loops can tell from none.
 _SHORTEST = 0.001
 
+#: Seconds until what did not fit into systemd's queue is said again.
+_AGAIN = 0.05
+
 Run = Callable[[str, Callable[[], object]], object]
 
 
@@ -46,10 +50,13 @@ class Notifier:
     def __init__(self, address: str, is_healthy: Callable[[], bool], run: Run, period: float | None = None) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._is_healthy = is_healthy
+        self._run = run
         self._has_failed = False
         self._is_stopping = False
         self._pid = os.getpid()
         self._timer: Any = None
+        self._unsaid: list[bytes] = []
+        self._again: Any = None
         # Not gevent's: a datagram never waits here.
         self._socket = get_original("socket", "socket")(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
@@ -59,33 +66,54 @@ class Notifier:
 
     def ready(self) -> None:
         """Say that the service serves."""
-        self._send(b"READY=1")
+        self._say(b"READY=1")
 
     def stopping(self) -> None:
         """Say that the service is about to end; once."""
         if not self._is_stopping:
             self._is_stopping = True
-            self._send(b"STOPPING=1")
+            self._say(b"STOPPING=1")
 
     def close(self) -> None:
         """Stop the pings."""
-        if self._timer is not None:
-            self._timer.stop()
-            self._timer.close()
-            self._timer = None
+        for timer in (self._timer, self._again):
+            if timer is not None:
+                timer.stop()
+                timer.close()
+        self._timer = self._again = None
         self._socket.close()
+
+    def _say(self, state: bytes) -> None:
+        """Say what has to arrive, behind what is not said yet."""
+        self._unsaid.append(state)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._unsaid and self._pid == os.getpid() and self._send(self._unsaid[0]):
+            self._unsaid.pop(0)
+        if self._unsaid and self._again is None:
+            self._again = gevent.get_hub().loop.timer(_AGAIN, _AGAIN, ref=False)
+            self._again.start(self._run, "systemd", self._go_on)
+        elif not self._unsaid and self._again is not None:
+            self._again.stop()
+            self._again.close()
+            self._again = None
 
     def _ping(self) -> None:
         if self._is_healthy() and self._pid == os.getpid():  # a forked child does not speak for its parent
             self._send(b"WATCHDOG=1")
 
-    def _send(self, state: bytes) -> None:
+    def _send(self, state: bytes) -> bool:
+        """False if systemd's queue is full. What cannot be said at all is logged."""
         try:
             self._socket.sendto(state, self._address)
+        except BlockingIOError:
+            return False
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
                 log.warning("systemd cannot be told %s: %s", state.decode(), error)
+        return True
 
 
 @contextlib.contextmanager

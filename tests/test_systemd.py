@@ -133,6 +133,29 @@ def test_a_life(told: Told) -> None:
     assert states.count(b"READY=1") == states.count(b"STOPPING=1") == 1
 
 
+def test_ready_arrives_though_the_queue_was_full(told: Told) -> None:
+    """While systemd takes nothing in, READY waits, then STOPPING behind it; each is said once in the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, pytest.raises(BlockingIOError):
+        other.setblocking(False)
+        address = os.environ["NOTIFY_SOCKET"]
+        while True:
+            other.sendto(b"OTHER=1", "\0" + address[1:] if address.startswith("@") else address)
+    ran: list[str] = []
+
+    def run(loop: str, act: Callable[[], object]) -> None:
+        ran.append(loop)
+        act()
+
+    with systemd.notifier(_well, run) as found:
+        assert found is not None
+        wait_until(lambda: len(ran) > 1)
+        found.stopping()
+        told.wait_for(b"STOPPING=1")
+        count = len(ran)
+    assert [state for state in told.read() if state != b"OTHER=1"] == [b"READY=1", b"STOPPING=1"]
+    assert len(ran) == count
+
+
 def test_no_ping_while_the_hub_is_blocked(told: Told) -> None:
     """Between a handler's first and last blocked moment, several periods apart, nothing is sent; afterwards it goes on."""
     with _service(**_usec()) as (_, client):
