@@ -4,7 +4,8 @@ Rules:
 
 * It runs in a savepoint. What it raises undoes what it did, and nothing else.
 * It has the journal's own connection, but may neither end the transaction nor attach files nor change the journal's tables or
-  settings: sqlite asks the authorizer about each statement, and "not authorized" is raised inside.
+  settings: sqlite asks the authorizer about each statement, and "not authorized" is raised inside. How it has rows and texts
+  given to it (`row_factory`, `text_factory`) is its own affair, and is put back: the journal reads by the same connection.
 * If the transaction is gone all the same (sqlite itself rolls back when a disk is full, or for ON CONFLICT ROLLBACK), the batch
   has failed with it.
 
@@ -50,6 +51,7 @@ def run(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | 
 
 
 def _call(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | Failed:
+    rows, text = connection.row_factory, connection.text_factory
     connection.set_authorizer(_may)
     try:
         value = act(connection)
@@ -62,6 +64,7 @@ def _call(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes 
         return Failed(error)
     finally:
         connection.set_authorizer(None)
+        connection.row_factory, connection.text_factory = rows, text
 
 
 def _may(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:

@@ -644,6 +644,28 @@ def test_effect_may_nest_and_ask(journal: SqliteJournal) -> None:
     assert journal.commit([begin(1), Effect(begin(1).request_id, "e", 0, act)]) == [None, b"7"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("row_factory", lambda cursor, row: {"x": row[0]}), ("row_factory", sqlite3.Row), ("text_factory", bytes)],
+)
+def test_effect_that_reads_in_its_own_way(journal: SqliteJournal, name: str, value: Any) -> None:
+    """How rows and texts are given to one effect is not how the journal, or the next effect, is given them."""
+
+    def act(connection: sqlite3.Connection) -> bytes:
+        before.append(getattr(connection, name))
+        setattr(connection, name, value)
+        if len(before) == 2:
+            raise ValueError("after all")
+        return b""
+
+    before: list[Any] = []
+    id = begin(1).request_id
+    journal.commit([begin(1), Effect(id, "e", 0, act), Effect(id, "fails", 0, act), Effect(id, "e", 1, act)])
+    assert before[0] == before[1] == before[2]
+    (known,) = journal.commit([begin(1)])
+    assert known == Known(State.OPEN, True, 1, 0, None, 0, [], {("e", 0): b"", ("e", 1): b""})
+
+
 def test_effect_that_rolls_everything_back(journal: SqliteJournal) -> None:
     """If sqlite itself has rolled back, the batch has failed; the other writes can be tried again."""
 
