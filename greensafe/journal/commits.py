@@ -89,10 +89,19 @@ class Commits:
         return f"<Commits {self._journal!r} pending={self.pending} count={self.count} failures={self.failures}>"
 
     def open(self) -> None:
-        """Open the journal; waits, and lets others run. JournalError if it cannot be opened."""
-        error = self._pool.apply(_open, (self._journal,))
+        """Open the journal; waits, and lets others run. JournalError if it cannot be opened.
+
+        Whoever ends the wait has it closed again as soon as it is open.
+        """
+        opening = self._pool.spawn(_open, self._journal)
+        try:
+            error = opening.get()
+        except BaseException:
+            self._last, self._is_busy = [], True
+            opening.rawlink(self._on_done)
+            raise
         if error is not None:
-            self._pool.kill()
+            self._end()
             raise error
         self._is_open = True
         self._timer = self._hub.loop.timer(TIDY, TIDY, ref=False)

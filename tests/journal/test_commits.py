@@ -242,6 +242,23 @@ def test_what_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
     commits.close()
 
 
+def test_open_that_is_given_up(journal: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does not wait until it is open has it closed when it is: the next one can open it."""
+    opening = Native()
+    open = journal.open
+    monkeypatch.setattr(journal, "open", lambda: opening.wait(LONG) and open())
+    commits = Commits(journal, set)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(5 * MS):
+        commits.open()
+    assert not commits.join(0)
+    opening.set()
+    assert commits.join(LONG)
+    again = Commits(journal, set)
+    again.open()
+    again.close()
+    assert again.join(LONG)
+
+
 def test_tidies_between_commits(journal: Gated, commits: Commits) -> None:
     """The journal may tidy up after a commit, and is told what it must keep."""
     commits.write(Forget(_id(1)), Told())
