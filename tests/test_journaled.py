@@ -964,7 +964,7 @@ def test_a_kept_request_that_is_joined(build: Build) -> None:
 
 
 def test_a_file_is_one_servers(build: Build, context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
-    """A second server on it is refused and leaves nothing, nor does it wait for a file that it never had; when the first has stopped it may."""
+    """A second server on it is refused at once and leaves nothing; when the first has stopped it may."""
     site = build(_echo)
     second = Server(ANY_PORT, _echo, deadline=LONG, context=context, journal=site.disk.path)
     with pytest.raises(JournalError, match="in use"):

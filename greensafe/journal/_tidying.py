@@ -2,7 +2,9 @@
 
 Rules:
 
-* Older than the TTL is what has not changed for that long. What is running stays, whatever its age.
+* Older than the TTL is what has not changed for that long. What is running stays, and does not age: that it runs is noted each
+  half of a TTL (`renew`). Else what had run for longer would be too old as soon as its server is killed, before its client can
+  send it again.
 * Too much is counted in pages that are in use, with whatever else is in the file. Then the oldest go, of those that are ACKED,
   then of those that are DONE, then of those that are OPEN, until a fiftieth is free: so that it is not done at every commit.
 * Whatever goes is counted, and raises the horizon to when it was first sent; in one transaction, which takes a bounded time.
@@ -17,7 +19,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["MOST", "Dropped", "evict", "expire", "oldest", "size"]
+__all__ = ["MOST", "Dropped", "evict", "expire", "oldest", "renew", "size"]
 
 #: The most requests that go in one transaction: some 10 ms, if they are small.
 MOST = 1_000
@@ -34,6 +36,10 @@ _NEVER = float("inf")
 _CHOICE = (
     "SELECT rowid FROM greensafe_requests WHERE state = ?1 AND changed < ?2"
     " AND hex(id) NOT IN (SELECT value FROM json_each(?3)) ORDER BY changed LIMIT ?4"
+)
+_RENEW = (
+    "UPDATE greensafe_requests SET changed = ?1 WHERE state = 0 AND changed < ?2"
+    " AND hex(id) IN (SELECT value FROM json_each(?3))"
 )
 _HORIZON = f"SELECT max(since) FROM greensafe_requests WHERE rowid IN ({_CHOICE})"
 _STEPS = f"DELETE FROM greensafe_steps WHERE id IN (SELECT id FROM greensafe_requests WHERE rowid IN ({_CHOICE}))"
@@ -62,6 +68,11 @@ def oldest(connection: sqlite3.Connection) -> float | None:
     found = "SELECT min(changed) FROM greensafe_requests WHERE state ="
     times = [connection.execute(f"{found} {state}").fetchone()[0] for state in _ORDER]
     return min((time for time in times if time is not None), default=None)
+
+
+def renew(connection: sqlite3.Connection, running: Iterable[bytes], now: float, before: float) -> None:
+    """Note as a change that these run, where nothing has changed since `before`."""
+    connection.execute(_RENEW, (now, before, _as_json(running)))
 
 
 def expire(connection: sqlite3.Connection, running: Iterable[bytes], before: float) -> Dropped:

@@ -67,6 +67,8 @@ class Journal(abc.ABC):
     def tidy(self, running: Collection[bytes]) -> bool:
         """Drop what is too old, or too much, but none of the `running` ids; True if there is more to do.
 
+        Those that are OPEN do not age: after a crash their clients have at least about half the time that makes others too old
+        to come again.
         It takes a bounded time. Called after commits, and now and then.
 
         Raises:

@@ -38,7 +38,7 @@ class Entry:
         state: "open", "done" or "acked".
         attempts, fruitless: As in `records.Known`.
         since_seconds: How long ago it was first sent.
-        changed_seconds: How long ago anything of it was stored.
+        changed_seconds: How long ago anything of it was stored, be it only that it still runs.
         left_seconds: Until its caller gives up, less than 0 if it has; None if it does not.
         client, metadata: As in Request.
         kind: Of its answer, 0 while it is open.

@@ -31,7 +31,7 @@ from ..sansio.records import Write
 from ._clock import Stored, moment, offset
 from ._lock import Lock
 from ._schema import check, check_version, connect, create, explain, migrate
-from ._tidying import MOST, Dropped, evict, expire, oldest, size
+from ._tidying import MOST, Dropped, evict, expire, oldest, renew, size
 from ._writing import Writing
 from .base import Journal
 
@@ -65,7 +65,8 @@ class SqliteJournal(Journal):
 
     Args:
         path: The file. Next to it there are `-wal` and `-shm` (sqlite's) and `.lock` while it is open.
-        ttl: Seconds for which a request is remembered after it last changed.
+        ttl: Seconds for which a request is remembered after it last changed; that it runs is noted as a change, each half of
+            them.
         max_bytes: How large the file may become; what is oldest goes then. It may be exceeded by what is running, by the
             write-ahead log, and by tables of your own, which count.
         synchronous: "FULL" for durable at each commit. "NORMAL" for fast: after a loss of power, but not after a crash, the
@@ -141,6 +142,8 @@ class SqliteJournal(Journal):
         if not (is_due or is_too_large):
             return False
         with self._transaction() as connection:
+            if is_due:
+                renew(connection, running, now, now - self._ttl / 2)
             expired = expire(connection, running, now - self._ttl) if is_due else Dropped()
             evicted = evict(connection, running, int(self._max_bytes * _ENOUGH)) if is_too_large else Dropped()
             first = oldest(connection)
@@ -150,7 +153,7 @@ class SqliteJournal(Journal):
                 connection.execute(_DROP, {**dropped, "horizon": horizon, "last": now})
         self._horizon, self._dropped = horizon, dropped
         if is_due and expired.count < MOST:
-            self._next_look = max((now if first is None else first) + self._ttl, now + self._ttl / _LOOKS)
+            self._next_look = max((now if first is None else first) + self._ttl / 2, now + self._ttl / _LOOKS)
         return expired.count >= MOST or (evicted.count >= MOST and self._is_too_large())
 
     @property

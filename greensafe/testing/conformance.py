@@ -516,6 +516,26 @@ class JournalConformance:
             assert [_is_there(journal, number) for number in range(64)] == [True, False] * 32
             assert sum(journal.dropped.values()) == 32
 
+    def test_running_do_not_age(self, tmp_path: Path) -> None:
+        """What has run for longer than the TTL is not dropped as soon as it does not run any more: it may be sent again."""
+        ttl = 0.2
+        for attempt in range(100):
+            folder = tmp_path / str(attempt)
+            folder.mkdir()
+            with self._open(folder, ttl=ttl) as journal:
+                journal.commit([_begin(1)])
+                for _ in range(4):
+                    _wait(journal, journal.now() + ttl * 0.6)
+                    ran = journal.now()
+                    _tidy(journal, [_id(1)])
+            with self._open(folder, ttl=ttl) as journal:
+                _tidy(journal)
+                # A busy machine may have taken longer: then nothing can be said.
+                if journal.now() < ran + ttl * 0.4:
+                    assert _look(journal, 1).state is State.OPEN
+                    return
+        raise AssertionError("this machine was too busy each time")
+
     def test_too_much(self, tmp_path: Path) -> None:
         """The oldest go first, ACKED before DONE before OPEN, and no more than is needed; they are counted."""
         large = bytes(8_192)

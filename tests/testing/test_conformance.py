@@ -95,12 +95,18 @@ class WholeFileJournal(Journal):
 
     def tidy(self, running: Collection[bytes]) -> bool:
         self.check_open()
+        self.renew(running)
         too_old = [id for id in self.model.requests if id not in running and self.age(id) > self.ttl]
         self.drop(too_old)
         while self.size() > self.max_bytes and (id := self.first(running)) is not None:
             self.drop([id])
         self.save()
         return False
+
+    def renew(self, running: Collection[bytes]) -> None:
+        for id in running:
+            if (request := self.model.requests.get(id)) is not None and request.state is State.OPEN:
+                self.changed[id] = self.now()
 
     def age(self, id: bytes) -> float:
         return self.now() - self.changed[id]
@@ -404,6 +410,11 @@ class DropsRunning(WholeFileJournal):
         return super().tidy(())
 
 
+class AgesRunning(WholeFileJournal):
+    def renew(self, running: Collection[bytes]) -> None:
+        pass
+
+
 class CountsFromTheBeginning(WholeFileJournal):
     def note(self, write: Write, result: Any) -> None:
         if write.request_id not in self.changed:
@@ -505,6 +516,7 @@ BROKEN = [
     (NeverDrops, JournalConformance.test_too_old),
     (DropsAll, JournalConformance.test_nothing_is_dropped_without_need),
     (DropsRunning, JournalConformance.test_running_are_kept),
+    (AgesRunning, JournalConformance.test_running_do_not_age),
     (CountsFromTheBeginning, JournalConformance.test_age_counts_from_the_last_change),
     (DropsSilently, JournalConformance.test_too_old),
     (TakesDroppedForNew, JournalConformance.test_too_old),
