@@ -33,8 +33,8 @@ __all__ = ["Lock", "holder"]
 #: Behind the journal's name.
 SUFFIX = ".lock"
 
-#: How often a lock that somebody has is asked for, and seconds in between.
-TRIES = 5
+#: How often a lock is asked for that only those have who look (`holder`), and seconds in between.
+TRIES = 300
 PAUSE = 0.01
 
 _sleep = get_original("time", "sleep")
@@ -108,10 +108,16 @@ def _take(name: str, path: str) -> int:
 
 
 def _is_free(fd: int) -> bool:
-    """Take it. Who looks whether anybody has it (`holder`) has it himself, for a moment that is not worth a server."""
+    """Take it, if no server has it.
+
+    Who looks whether one has it (`holder`) shares it with us, for a moment: that is waited for, however busy the machine is.
+    """
     for _ in range(TRIES):
         if _try(fd, fcntl.LOCK_EX):
             return True
+        if not _try(fd, fcntl.LOCK_SH):
+            return False
+        fcntl.flock(fd, fcntl.LOCK_UN)  # two that start at a time must not keep it from each other
         _sleep(PAUSE)
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sqlite3
@@ -16,7 +17,7 @@ import pytest
 from helpers import LONG, ROOT, Result, run_python
 
 import greensafe
-from greensafe.journal import Ack, Begin, Finish, SqliteJournal, Step
+from greensafe.journal import Ack, Begin, Finish, SqliteJournal, Step, _lock
 from greensafe.journal.reading import Reading
 from greensafe.sansio.envelope import Kind
 
@@ -281,6 +282,25 @@ def test_a_server_starts_while_somebody_looks(path: Path) -> None:
         STOP.append(True)
         looking.join()
         STOP.clear()
+
+
+def test_a_server_waits_for_those_who_look(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a busy machine keeps one in the middle of its look."""
+    fill(path).close()
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 100:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(_lock, "_sleep", pause)
+        made = SqliteJournal(path)
+        made.open()
+        made.close()
+    assert len(pauses) == 100
 
 
 Native = gevent.monkey.get_original("threading", "Thread")
