@@ -418,7 +418,9 @@ def test_nothing_is_left_to_the_garbage_collector(context: zmq.Context, endpoint
 def test_who_is_told_may_close_the_client(context: zmq.Context, capfd: pytest.CaptureFixture[str]) -> None:
     """The first of several that are told that nobody will answer closes the client: the others are told that."""
     with context.socket(zmq.PUB) as wrong:
-        client = Client(f"tcp://127.0.0.1:{wrong.bind_to_random_port('tcp://127.0.0.1')}", context=context)
+        port = wrong.bind_to_random_port("tcp://127.0.0.1")
+        wrong.unbind(wrong.last_endpoint)
+        client = Client(f"tcp://127.0.0.1:{port}", context=context, wait=True)
 
         def ask() -> type[BaseException] | None:
             try:
@@ -429,6 +431,8 @@ def test_who_is_told_may_close_the_client(context: zmq.Context, capfd: pytest.Ca
             return None
 
         asked = [gevent.spawn(ask) for _ in range(3)]
+        wait_until(lambda: client.stats.waiting == 3)  # so that none of them learns of it while it asks
+        wrong.bind(f"tcp://127.0.0.1:{port}")
         assert [greenlet.get() for greenlet in asked] == [Refused, Cancelled, Cancelled]
     assert capfd.readouterr().err == ""
 
