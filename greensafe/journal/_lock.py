@@ -76,7 +76,7 @@ class Lock:
 def holder(path: str) -> int | None:
     """The process that may write to the journal at `path`; None if nobody does, 0 if it has not said who it is."""
     try:
-        fd = os.open(path + SUFFIX, os.O_RDWR)
+        fd = os.open(path + SUFFIX, os.O_RDONLY)  # whoever may read the journal may know
     except OSError:
         return None
     try:

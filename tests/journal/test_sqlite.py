@@ -205,6 +205,30 @@ def test_read_only(what: str, says: str) -> None:
         shutil.rmtree(folder)
 
 
+LOOK = """
+import os, sys
+from greensafe.journal._lock import holder
+if os.geteuid() == 0:
+    os.setuid(65534)
+print(holder(sys.argv[1]))
+"""
+
+
+def test_read_only_looks() -> None:
+    """Who may only read a journal learns which process has it all the same."""
+    folder = Path(os.path.realpath(subprocess.check_output(["mktemp", "-d"], text=True).strip()))
+    made = SqliteJournal(folder / "requests.db")
+    try:
+        made.open()
+        folder.chmod(0o555)
+        (folder / "requests.db.lock").chmod(0o444)
+        assert run_python(LOOK, made.path).out == f"{os.getpid()}\n"
+    finally:
+        folder.chmod(0o700)
+        made.close()
+        shutil.rmtree(folder)
+
+
 def test_crash_while_it_is_made(path: Path) -> None:
     """What a crash leaves of a file that was being made is made anew."""
     path.with_name("requests.db.new").write_bytes(b"half")
