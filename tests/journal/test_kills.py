@@ -201,9 +201,9 @@ class Play:
         link.stall("to_client")
         asking = gevent.spawn(self.ask, client, "replayed")
         (asked,) = wait_until(client._requester.asked)
-        ends = len(self._site.ends)
-        # What was there when a server died is not told to anybody behind a link that stands still.
-        wait_until(lambda: len(self._site.ends) > ends or self._site.is_answered(asked.request_id))
+        # Nobody behind a link that stands still is told that a server has died, be it right after its first answer; nor can the
+        # next one be reached.
+        wait_until(lambda: self._site.ends or self._site.is_answered(asked.request_id))
         link.reset()
         link.heal()
         asking.get()
