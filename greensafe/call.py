@@ -1,17 +1,25 @@
 """What came of one request, for the greenlet that waits for it?
 
-It does not know where a request goes, nor how its connection fares; see `client` and `channel`.
+It does not know where a request goes, nor how its connection fares; see `failover` and `channel`.
 """
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
+import gevent
+
 from .channel import Channel
+from .deadlines import TICK, check, deadline
 from .errors import GreensafeError, RemoteError, RemoteProtocolError
+from .sansio.envelope import CALLER_LIMIT
 from .sansio.requester import Asked, Resolution
 
-__all__ = ["Call", "error_in"]
+__all__ = ["Call", "error_in", "raise_error"]
+
+#: Seconds by which a server may see the caller's limit run out before the caller does.
+SKEW = 0.05
 
 
 class Call:
@@ -70,3 +78,36 @@ def error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
     if error is not None:
         return error
     return RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {answer.body[0][:80]!r}")
+
+
+def raise_error(answer: Resolution, at: float | None) -> None:
+    """Raise the server's error; return if it is the echo of the caller's own limit, which is over.
+
+    Args:
+        answer: The server's, marked as an error.
+        at: When the caller's own limit comes, on the monotonic clock; None for never. Scopes around it are seen to.
+    """
+    error = error_in(answer)
+    if isinstance(error, RemoteError) and error.type == CALLER_LIMIT:
+        _outlast(at)
+        if at is not None and monotonic() >= at:
+            return
+    try:
+        raise error
+    finally:
+        del error  # its traceback holds this frame
+
+
+def _outlast(at: float | None) -> None:
+    """Wait for the caller's own limit, whose echo from the server has come a little before it."""
+    scope = _told()
+    until = scope if at is None else at if scope is None else min(at, scope)
+    if until is not None and 0 < until - monotonic() <= SKEW:
+        gevent.sleep(max(until - monotonic(), TICK))
+    check(at is not None)
+
+
+def _told() -> float | None:
+    """Until when the scopes around the caller let it wait."""
+    scope = deadline.current()
+    return None if scope is None else scope.effective_at

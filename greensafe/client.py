@@ -34,9 +34,9 @@ import zmq
 from gevent import get_hub, getcurrent
 from gevent.hub import Hub
 
-from .call import Call, error_in
+from .call import Call, error_in, raise_error
 from .channel import Channel
-from .deadlines import TICK, DeadlineSignal, allowed_until, check, deadline, start_timer, to_seconds
+from .deadlines import TICK, DeadlineSignal, allowed_until, start_timer, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
     Cancelled,
@@ -64,7 +64,7 @@ from .hooks import (
 from .options import check_body, check_heartbeat, check_metadata, check_retries
 from .restarts import Restarts
 from .sansio.backoff import Budget, delay
-from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
+from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS
 from .sansio.requester import Requester, Resolution
 from .stats import ClientStats
@@ -83,9 +83,6 @@ LOOK = 1.0
 
 #: Milliseconds that what tells servers of a client's end may take to leave.
 CLOSE_LINGER = 100
-
-#: Seconds by which a server may see the caller's limit run out before the caller does.
-SKEW = 0.05
 
 
 class Client:
@@ -559,7 +556,7 @@ class Client:
         if outcome is not None:
             if outcome.kind != _ERROR:
                 return outcome.body
-            _raise_error(outcome, at)
+            raise_error(outcome, at)
         raise self._timeout_of(call, limit)
 
     def _sleep(self, call: Call) -> None:
@@ -711,31 +708,3 @@ def _ended(error: Exception | None) -> Cancelled:
     cancelled = Cancelled(f"the client is closed, since a loop of its own has failed again and again: {error!r}")
     cancelled.__cause__ = error
     return cancelled
-
-
-def _raise_error(answer: Resolution, at: float | None) -> None:
-    """Raise the server's error; return if it is the echo of the caller's own limit, which is over."""
-    error = error_in(answer)
-    if isinstance(error, RemoteError) and error.type == CALLER_LIMIT:
-        _outlast(at)
-        if at is not None and monotonic() >= at:
-            return
-    try:
-        raise error
-    finally:
-        del error  # its traceback holds this frame
-
-
-def _outlast(at: float | None) -> None:
-    """Wait for the caller's own limit, whose echo from the server has come a little before it."""
-    scope = _told()
-    until = scope if at is None else at if scope is None else min(at, scope)
-    if until is not None and 0 < until - monotonic() <= SKEW:
-        gevent.sleep(max(until - monotonic(), TICK))
-    check(at is not None)
-
-
-def _told() -> float | None:
-    """Until when the scopes around the caller let it wait."""
-    scope = deadline.current()
-    return None if scope is None else scope.effective_at
