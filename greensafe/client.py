@@ -36,13 +36,13 @@ from gevent.hub import Hub
 
 from .call import Call, error_in, raise_error
 from .channel import Channel
+from .choice import choose, hopeless, keepers
 from .deadlines import TICK, DeadlineSignal, allowed_until, start_timer, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
     Cancelled,
     GreensafeError,
     OperationTimeout,
-    PeerSilent,
     Refused,
     RemoteError,
     RemoteProtocolError,
@@ -68,7 +68,7 @@ from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS
 from .sansio.requester import Requester, Resolution
 from .stats import ClientStats
-from .trouble import DRAINING, LOST, Loss, Trouble
+from .trouble import LOST, Loss
 
 __all__ = ["HEARTBEAT", "Client"]
 
@@ -275,7 +275,7 @@ class Client:
 
     def _place(self, call: Call, now: float) -> None:
         """Hand a request over, or have it wait until a channel can take it."""
-        channel = self._pick(call)
+        channel = choose(self._channels, call, self._retries)
         if channel is None:
             self._waiting[call] = None
             for each in self._channels:
@@ -288,71 +288,35 @@ class Client:
         if self._looks is None:
             self._look_out()
 
-    def _pick(self, call: Call) -> Channel | None:
-        """The usable channel with the fewest requests in flight.
-
-        With retries, one of which nothing was heard yet gets a single request: the others need no retry if it is dead. One of
-        which nobody knows whether it is up (inproc) comes after all that are.
-        """
-        best: Channel | None = None
-        for channel in self._channels:
-            connection = channel.connection
-            if not channel.is_up or connection.is_draining or (call.avoids and channel in call.avoids):
-                continue
-            if self._retries and connection.sent and not connection.is_heard:
-                continue
-            if call.asked.journal is not NO_JOURNAL and not channel.keeps(call.asked.journal):
-                continue
-            if best is None or (channel.is_blind, channel.load) < (best.is_blind, best.load):
-                best = channel
-        return best
-
     def _place_waiting(self) -> None:
         now = monotonic()
         for call in list(self._waiting):
             if call not in self._waiting:
                 continue  # ended meanwhile
-            channel = self._pick(call)
+            channel = choose(self._channels, call, self._retries)
             if channel is None and not call.avoids and not call.asked.is_bound:
                 return  # nor is there a place for those behind it
             if channel is not None:
                 del self._waiting[call]
                 call.channel = channel
                 channel.send(call.asked, now)
-            elif not self._keepers(call):
+            elif not keepers(self._channels, call):
                 self._end_replaced(call)
-
-    def _keepers(self, call: Call) -> list[Channel]:
-        """The channels that may take this request: all, if it is not for one journal alone."""
-        asked = call.asked
-        return [channel for channel in self._channels if channel.keeps(asked.journal)] if asked.is_bound else self._channels
 
     def _end_hopeless(self) -> None:
         """End the requests that wait if no channel can be expected to take them."""
-        anybody = self._hopeless(self._channels)
+        anybody = hopeless(self._channels, self._waits_for_servers)
         for call in list(self._waiting):
             if call not in self._waiting:
                 continue  # ended by those that were woken before it
-            keepers = self._keepers(call)
-            found = self._hopeless(keepers) if call.asked.is_bound else anybody
-            if not keepers:
+            able = keepers(self._channels, call)
+            found = hopeless(able, self._waits_for_servers) if call.asked.is_bound else anybody
+            if not able:
                 self._end_replaced(call)
             elif found is not None:
                 del self._waiting[call]
                 channel, trouble = found
                 self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.asked.may_have_run), True)
-
-    def _hopeless(self, channels: Sequence[Channel]) -> tuple[Channel, Trouble] | None:
-        """Why nobody can be expected at any of these, None as long as somebody can."""
-        found: tuple[Channel, Trouble] | None = None
-        for channel in channels:
-            trouble = DRAINING if channel.is_up and channel.connection.is_draining else channel.trouble
-            if trouble is None:
-                return None
-            if self._waits_for_servers and trouble.kind not in _FINAL:
-                return None
-            found = found or (channel, trouble)
-        return found
 
     def _retry_or_end(self, call: Call, error: GreensafeError, is_safe: bool) -> None:
         if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
@@ -470,14 +434,14 @@ class Client:
                 self._place(call, monotonic())
             else:
                 self._pause(call, error)  # the proxy may choose the same server again
-        elif self._pick(call) is not None:
+        elif choose(self._channels, call, self._retries) is not None:
             self._place(call, monotonic())
         else:
             self._retry_or_end(call, error, True)
 
     def _on_other_journal(self, call: Call, channel: Channel) -> None:
         """The server that knows of it is not there, but another one. Behind a proxy it may be the next."""
-        if self._pick(call) is not None:
+        if choose(self._channels, call, self._retries) is not None:
             self._place(call, monotonic())
         elif not channel.connection.is_direct and call.tries < self._retries:
             # Not a share of all requests: the one who owes this answer may be the next, and who refuses has hardly any work.
@@ -687,9 +651,6 @@ class Client:
 
 
 _REJECTED, _INTERRUPTED, _ERROR = int(Kind.REJECTED), int(Kind.INTERRUPTED), int(Kind.ERROR)
-
-#: What waiting does not help against.
-_FINAL = frozenset({Refused, PeerSilent})
 
 
 def _look(client: weakref.ref[Client], timer: Any) -> None:
