@@ -1,29 +1,23 @@
 """How do any number of greenlets ask servers, and each get its own answer or an error that says what happened to the server?
 
-One channel per endpoint, one table of open requests; every request carries an id of its own in its envelope, so answers may
-come in any order, late ones are told apart, and nobody waits for somebody else's.
+One table of open requests; every request carries an id of its own in its envelope, so answers may come in any order, late ones
+are told apart, and nobody waits for somebody else's.
 
 Rules:
 
-* A request goes to the usable channel with the fewest in flight. While there is none it waits here: nobody being there yet is
-  no error (wait=True), a server that refuses is.
-* A request whose connection is lost ends with the error, unless it may be sent again (`retries`): what was not run may, what
-  may have run only if it is idempotent or its server journals. Retries are a share of all requests (`sansio.backoff.Budget`).
-* What a server has rejected, or what was not handed over, was not run: it goes elsewhere without an error, if there is a place.
 * A limit that runs out ends the wait, not the connection: the server is told (CANCEL), a late reply is counted and dropped.
-* When a loop of its own fails (see `restarts`) too often it closes.
 * A reply that has arrived is delivered, also to a caller whose limit ends in the same instant.
+* What is idle keeps neither the loop going nor the client alive.
+* When a loop of its own fails (see `restarts`) too often it closes.
 
-It does not know how a connection is made, watched and lost; see `channel`.
+It does not know which server a request goes to, nor when it is sent again; see `failover`.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import random
 import sys
-import weakref
 from collections.abc import Sequence
 from time import monotonic
 from types import TracebackType
@@ -34,41 +28,32 @@ import zmq
 from gevent import get_hub, getcurrent
 from gevent.hub import Hub
 
-from .call import Call, error_in, raise_error
-from .channel import Channel
-from .choice import choose, hopeless, keepers
-from .deadlines import TICK, DeadlineSignal, allowed_until, start_timer, to_seconds
+from .call import Call, raise_error
+from .deadlines import DeadlineSignal, allowed_until, start_timer, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
     Cancelled,
     GreensafeError,
     OperationTimeout,
-    Refused,
-    RemoteError,
     RemoteProtocolError,
 )
+from .failover import Failover
 from .green._forks import generation
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
 from .hooks import (
     CallAnswered,
     CallFailed,
-    CallRetried,
     CallStarted,
-    ConnectionFailed,
-    ConnectionLost,
-    ConnectionUp,
     Hooks,
     teller,
 )
 from .options import check_body, check_heartbeat, check_metadata, check_retries
 from .restarts import Restarts
-from .sansio.backoff import Budget, delay
-from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
-from .sansio.liveness import LOOKS
-from .sansio.requester import Requester, Resolution
+from .sansio.backoff import Budget
+from .sansio.envelope import Kind
+from .sansio.requester import Requester
 from .stats import ClientStats
-from .trouble import LOST, Loss
 
 __all__ = ["HEARTBEAT", "Client"]
 
@@ -77,9 +62,6 @@ HEARTBEAT = 5.0
 
 #: Seconds since the loop had a turn in which the monitors are not asked again: it costs more than the moment is worth.
 RECENT = 0.001
-
-#: Seconds between two looks at the connections if there is no such limit.
-LOOK = 1.0
 
 #: Milliseconds that what tells servers of a client's end may take to leave.
 CLOSE_LINGER = 100
@@ -220,12 +202,12 @@ class Client:
             return
         self._closed = True
         self.restarts.close()
-        self._waiting.clear()
+        self._failover.stop()
         has_told = [self._tell_cancelled(asked.owner) for asked in self._requester.asked()]
         for asked in self._requester.abandon_all():
             asked.owner.outcome = _ended(error)
             self._hub.loop.run_callback(asked.owner.wake)
-        self._stop_timers()
+        self._disarm()
         for channel in self._channels:
             channel.close(CLOSE_LINGER if any(has_told) else 0)
 
@@ -247,8 +229,8 @@ class Client:
             inflight=len(table),
             waiting=sum(asked.connection is None for asked in table.asked()),
             oldest_seconds=None if since is None else monotonic() - since,
-            retries=self._retried,
-            rejections=self._rejected,
+            retries=self._failover.retried,
+            rejections=self._failover.rejected,
             drops={"late": table.late, "malformed": table.malformed, "ignored": table.ignored},
             endpoints=tuple(channel.stats for channel in self._channels),
             restarts=dict(self.restarts.counts),
@@ -265,216 +247,24 @@ class Client:
             f" inflight={len(self._requester)} late={self._requester.late}>"
         )
 
-    # Where requests go.
-
     def _catch_up(self, now: float) -> None:
         """The loop may not have turned for long: a request must not go to a connection that is known to be gone."""
         self._turned_at = now
         for channel in self._channels:
             channel.catch_up()
 
-    def _place(self, call: Call, now: float) -> None:
-        """Hand a request over, or have it wait until a channel can take it."""
-        channel = choose(self._channels, call, self._retries)
-        if channel is None:
-            self._waiting[call] = None
-            for each in self._channels:
-                each.wake()
-            if call in self._waiting:
-                self._end_hopeless()
-        else:
-            call.channel = channel
-            channel.send(call.asked, now)
-        if self._looks is None:
-            self._look_out()
-
-    def _place_waiting(self) -> None:
-        now = monotonic()
-        for call in list(self._waiting):
-            if call not in self._waiting:
-                continue  # ended meanwhile
-            channel = choose(self._channels, call, self._retries)
-            if channel is None and not call.avoids and not call.asked.is_bound:
-                return  # nor is there a place for those behind it
-            if channel is not None:
-                del self._waiting[call]
-                call.channel = channel
-                channel.send(call.asked, now)
-            elif not keepers(self._channels, call):
-                self._end_replaced(call)
-
-    def _end_hopeless(self) -> None:
-        """End the requests that wait if no channel can be expected to take them."""
-        anybody = hopeless(self._channels, self._waits_for_servers)
-        for call in list(self._waiting):
-            if call not in self._waiting:
-                continue  # ended by those that were woken before it
-            able = keepers(self._channels, call)
-            found = hopeless(able, self._waits_for_servers) if call.asked.is_bound else anybody
-            if not able:
-                self._end_replaced(call)
-            elif found is not None:
-                del self._waiting[call]
-                channel, trouble = found
-                self._retry_or_end(call, trouble.error(channel.endpoint, call.asked.request_id, call.asked.may_have_run), True)
-
-    def _retry_or_end(self, call: Call, error: GreensafeError, is_safe: bool) -> None:
-        if call.tries < self._retries and is_safe and type(error) is not Refused and self._budget.spend():
-            self._pause(call, error)
-        else:
-            self._end(call, error)
-
-    def _end(self, call: Call, error: GreensafeError) -> None:
-        self._requester.abandon(call.asked)
-        call.outcome = error
-        self._wake(call)
-
-    def _resend(self, call: Call, journal: bytes, error: GreensafeError, now: float) -> None:
-        """Its server keeps a journal, and goes on with it once it is back: no more work for it than it has had before."""
-        self._requester.bind(call.asked, journal)
-        call.tries += 1
-        call.avoids = ()
-        self._retried += 1
-        if self._tell is not None:
-            self._tell(CallRetried(call.endpoint, call.asked.request_id.hex(), call.tries, 0.0, error))
-        self._place(call, now)
-
-    def _pause(self, call: Call, error: GreensafeError) -> None:
-        call.tries += 1
-        call.avoids = ()
-        pause = delay(call.tries, random.random())
-        call.pause = start_timer(self._hub, pause, lambda: self.restarts.run("retries", lambda: self._on_paused(call)))
-        self._retried += 1
-        if self._tell is not None:
-            self._tell(CallRetried(call.endpoint, call.asked.request_id.hex(), call.tries, pause, error))
-
-    def _on_paused(self, call: Call) -> None:
-        call.stop_pause()
-        if self._generation == generation():  # in a forked child it is the parent's to send it again
-            self._place(call, monotonic())
-
-    # What channels tell.
-
-    def on_up(self, channel: Channel) -> None:
-        if self._tell is not None and not channel.connection.is_heard:  # said again when it is heard of
-            self._tell(ConnectionUp(channel.endpoint, channel.losses))
-        self._place_waiting()
-
-    def on_down(self, channel: Channel) -> None:
-        if self._tell is not None and channel.trouble is not None:
-            self._tell(ConnectionFailed(channel.endpoint, channel.trouble.kind.__name__, channel.trouble.message))
-        if self._waiting:
-            self._end_hopeless()
-
-    def on_lost(self, channel: Channel, loss: Loss) -> None:
-        if self._tell is not None:
-            kind, message, silent = loss.trouble
-            lost, unsent = len(loss.lost), len(loss.unsent)
-            self._tell(ConnectionLost(channel.endpoint, kind.__name__, message, silent, lost, unsent))
-        now = monotonic()
-        for asked in loss.unsent:
-            if asked.is_open:
-                asked.owner.avoids = ()  # it must not wait for a better place while there is any
-                self._place(asked.owner, now)
-        for asked in loss.lost:
-            if not asked.is_open:
-                continue  # answered meanwhile, by what those woken before it have read
-            call: Call = asked.owner
-            asked.may_have_run = True
-            error = loss.trouble.error(channel.endpoint, asked.request_id, True)
-            journal = asked.journal if asked.journal != NO_JOURNAL else loss.connection.journal_of(asked, channel.journal)
-            if journal == NO_JOURNAL:
-                self._retry_or_end(call, error, call.idempotent)
-            elif call.tries >= self._retries:
-                self._end(call, error)
-            elif call.idempotent and self._budget.spend():
-                self._pause(call, error)  # for anybody
-            else:
-                self._resend(call, journal, error, now)
-        if self._waiting:
-            self._place_waiting()
-
-    def on_answer(self, channel: Channel, answer: Resolution) -> None:
-        call: Call = answer.asked.owner
-        if answer.kind == _REJECTED:
-            self._on_rejected(call, channel, answer)
-        elif answer.kind == _INTERRUPTED:
-            self._on_interrupted(call, answer)
-        else:
-            if call.pause is not None:
-                call.stop_pause()  # it is the answer to an earlier try
-            if self._waiting:
-                self._waiting.pop(call, None)
-            call.outcome = answer
-            self._wake(call)
-        if self._waiting:
-            self._place_waiting()
-
-    def on_end(self) -> None:
-        self.close()
+    # Its life.
 
     def _give_up(self, error: Exception) -> None:
         """A loop has failed too often. Not closed here: this may be in the middle of a send."""
         self._hub.loop.run_callback(self._shut, error)
 
-    def is_wanted(self, channel: Channel) -> bool:
-        return bool(self._requester.pending)
-
-    def _on_rejected(self, call: Call, channel: Channel, answer: Resolution) -> None:
-        """It was not run: so it goes elsewhere, or waits for the next server if this one is about to stop."""
-        error = error_in(answer)
-        self._rejected += 1
-        call.avoids = (*call.avoids, channel)
-        if isinstance(error, RemoteError) and error.type == OTHER_JOURNAL:
-            self._on_other_journal(call, channel)
-        elif isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
-            channel.connection.is_draining = channel.connection.is_direct
-            if channel.connection.is_direct:
-                call.avoids = ()
-                self._place(call, monotonic())
-            else:
-                self._pause(call, error)  # the proxy may choose the same server again
-        elif choose(self._channels, call, self._retries) is not None:
-            self._place(call, monotonic())
-        else:
-            self._retry_or_end(call, error, True)
-
-    def _on_other_journal(self, call: Call, channel: Channel) -> None:
-        """The server that knows of it is not there, but another one. Behind a proxy it may be the next."""
-        if choose(self._channels, call, self._retries) is not None:
-            self._place(call, monotonic())
-        elif not channel.connection.is_direct and call.tries < self._retries:
-            # Not a share of all requests: the one who owes this answer may be the next, and who refuses has hardly any work.
-            self._pause(call, self._replaced(call, channel))
-        else:
-            self._end(call, self._replaced(call, channel))
-
-    def _end_replaced(self, call: Call) -> None:
-        """No server is left that may run it."""
-        del self._waiting[call]
-        self._end(call, self._replaced(call, call.channel or self._channels[0]))
-
-    def _replaced(self, call: Call, channel: Channel) -> GreensafeError:
-        error = LOST.error(channel.endpoint, call.asked.request_id, True)
-        error.add_note("the server that is there now keeps another journal, and must not run it")
-        return error
-
-    def _on_interrupted(self, call: Call, answer: Resolution) -> None:
-        """It goes on where it was interrupted when it is sent again, if to that journal."""
-        error = error_in(answer)
-        self._requester.bind(call.asked, answer.journal)
-        if isinstance(error, RemoteError) and error.type == SERVER_STOPPED and call.tries < self._retries:
-            self._pause(call, error)  # until it is gone; then it waits for the next one
-        else:
-            self._retry_or_end(call, error, True)
-
-    # A request's wait.
-
     def _forget_parent(self) -> None:
         """Begin anew; the parent's requests are its own, whatever becomes of the greenlets here that seem to wait for them."""
         for asked in self._requester.abandon_all():
             asked.owner.stop_pause()
-        self._stop_timers()
+        self._disarm()
+        self._failover.stop()
         self._begin()
 
     def _begin(self) -> None:
@@ -485,25 +275,36 @@ class Client:
         self.restarts = Restarts(" ".join(self._endpoints), self._give_up, self._tell)
         self._requester = Requester(self._heartbeat)
         self._budget = Budget()
-        self._waiting: dict[Call, None] = {}
+        self._failover = Failover(
+            self._requester,
+            self._budget,
+            retries=self._retries,
+            waits_for_servers=self._waits_for_servers,
+            restarts=self.restarts,
+            tell=self._tell,
+            wake=self._wake,
+            on_end=self.close,
+        )
+        self._channels = self._failover.channels
+        self._place = self._failover.place
         self._timer: Any = None
         self._timer_at = float("inf")
-        self._looks: Any = None
-        self._answered = self._retried = self._rejected = 0
+        self._answered = 0
         self._failures: dict[str, int] = {}
         self._turned_at = monotonic()
         #: A caller that was woken by a callback runs: it may ask again at once, so whether to rest is seen to afterwards.
         self._is_waking = False
         self._prefix = os.urandom(8)
         self._numbers = itertools.count(1)
-        self._channels: list[Channel] = []
         try:
             for endpoint in self._endpoints:
-                self._channels.append(Channel(endpoint, self._context, self._requester, self._heartbeat, self))
+                self._failover.connect(endpoint, self._context)
             close_first(self._context, self)
         except BaseException:
             self.close()
             raise
+
+    # A request's wait.
 
     def _wait(self, call: Call, at: float | None, limit: float | None) -> list[bytes]:
         """Sleep until the answer has come or a limit ends it."""
@@ -546,7 +347,7 @@ class Client:
         if asked.is_open:
             self._tell_cancelled(call)
             self._requester.abandon(asked)
-            self._waiting.pop(call, None)
+            self._failover.waiting.pop(call, None)
         asked.frames.clear()  # if it has not left yet it need not leave any more
         asked.body = ()  # the table may keep what has a limit until that comes: neither what was asked with it, nor who asked
         asked.owner = None  # which knows its request: else each would be for the garbage collector
@@ -623,43 +424,8 @@ class Client:
         if at is not None:
             self._arm(at)
 
-    def _look_out(self) -> None:
-        """Look at the connections from time to time as long as requests are open."""
-        interval = LOOK if self._heartbeat is None else max(self._heartbeat / LOOKS, TICK)
-        self._looks = self._hub.loop.timer(interval, interval, ref=False)
-        self._looks.start(_look, weakref.ref(self), self._looks)
-        now = monotonic()
-        for channel in self._channels:
-            channel.begin_looks(now)
 
-    def _on_look(self) -> None:
-        now = monotonic()
-        for channel in self._channels:
-            channel.look(now)
-        if not self._requester.pending:
-            self._stop_looking()
-
-    def _stop_looking(self) -> None:
-        if self._looks is not None:
-            self._looks.stop()
-            self._looks.close()
-            self._looks = None
-
-    def _stop_timers(self) -> None:
-        self._disarm()
-        self._stop_looking()
-
-
-_REJECTED, _INTERRUPTED, _ERROR = int(Kind.REJECTED), int(Kind.INTERRUPTED), int(Kind.ERROR)
-
-
-def _look(client: weakref.ref[Client], timer: Any) -> None:
-    found = client()
-    if found is None:
-        timer.stop()
-        timer.close()
-        return
-    found.restarts.run("looks", found._on_look)
+_ERROR = int(Kind.ERROR)
 
 
 def _ended(error: Exception | None) -> Cancelled:

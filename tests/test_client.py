@@ -538,7 +538,7 @@ def test_nothing_is_left_of_a_retry_that_is_to_come(context: zmq.Context, endpoi
             asked.kill(block=False)
         gevent.joinall([asked])
         assert call.pause is None
-        assert not client._waiting
+        assert not client._failover.waiting
 
 
 def test_what_has_ended_before_its_limit_is_not_kept_until_then(context: zmq.Context, endpoint: str) -> None:
@@ -762,12 +762,12 @@ def test_a_child_forked_while_a_request_waits(context: zmq.Context, tmp_path: Pa
 FORKING_IN_A_PAUSE = """
 import os, sys, gevent
 import greensafe as zmq
-from greensafe import channel as channels, client as clients
+from greensafe import channel as channels, failover
 from greensafe.green._pump import Pump
 from greensafe.trouble import LOST
 
 endpoint, pause = sys.argv[1:]
-clients.delay = channels.delay = lambda attempt, fraction: 0.3
+failover.delay = channels.delay = lambda attempt, fraction: 0.3
 client = zmq.Client(endpoint, heartbeat=0.5, timeout=30, retries=1)
 assert client.request(b"x") == b"x"
 waiting = gevent.spawn(client.request, b"sleep 0.2", idempotent=True)
@@ -796,7 +796,7 @@ if not child:
         gevent.sleep(0.6)
         assert used == [], used
         assert client.request(b"child") == b"child"
-        assert client.stats.answered == 1 and not client._waiting
+        assert client.stats.answered == 1 and not client._failover.waiting
         gevent.sleep(0.6)
         assert used == ["plain_socket", "_try_send"], used
         client.close()

@@ -369,7 +369,7 @@ def _lie_to_a_client(context: zmq.Context, seed: int, rounds: int) -> None:
             gevent.joinall(asking, raise_error=True)
             answered += sum(each.value for each in asking)
             assert len(client._requester) == 0
-            assert not client._waiting
+            assert not client._failover.waiting
             assert not any(channel.connection.sent for channel in client._channels)
             for liar in liars:
                 liar.close()

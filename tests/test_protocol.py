@@ -444,8 +444,8 @@ def test_an_answer_that_comes_after_all(context: zmq.Context) -> None:
 
         say(Kind.DRAINING, b"", 1)  # so that there is no place to send it to again
         say(Kind.WORKING, request_id, 2)
-        wait_until(lambda: client._waiting)
+        wait_until(lambda: client._failover.waiting)
         say(Kind.REPLY, b"late", 2)
         assert asked.get() == b"late"
-        assert (len(client._requester), client._waiting) == (0, {})
+        assert (len(client._requester), client._failover.waiting) == (0, {})
         assert client._channels[0].connection.sent == {}

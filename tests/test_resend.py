@@ -1,4 +1,4 @@
-"""Tests of greensafe.client: what may have run is sent again, to the journal that knows of it and to no other."""
+"""Tests of greensafe.failover: what may have run is sent again, to the journal that knows of it and to no other."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from greensafe import Client, RemoteError, Request, Server
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.deadlines import TICK
+from greensafe.failover import Failover
 from greensafe.green import _pump
 from greensafe.green._pump import Pump
 from greensafe.hooks import LoopFailed, ServerStopped
@@ -474,6 +475,7 @@ import gevent, greensafe
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.deadlines import TICK
+from greensafe.failover import Failover
 from greensafe.green import _pump
 from greensafe.green._pump import Pump
 
@@ -537,7 +539,7 @@ def _break_client(monkeypatch: pytest.MonkeyPatch, client: Client, what: str, er
         "pump": (Pump, "_read"),
         "limits": (Requester, "tick"),
         "looks": (Channel, "look"),
-        "retries": (Client, "_on_paused"),
+        "retries": (Failover, "_on_paused"),
         "connection": (Channel, "_on_disconnected"),
     }[what]
     real = getattr(owner, name)

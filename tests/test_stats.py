@@ -298,6 +298,7 @@ def test_what_lives_long_says_how_it_is(context: zmq.Context) -> None:
         pump: "<Pump stopped queued=0 dropped=0 unreachable=0>",
         vanished: f"<Vanished connections=0 <Monitor of {sock!r}>>",
         client._channels[0]: "<Channel up inproc://s inflight=0 losses=0>",
+        client._failover: "<Failover up=1 of 1 waiting=0 retried=0 rejected=0>",
         client: "<Client open inproc://s up=1 inflight=0 late=0>",
         Server(ENDPOINT, _handler, deadline=1): "<Server closed inproc://s>",
     }
