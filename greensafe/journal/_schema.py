@@ -24,7 +24,18 @@ from pathlib import Path
 from ..errors import JournalError
 from ._clock import Moment, offset
 
-__all__ = ["APPLICATION", "MIGRATIONS", "TABLES", "check", "check_version", "connect", "create", "explain", "migrate"]
+__all__ = [
+    "APPLICATION",
+    "MIGRATIONS",
+    "SQLITE_ERRORS",
+    "TABLES",
+    "check",
+    "check_version",
+    "connect",
+    "create",
+    "explain",
+    "migrate",
+]
 
 #: "GSjl".
 APPLICATION = 0x47536A6C
@@ -66,6 +77,11 @@ _BUSY = 5.0
 #: How a write-ahead log begins, by the order of its checksums' bytes.
 _LOG_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 
+#: What sqlite3 raises for a file that is not what it should be. UnicodeError: the damage stands in the text of sqlite's error.
+SQLITE_ERRORS = (sqlite3.Error, UnicodeError)
+
+_DAMAGED = "the file is damaged: `greensafe journal verify` says where; put a copy back, or move it away"
+
 _FOREIGN = "{} is the database of another program, not a journal: give another name"
 
 _ADVICE = {
@@ -74,7 +90,7 @@ _ADVICE = {
     sqlite3.SQLITE_READONLY: "this user must be able to write to the file, its -wal and -shm, and their folder",
     sqlite3.SQLITE_CANTOPEN: "this user must be able to write to the file, its -wal and -shm, and their folder",
     sqlite3.SQLITE_PERM: "this user must be able to write to the file, its -wal and -shm, and their folder",
-    sqlite3.SQLITE_CORRUPT: "the file is damaged: `greensafe journal verify` says where; put a copy back, or move it away",
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: "it is not a sqlite file, or its beginning is damaged: give another name, or put a copy back",
     sqlite3.SQLITE_BUSY: "another program is writing to it, and did not end in time",
     sqlite3.SQLITE_TOOBIG: "a request, a step's result or an answer is larger than sqlite can store",
@@ -84,7 +100,8 @@ _ADVICE = {
 def explain(path: str, error: Exception) -> JournalError:
     """What to raise, from `error`, for what sqlite has raised."""
     # The lowest byte is the error, the others say more.
-    advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    advice = _DAMAGED if isinstance(error, UnicodeDecodeError) else _ADVICE.get(code)
     return JournalError(f"the journal {path}: {error}" + (f"; {advice}" if advice else ""))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import JournalError
 from ..sansio.records import Ack, Begin, Effect, Excuse, Finish, Forget, Known, Rerun, State, Step, Write
+from ._checking import misfit
 from ._effects import run
 from ._rows import MOST, execute, fetch, marks, rows
 
@@ -50,12 +51,18 @@ def pack(frames: Iterable[bytes]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[bytes]:
-    """The frames that `pack` was given."""
+    """The frames that `pack` was given.
+
+    Raises:
+        JournalError: These bytes are not what it made of any.
+    """
     frames, at = [], 0
-    while at < len(packed):
+    while at + _LENGTH.size <= len(packed):
         (length,) = _LENGTH.unpack_from(packed, at)
         at += _LENGTH.size + length
         frames.append(packed[at - length : at])
+    if at != len(packed):
+        raise JournalError("frames in the journal are damaged: they do not have the lengths that stand before them")
     return frames
 
 
@@ -125,11 +132,20 @@ class Writing:
 
     def _known(self, ids: Iterable[bytes]) -> dict[bytes, tuple[bytes, Known]]:
         found = {}
-        for id, state, stored, attempts, fruitless, until, kind, reply in self._all(_known_sql, ids):
-            steps = {} if state != _OPEN else {(name, number): value for name, number, value in self._execute(_STEPS, (id,))}
+        for row in self._all(_known_sql, ids):
+            _check(row[0], _KNOWN, row)
+            id, state, stored, attempts, fruitless, until, kind, reply = row
+            steps = self._steps(id) if state == _OPEN else {}
             frames = [] if reply is None else unpack(reply)
             found[id] = (stored, Known(STATES[state], True, attempts, fruitless, until, kind, frames, steps))
         return found
+
+    def _steps(self, id: bytes) -> dict[tuple[str, int], bytes]:
+        steps = {}
+        for row in self._execute(_STEPS, (id,)):
+            _check(id, _STEP, row)
+            steps[row[:2]] = row[2]
+        return steps
 
     def _rerun(self, group: _Group, results: list[Any]) -> None:
         ids = [write.request_id for _, write in group]
@@ -191,7 +207,10 @@ class Writing:
 
     def _raise_not_open(self, ids: list[bytes]) -> None:
         """Name one that was not; the others may have been changed already."""
-        states = {id: (STATES[state], changed) for id, state, changed in self._all(_states_sql, ids)}
+        states = {}
+        for row in self._all(_states_sql, ids):
+            _check(row[0], ("id", "state", "changed"), row)
+            states[row[0]] = STATES[row[1]], row[2]
         for id in ids:
             state, changed = states.get(id, (None, None))
             if state is None or (state is not State.OPEN and (changed != self._now or len(ids) == 1)):
@@ -213,6 +232,12 @@ _DO: dict[type, Callable[[Writing, _Group, list[Any]], None]] = {
 }
 
 
+def _check(id: Any, columns: Sequence[str], row: Sequence[Any]) -> None:
+    if (fault := misfit(columns, row)) is not None:
+        name = id.hex() if isinstance(id, bytes) else repr(id)
+        raise JournalError(f"request {name} is damaged in the journal, it {fault}: `greensafe journal verify` tells of all")
+
+
 def _grouped(writes: Sequence[Write]) -> Iterator[tuple[type, _Group]]:
     """Writes that may be done as one, with their places; those that depend on each other in their order."""
     seen: set[bytes] = set()
@@ -231,6 +256,10 @@ def _grouped(writes: Sequence[Write]) -> Iterator[tuple[type, _Group]]:
 
 
 # Statements, by how many rows they are for. Parameters that all rows have in common come first.
+
+
+_KNOWN = ("id", "state", "digest", "attempts", "fruitless", "until", "kind", "payload")
+_STEP = ("name", "number", "value")
 
 
 @cache

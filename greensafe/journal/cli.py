@@ -95,11 +95,8 @@ def _forget(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     with Reading(arguments.file) as reading:
         faults = list(reading.faults())
-        summary = reading.summary()
-    for fault in faults:
-        print(fault)
-    if not faults:
-        print(f"whole: {sum(summary.counts.values())} requests")
+        count = 0 if faults else sum(reading.summary().counts.values())
+    print("\n".join(faults) if faults else f"whole: {count} requests")
     return 1 if faults else 0
 
 
@@ -166,7 +163,10 @@ def _age(seconds: float) -> str:
 
 def _when(seconds: float) -> str:
     """So many seconds ago, by the clock on the wall of who looks."""
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - seconds))
+    try:
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - seconds))
+    except (OverflowError, OSError):  # no calendar goes so far: the file is damaged
+        clock = "never"
     return f"{clock} ({_age(seconds)} ago)" if seconds >= 0 else f"{clock} (in {_age(-seconds)})"
 
 

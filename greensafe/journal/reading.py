@@ -9,8 +9,6 @@ It does not know how anything is shown; see `cli`.
 from __future__ import annotations
 
 import os
-import sqlite3
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,14 +17,17 @@ from typing import Any, Self
 
 from ..errors import JournalError
 from ..sansio.records import State
+from ._checking import misfit
 from ._clock import Stored, moment, offset
 from ._lock import Lock, holder
-from ._schema import check, check_version, connect, explain
+from ._schema import SQLITE_ERRORS, check, check_version, connect, explain
 from ._writing import STATES, digest, unpack
 
 __all__ = ["Entry", "Reading", "Summary", "forget", "vacuum"]
 
 _COLUMNS = "id, state, changed, since, until, attempts, fruitless, kind, client, metadata, payload, digest"
+_REQUEST = _COLUMNS.split(", ")
+_STEP = ("id", "name", "number", "value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Reading:
             self._now = here.monotonic + offset(stored, here)
         except BaseException as error:
             self._connection.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, SQLITE_ERRORS):
                 raise explain(self.path, error) from error
             raise
 
@@ -141,21 +142,37 @@ class Reading:
         return self._entry(rows[0])
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the file, in whole sentences; nothing if nothing is. It reads all of it."""
+        """What is wrong with the file, in whole sentences; nothing if nothing is. It reads all of it, as far as it can."""
+        try:
+            yield from self._faults()
+        except JournalError as error:
+            yield f"the rest cannot be read: {error}"
+
+    def _faults(self) -> Iterator[str]:
         for (found,) in self._all("PRAGMA integrity_check"):
             if found != "ok":
                 yield f"sqlite: {found}"
-        for row in self._connection.execute(f"SELECT {_COLUMNS} FROM greensafe_requests"):
+        for row in self._rows(f"SELECT {_COLUMNS} FROM greensafe_requests"):
             fault = _fault(row)
             if fault is not None:
-                yield f"request {row[0].hex()} {fault}"
+                yield f"request {_name(row[0])} {fault}"
+        for row in self._rows("SELECT id, name, number, value FROM greensafe_steps"):
+            if (fault := misfit(_STEP, row)) is not None:
+                yield f"a step of request {_name(row[0])} {fault}"
         lost = "SELECT id FROM greensafe_steps WHERE id NOT IN (SELECT id FROM greensafe_requests WHERE state = 0) GROUP BY id"
         for (request_id,) in self._all(lost):
-            yield f"request {request_id.hex()} has steps and is not open"
+            yield f"request {_name(request_id)} has steps and is not open"
 
     def _entry(self, row: Sequence[Any]) -> Entry:
+        if (fault := misfit(_REQUEST, row)) is not None:
+            raise JournalError(f"the journal {self.path} is damaged: request {_name(row[0])} {fault}; see `verify`")
         request_id, state, changed, since, until, attempts, fruitless, kind, client, metadata, payload, _ = row
-        steps = self._all("SELECT name, number, value FROM greensafe_steps WHERE id = ? ORDER BY rowid", request_id)
+        steps = self._all("SELECT id, name, number, value FROM greensafe_steps WHERE id = ? ORDER BY rowid", request_id)
+        for step in steps:
+            if (fault := misfit(_STEP, step)) is not None:
+                raise JournalError(
+                    f"the journal {self.path} is damaged: a step of request {request_id.hex()} {fault}; see `verify`"
+                )
         return Entry(
             request_id=request_id.hex(),
             state=STATES[state].value,
@@ -168,13 +185,20 @@ class Reading:
             metadata=metadata,
             kind=kind,
             frames=_frames(payload),
-            steps=steps,
+            steps=[step[1:] for step in steps],
         )
 
     def _all(self, sql: str, *parameters: object) -> list[Any]:
         try:
             return self._connection.execute(sql, parameters).fetchall()
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
+            raise explain(self.path, error) from error
+
+    def _rows(self, sql: str) -> Iterator[Any]:
+        """One by one, since they may be more than fit into memory."""
+        try:
+            yield from self._connection.execute(sql)
+        except SQLITE_ERRORS as error:
             raise explain(self.path, error) from error
 
     def _one(self, sql: str) -> Any:
@@ -205,7 +229,7 @@ def forget(path: str, part: str) -> Entry:
             found = connection.execute("DELETE FROM greensafe_requests WHERE id = ? AND state = ?", what).rowcount
             connection.execute("DELETE FROM greensafe_steps WHERE id = ?", what[:1])
             connection.execute("COMMIT" if found else "ROLLBACK")
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         raise explain(path, error) from error
     finally:
         if lock is not None:
@@ -230,7 +254,7 @@ def vacuum(path: str) -> tuple[int, int]:
             connection.execute("VACUUM")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return before, os.path.getsize(path)
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         raise explain(path, error) from error
     finally:
         lock.release()
@@ -247,29 +271,34 @@ def _hex(part: str) -> str:
     return text
 
 
+def _name(request_id: Any) -> str:
+    """As Request.id, or whatever stands in its place."""
+    return request_id.hex() if isinstance(request_id, bytes) else repr(request_id)
+
+
 def _frames(payload: Any) -> Sequence[bytes]:
     """The frames in a row, as far as they can be told from each other."""
     try:
         return [] if payload is None else unpack(payload)
-    except (struct.error, TypeError):
-        return [payload if isinstance(payload, bytes) else repr(payload).encode()]
+    except JournalError:
+        return [payload]
 
 
 def _fault(row: Sequence[Any]) -> str | None:
     """What is wrong with a request's row."""
     request_id, state, _, _, _, attempts, fruitless, kind, _, _, payload, checksum = row
+    if (fault := misfit(_REQUEST, row)) is not None:
+        return fault
     if len(request_id) != 16:
         return f"has an id of {len(request_id)} bytes, not 16"
-    if not isinstance(payload, (bytes, type(None))):
-        return "has bytes that are none"
-    if state not in range(len(STATES)):
-        return f"has the unknown state {state}"
     if attempts < 1 or fruitless < 0:
         return f"has {attempts} attempts, {fruitless} of them fruitless"
     if (payload is None) != (STATES[state] is State.ACKED):
         return f"is {STATES[state].value} and has {'no' if payload is None else 'still its'} bytes"
     if STATES[state] is State.OPEN and digest(payload or b"") != checksum:
         return "has a body that is not the one it came with"
+    if payload and _frames(payload) == [payload]:
+        return "has frames that do not have the lengths that stand before them"
     if (kind == 0) != (STATES[state] is State.OPEN):
         return f"is {STATES[state].value} and its answer is of kind {kind}"
     return None

@@ -30,7 +30,7 @@ from ..errors import JournalError
 from ..sansio.records import Write
 from ._clock import Stored, moment, offset
 from ._lock import Lock
-from ._schema import check, check_version, connect, create, explain, migrate
+from ._schema import SQLITE_ERRORS, check, check_version, connect, create, explain, migrate
 from ._tidying import MOST, Dropped, evict, expire, oldest, renew, size
 from ._writing import Writing
 from .base import Journal
@@ -178,7 +178,7 @@ class SqliteJournal(Journal):
         except BaseException as error:
             self._roll_back()
             # What does not fit into sqlite's types is a fault of one write, as what is too large is.
-            if isinstance(error, (sqlite3.Error, OverflowError, UnicodeError)):
+            if isinstance(error, (*SQLITE_ERRORS, OverflowError)):
                 raise explain(self.path, error) from error
             raise
 
@@ -219,7 +219,7 @@ class SqliteJournal(Journal):
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, SQLITE_ERRORS):
                 raise explain(self.path, error) from error
             raise
         return connection
@@ -248,7 +248,7 @@ class SqliteJournal(Journal):
     def _is_too_large(self) -> bool:
         try:
             return size(self._ready()) > self._max_bytes
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise explain(self.path, error) from error
 
     def _disconnect(self) -> None:

@@ -164,10 +164,10 @@ def test_verify(path: Path, journal: str) -> None:
     ("sql", "text"),
     [
         ("UPDATE greensafe_requests SET payload = x'0000000141' WHERE state = 0", "not the one it came with"),
-        ("UPDATE greensafe_requests SET payload = 'text' WHERE state = 0", "bytes that are none"),
+        ("UPDATE greensafe_requests SET payload = 'text' WHERE state = 0", "impossible payload 'text'"),
         ("UPDATE greensafe_requests SET payload = NULL WHERE state = 1", "is done and has no bytes"),
         ("UPDATE greensafe_requests SET payload = x'00' WHERE state = 2", "is acked and has still its bytes"),
-        ("UPDATE greensafe_requests SET state = 9 WHERE state = 2", "unknown state 9"),
+        ("UPDATE greensafe_requests SET state = 9 WHERE state = 2", "impossible state 9"),
         ("UPDATE greensafe_requests SET kind = 0 WHERE state = 1", "answer is of kind 0"),
         ("UPDATE greensafe_requests SET attempts = 0 WHERE state = 0", "0 attempts"),
         ("UPDATE greensafe_requests SET id = x'00' WHERE state = 0", "id of 1 bytes"),
@@ -183,6 +183,41 @@ def test_verify_finds_what_is_wrong(path: Path, sql: str, text: str) -> None:
     result = command("verify", path)
     assert result.code == 1
     assert text in result.out
+
+
+ODD = [
+    ("greensafe_requests SET id = 'text' WHERE state = 0", "impossible id 'text'"),
+    ("greensafe_requests SET id = 5 WHERE state = 0", "impossible id 5"),
+    ("greensafe_requests SET state = 'x' WHERE state = 0", "impossible state 'x'"),
+    ("greensafe_requests SET changed = 'x' WHERE state = 0", "impossible changed 'x'"),
+    ("greensafe_requests SET until = 'soon' WHERE state = 0", "impossible until 'soon'"),
+    ("greensafe_requests SET attempts = 'many' WHERE state = 0", "impossible attempts 'many'"),
+    ("greensafe_requests SET client = 7 WHERE state = 0", "impossible client 7"),
+    ("greensafe_requests SET payload = x'ffffffff00' WHERE state = 1", "do not have the lengths"),
+    ("greensafe_steps SET value = 5 WHERE name = (SELECT min(name) FROM greensafe_steps)", "impossible value 5"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), ODD)
+def test_what_a_flipped_bit_leaves(path: Path, change: str, text: str) -> None:
+    """sqlite does not see that a column is of another type. `verify` names it, and nothing else fails with a traceback."""
+    fill(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"UPDATE {change}")
+        connection.commit()
+    result = command("verify", path)
+    assert (result.code, text in result.out, result.err) == (1, True, "")
+    for arguments in (["ls", "--state", "all"], ["ls", "--state", "all", "--json"], ["show", OPEN.hex()]):
+        assert "Traceback" not in command(*arguments, path).err
+
+
+def test_damage_in_the_text_of_an_error(path: Path) -> None:
+    """Of a schema that is damaged sqlite says where, in bytes that are no text any more."""
+    fill(path).close()
+    path.write_bytes(path.read_bytes().replace(b"ON greensafe_requests", b"ON greensafe\xa0requests"))
+    for arguments in (["ls"], ["verify"], ["show", OPEN.hex()], ["forget", DONE.hex()]):
+        result = command(*arguments, path)
+        assert (result.code, "is damaged" in result.err, "Traceback" in result.err) == (1, True, False)
 
 
 def test_verify_finds_damage(path: Path) -> None:

@@ -832,3 +832,32 @@ def test_the_document_has_the_format(path: Path) -> None:
     assert f"`{_schema.APPLICATION.to_bytes(4, 'big').hex(' ').upper()}`" in text
     assert f"{len(_schema.MIGRATIONS)} so far" in text
     assert f"not later than {MARGIN:.0f} s" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "greensafe_requests SET state = 9",
+        "greensafe_requests SET fruitless = 'many'",
+        "greensafe_requests SET until = 'soon'",
+        "greensafe_requests SET state = 1, kind = 129, payload = x'ffffffff00'",
+        "greensafe_steps SET value = 5",
+    ],
+)
+def test_a_damaged_row_fails_alone(path: Path, change: str) -> None:
+    """What is damaged is never used: it is a JournalError of that request, and the others of the batch can be stored."""
+    made = SqliteJournal(path)
+    made.open()
+    id = begin(1).request_id
+    made.commit([begin(1), begin(2), Step(id, "s", 1, b"")])
+    made.close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"UPDATE {change}")
+        connection.commit()
+    made.open()
+    try:
+        with pytest.raises(JournalError, match="damaged"):
+            made.commit([begin(3), begin(1)])
+        assert made.commit([begin(3)]) == [None]
+    finally:
+        made.close()

@@ -1,0 +1,46 @@
+"""Is what was read of a request what a server has stored?
+
+sqlite has no checksums. A bit that has flipped on the disk may make a text of bytes, or one number of another, without sqlite
+seeing anything wrong; so each row is looked at before it is used.
+
+It does not know what becomes of a row that is damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["misfit"]
+
+_NUMBER = (int, float)
+
+#: What each column of a request, and of a step, is.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (bytes,),
+    "state": (int,),
+    "changed": _NUMBER,
+    "since": _NUMBER,
+    "until": (*_NUMBER, type(None)),
+    "digest": (bytes,),
+    "attempts": (int,),
+    "fruitless": (int,),
+    "kind": (int,),
+    "client": (bytes,),
+    "metadata": (bytes,),
+    "payload": (bytes, type(None)),
+    "name": (str,),
+    "number": (int,),
+    "value": (bytes,),
+}
+
+#: OPEN, DONE, ACKED.
+_STATES = range(3)
+
+
+def misfit(columns: Sequence[str], row: Sequence[Any]) -> str | None:
+    """What is wrong with the first of these columns that cannot be used, as the end of a sentence; None if nothing is."""
+    for column, value in zip(columns, row, strict=True):
+        if not isinstance(value, _TYPES[column]) or (column == "state" and value not in _STATES):
+            return f"has the impossible {column} {value!r}"
+    return None
