@@ -258,6 +258,10 @@ class Journaled(Watchdog):
         if isinstance(fn, InTransaction):
             return self._effect(b"" if exchange.is_answered else _id(exchange), name, number, fn, args)
         data = self._codec.encode(fn(*args))
+        if not isinstance(
+            data, (bytes, bytearray, memoryview)
+        ):  # sqlite would keep it as something else, or silently not at all
+            raise TypeError(f"a step_codec's encode returns bytes, not {type(data).__name__}")
         if not exchange.is_answered:
             self._store(Step(_id(exchange), name, number, data))
         return self._codec.decode(data)

@@ -778,6 +778,23 @@ def test_another_codec(build: Build) -> None:
     assert next(write for write in site.disk.seen if isinstance(write, Step)).value == b"body!".hex().encode()
 
 
+@pytest.mark.parametrize("encoded", [None, "text", 5])
+def test_a_codec_that_encodes_no_bytes(build: Build, encoded: Any) -> None:
+    """Its steps fail at once, and not when they are wanted back: what it returned could have been silently not stored."""
+
+    class Odd:
+        def encode(self, value: Any) -> Any:
+            return encoded
+
+        def decode(self, data: bytes) -> Any:
+            return b""
+
+    site = build(lambda request: request.step("a", bytes), step_codec=Odd())
+    site.peer.ask()
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "TypeError")
+    assert "Step" not in site.disk.kinds()
+
+
 def test_nothing_is_stored_after_the_answer(build: Build) -> None:
     """A handler that goes on after its reply runs its steps as ever, and they are not for another run."""
     done = gevent.event.Event()
