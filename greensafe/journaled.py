@@ -148,7 +148,8 @@ class Journaled(Watchdog):
             client=request.client,
             metadata=header.metadata,
         )
-        self._commits.write(begin, lambda known, error: self._on_begun(request, known, error))
+        # If the server stops before this is stored the request was not run, and is new to the next one.
+        self._commits.write(begin, lambda known, error: self._on_begun(request, known, error), Forget(header.request_id))
 
     def _take(self, key: int) -> Request | None:
         return super()._take(key) or self._beginning.pop(key, None)

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import gevent
 import gevent.monkey
 import pytest
 import zmq as plain
@@ -655,6 +656,31 @@ def test_what_never_ran_is_no_interruption(build: Build) -> None:
     wait_until(lambda: site.disk.kinds() == ["Begin"])
     site.peer.ask(age_ms=50)
     assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+@pytest.mark.parametrize("options", [{"resume": "abort"}, {"max_attempts": 1}])
+def test_what_was_not_stored_when_the_server_stopped(
+    build: Build, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """What a stop refuses because the disk hangs was not run, also if it is stored afterwards: the next server runs it."""
+    monkeypatch.setattr("greensafe.server.FLUSH", 20 * MS)
+    site = build(_echo, **options)
+    site.disk.gate.clear()
+    site.peer.ask(1)
+    wait_until(lambda: site.journal.pending == 1)
+    gevent.sleep(0)  # its batch is under way
+    site.peer.ask(2)
+    wait_until(lambda: site.journal.pending == 2)
+    site.server.close()
+    assert {site.peer.error()[0], site.peer.error()[0]} == {Kind.REJECTED}
+    site.disk.gate.set()
+    wait_until(lambda: not Path(f"{site.disk.path}.lock").exists())
+    site.server.start()
+    site.peer = site.connect()
+    for number in (1, 2):
+        site.peer.ask(number, age_ms=5)
+        assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert site.runs == [("body", 1), ("body", 1)]
 
 
 def test_a_later_request_is_unfinished_until_it_is_answered(build: Build) -> None:

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 #: Called with a write's result and None, or with None and the error.
 Then = Callable[[Any, "JournalError | None"], None]
 
+#: A write, who waits for it, and what undoes it.
+_Entry = tuple[Write, "Then | None", "Write | None"]
+
 #: Seconds between two times that the journal is asked to tidy up, if it had no more to do; and for which a write waits at most
 #: that nobody waits for.
 TIDY = 5.0
@@ -63,8 +66,8 @@ class Commits:
         self._hub: Hub = gevent.get_hub()
         self._pool = ThreadPool(1)
         self._process = os.getpid()
-        self._waiting: list[tuple[Write, Then | None]] = []
-        self._batch: Sequence[tuple[Write, Then | None]] = ()
+        self._waiting: list[_Entry] = []
+        self._batch: Sequence[_Entry] = ()
         #: A batch is to be started as soon as that can be.
         self._is_due = False
         self._is_busy = False
@@ -74,6 +77,8 @@ class Commits:
         self._closed = Event()
         #: What is to be stored before the journal is closed, as long as that is to be done.
         self._last: list[Write] | None = None
+        #: What undoes the writes of the batch under way, when they come too late.
+        self._late: list[Write | None] = []
         self._tidy_at = 0.0
         self._timer: Any = None
         self.count = 0
@@ -107,16 +112,17 @@ class Commits:
         self._timer = self._hub.loop.timer(TIDY, TIDY, ref=False)
         self._timer.start(self._on_timer)
 
-    def write(self, write: Write, then: Then | None = None) -> None:
+    def write(self, write: Write, then: Then | None = None, undo: Write | None = None) -> None:
         """Store something. From any greenlet of the server's thread, the hub included; for `then` see above.
 
-        Without `then` it may take `TIDY` seconds before it is stored.
+        Without `then` it may take `TIDY` seconds before it is stored. With `undo` it is only wanted if `then` is told of it: if
+        `close` is called first it is not stored; or undone, if it is by then and its result was None.
         """
         if not self._is_open:
             if then is not None:
                 self._hub.loop.run_callback(then, None, JournalError("the journal is closed: its server was stopped"))
             return
-        self._waiting.append((write, then))
+        self._waiting.append((write, then, undo))
         if then is not None:
             self._is_due = True
             self._schedule()
@@ -147,7 +153,8 @@ class Commits:
         self._is_open = False
         self._timer.stop()
         self._timer.close()
-        self._last = [write for write, _ in self._waiting]
+        self._last = [write for write, _, undo in self._waiting if undo is None]
+        self._late = [undo for _, _, undo in self._batch]
         pending = (*self._batch, *self._waiting)
         self._waiting, self._batch = [], ()
         self._tell_all(pending, [JournalError("the server was stopped before this was known to be stored")] * len(pending))
@@ -175,7 +182,7 @@ class Commits:
             return
         self._is_due = False
         self._batch, self._waiting = self._waiting, []
-        self._call(_commit, self._journal, [write for write, _ in self._batch])
+        self._call(_commit, self._journal, [write for write, _, _ in self._batch])
 
     def _call(self, act: Callable[..., Any], *args: Any) -> None:
         self._is_busy = True
@@ -193,9 +200,16 @@ class Commits:
             if self._is_open:
                 self._guarded(self._go_on, not batch)
             else:
+                self._guarded(self._undo_late, done)
                 self._guarded(self._end)
         if not self.pending:
             self._done.set()
+
+    def _undo_late(self, done: Any) -> None:
+        late, self._late = self._late, []
+        if late and self._last is not None:
+            undone = [undo for undo, result in zip(late, done.get(), strict=True) if undo is not None and result is None]
+            self._last = undone + self._last
 
     def _go_on(self, has_tidied: bool = False) -> None:
         """Start what is next: batches and the parts of a long tidying take turns."""
@@ -212,7 +226,7 @@ class Commits:
         except BaseException:  # noqa: BLE001 - see above
             self._hub.handle_error(self, *sys.exc_info())
 
-    def _tell(self, batch: Sequence[tuple[Write, Then | None]], done: Any) -> None:
+    def _tell(self, batch: Sequence[_Entry], done: Any) -> None:
         results = done.get()
         self.count += 1
         failures = [result for result in results if isinstance(result, JournalError)]
@@ -220,8 +234,8 @@ class Commits:
         self._note(failures[-1] if failures else None)
         self._tell_all(batch, results)
 
-    def _tell_all(self, batch: Sequence[tuple[Write, Then | None]], results: Sequence[Any]) -> None:
-        for (_, then), result in zip(batch, results, strict=True):
+    def _tell_all(self, batch: Sequence[_Entry], results: Sequence[Any]) -> None:
+        for (_, then, _), result in zip(batch, results, strict=True):
             if then is not None:
                 if isinstance(result, JournalError):
                     self._guarded(then, None, result)
