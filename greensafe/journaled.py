@@ -259,9 +259,8 @@ class Journaled(Watchdog):
         if isinstance(fn, InTransaction):
             return self._effect(b"" if exchange.is_answered else _id(exchange), name, number, fn, args)
         data = self._codec.encode(fn(*args))
-        if not isinstance(
-            data, (bytes, bytearray, memoryview)
-        ):  # sqlite would keep it as something else, or silently not at all
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            # sqlite would keep it as something else, or silently not at all.
             raise TypeError(f"a step_codec's encode returns bytes, not {type(data).__name__}")
         if not exchange.is_answered:
             self._store(Step(_id(exchange), name, number, data))
@@ -389,6 +388,11 @@ class Journaled(Watchdog):
 
     def abort_all(self, error: RemoteError) -> None:
         for request in list(self._beginning.values()):
+            memory: _Memory = request._exchange.memory
+            if memory.is_begun and memory.attempt == 1:
+                # Stored, and its turn has not come: it is new to the next server.
+                memory.is_begun = memory.is_counted = False
+                self._commits.write(Forget(_id(request._exchange)))
             self._guarded(self._drop, request, error)
         super().abort_all(error)
 

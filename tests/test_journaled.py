@@ -683,6 +683,22 @@ def test_what_was_not_stored_when_the_server_stopped(
     assert site.runs == [("body", 1), ("body", 1)]
 
 
+def test_what_was_stored_and_had_no_turn(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that comes between a request's Begin and its turn: it was not run, so the next server runs it."""
+    with monkeypatch.context() as patch:
+        patch.setattr("greensafe.journaled.TURN", -1.0)  # nobody's turn comes
+        site = build(_echo, resume="abort")
+        site.peer.ask()
+        wait_until(lambda: site.disk.kinds() == ["Begin"] and not site.journal.pending)
+        site.server.close()
+        assert site.peer.error()[0] == Kind.REJECTED
+    site.server.start()
+    site.peer = site.connect()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert site.runs == [("body", 1)]
+
+
 def test_a_later_request_is_unfinished_until_it_is_answered(build: Build) -> None:
     """It runs again after a restart; until then a resend joins it."""
     kept: list[Request] = []

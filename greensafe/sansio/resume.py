@@ -65,7 +65,8 @@ def decide(known: Known, resume: str, max_attempts: int) -> Run | Replay | Refus
         message = "this request was sent before, and what the journal knew at that time is dropped: it may have run"
         return Refuse(RemoteError("ABORTED", message, "Forgotten"), False)
     if resume == "abort":
-        return Refuse(RemoteError("ABORTED", "the server was restarted while this request ran", "Interrupted"), True)
+        message = "a run of this request has begun before and has ended without its answer: it is not run again"
+        return Refuse(RemoteError("ABORTED", message, "Interrupted"), True)
     if known.fruitless >= max_attempts:
         message = f"the server was interrupted at this request {known.fruitless} times, without a new step: it is not run again"
         return Refuse(RemoteError("ABORTED", message, "TooManyAttempts"), True)
