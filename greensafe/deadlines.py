@@ -455,7 +455,7 @@ class shield(deadline):
 
 
 class preemptible(deadline):
-    """A server's scope whose end is also raised in a greenlet that does not wait, see `hubwatch`."""
+    """A server's scope whose end is also raised in a greenlet that does not wait, see `preemption`."""
 
     __slots__ = ()
     _preempts = True

@@ -11,10 +11,7 @@ timer fires, so nothing in the hub can say so. A `HubWatch` sees it from a nativ
 * Told once for each incident, with the stack of what ran in the hub's thread at that moment, and again when the hub turns.
 * A thread that fails goes on by itself (`sansio.backoff.Intensity`); if it does so too often, its servers are told.
 * The thread waits for nothing that the blocked greenlet may hold: logging has locks, so it is done by a thread of its own.
-* Preemption (Linux and macOS, the main thread's hub only): when something is overdue, the thread sends SIGUSR2. Python runs its
-  handler in the greenlet that is running, which is hit only if its own preemptible scope is over, and only in the program's own
-  code: greensafe, pyzmq and gevent are never interrupted halfway, so no message is torn; nor are `logging`, `threading` and
-  `queue`, so no lock of theirs stays held.
+* When something is overdue for a server that preempts, whoever runs is interrupted, see `preemption`.
 
 It does not know requests, nor why a greenlet takes so long. While C code keeps the interpreter's lock this thread does not run
 either: what it missed so is counted afterwards, by the hub. For code that never gives it back there is systemd's watchdog.
@@ -27,7 +24,6 @@ import logging
 import math
 import os
 import random
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,11 +35,11 @@ import gevent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
-from .deadlines import raise_if_preempted
 from .green._forks import forbid_in_child
+from .preemption import listen, poke, unlisten, unlisten_in_child
 from .sansio.backoff import Intensity
 
-__all__ = ["EXIT_CODE", "HubWatch", "Wish", "check_preempt", "watch"]
+__all__ = ["EXIT_CODE", "HubWatch", "Wish", "watch"]
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +63,6 @@ MARGIN = 0.001
 
 #: Seconds that the last words of a process may take.
 LAST_WORDS = 1.0
-
-#: Whose code is never interrupted halfway: ours, and what of Python's library is written in Python and holds locks that others
-#: need. `with` calls an `__exit__` of Python's own, which would be ended before its first line: the lock would stay held.
-_WHOLE = frozenset({"greensafe", "zmq", "gevent", "greenlet"}) | {"threading", "logging", "queue", "concurrent", "importlib"}
 
 _start_thread: Callable[..., int] = get_original("_thread", "start_new_thread")
 _make_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
@@ -131,7 +123,7 @@ class HubWatch:
         is_first = not self._wishes
         self._wishes.append(wish)
         if wish.soonest is not None:
-            _listen()
+            listen()
         self._adjust()
         if is_first:
             try:
@@ -145,14 +137,14 @@ class HubWatch:
             return
         self._wishes.remove(wish)
         if wish.soonest is not None:
-            _unlisten()
+            unlisten()
         self._adjust()
 
     def on_fork(self) -> None:
         """In a forked child, which has inherited everything but the thread."""
         self._is_over = True  # the timer, which is in the child's loop as well, ends at its next beat
         _watches.pop(self._hub, None)
-        _unlisten_in_child()
+        unlisten_in_child()
 
     def __repr__(self) -> str:
         state = "over" if self._is_over else "watching"
@@ -256,7 +248,7 @@ class HubWatch:
             return self._period
         left = due + MARGIN - now
         if left <= 0:
-            _poke(self._thread)
+            poke(self._thread)
             return POKE
         return min(LOOK, self._period, left)
 
@@ -334,78 +326,3 @@ def _all_stacks(first: int) -> str:
     frames.pop(_get_ident(), None)
     order = sorted(frames, key=lambda ident: ident != first)
     return "\n".join(f"{'the hub' if ident == first else 'another'}'s thread:\n{_stack(frames[ident])}" for ident in order)
-
-
-# Preemption.
-
-_listeners = 0
-
-#: Held by who signals and by who takes the handler away: a signal without a handler would end the process.
-_guard = _make_lock()
-
-
-def check_preempt() -> None:
-    """See whether this hub's greenlets can be interrupted.
-
-    Raises:
-        RuntimeError: Not here, not in this thread, or somebody else uses SIGUSR2; the text says which.
-    """
-    number = getattr(signal, "SIGUSR2", None)
-    if number is None or not hasattr(signal, "pthread_kill"):
-        raise RuntimeError("preempt=True needs SIGUSR2 and pthread_kill, which this platform does not have")
-    if not gevent.get_hub().main_hub:
-        raise RuntimeError("preempt=True works in the main thread only: Python runs signal handlers nowhere else")
-    if signal.getsignal(number) not in (signal.SIG_DFL, _on_poke):
-        raise RuntimeError("preempt=True needs SIGUSR2 for itself, and this program has a handler for it")
-
-
-def _listen() -> None:
-    global _listeners
-    _listeners += 1
-    if _listeners == 1:
-        signal.signal(signal.SIGUSR2, _on_poke)
-
-
-def _unlisten() -> None:
-    global _listeners
-    _listeners -= 1
-    if not _listeners:
-        with _guard:
-            _restore()
-
-
-def _restore() -> None:
-    if signal.getsignal(signal.SIGUSR2) is _on_poke:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which throws away what is on its way
-        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
-
-
-def _unlisten_in_child() -> None:
-    global _listeners, _guard
-    _guard = _make_lock()
-    if _listeners:
-        _listeners = 0
-        _restore()
-
-
-def _poke(thread: int) -> None:
-    with _guard:
-        if _listeners and signal.getsignal(signal.SIGUSR2) is _on_poke:
-            signal.pthread_kill(thread, signal.SIGUSR2)
-
-
-def _on_poke(number: int, frame: FrameType | None) -> None:
-    if _is_programs(frame):
-        raise_if_preempted()
-
-
-def _is_programs(frame: FrameType | None) -> bool:
-    """Whether what is interrupted is the program's own code, or what it has called of Python's library."""
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in _WHOLE:
-            return False
-        if package not in sys.stdlib_module_names:
-            return True
-        frame = frame.f_back
-    return False

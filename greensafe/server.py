@@ -38,7 +38,7 @@ from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
 from .hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
-from .hubwatch import HubWatch, Wish, check_preempt, watch
+from .hubwatch import HubWatch, Wish, watch
 from .journal.base import Journal
 from .journal.commits import Commits
 from .journal.steps import Codec
@@ -53,6 +53,7 @@ from .options import (
     check_resume,
     check_watch,
 )
+from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .stats import ServerStats

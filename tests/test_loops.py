@@ -11,7 +11,18 @@ from helpers import LONG, run_python
 
 HERE = Path(__file__).parent
 
-TESTS = ["deadlines", "handlers", "watchdog", "hubwatch", "systemd", "supervision", "server", "client", "journaled"]
+TESTS = [
+    "deadlines",
+    "handlers",
+    "watchdog",
+    "hubwatch",
+    "preemption",
+    "systemd",
+    "supervision",
+    "server",
+    "client",
+    "journaled",
+]
 
 #: A journal's backend knows no loop.
 LOOPLESS = HERE / "testing" / "test_conformance.py"
