@@ -264,7 +264,7 @@ class Failover:
         call.avoids = (*call.avoids, channel)
         if isinstance(error, RemoteError) and error.type == OTHER_JOURNAL:
             self._on_other_journal(call, channel)
-        elif isinstance(error, RemoteError) and error.code == "UNAVAILABLE" and self._waits_for_servers:
+        elif isinstance(error, RemoteError) and error.type == SERVER_STOPPED and self._waits_for_servers:
             channel.connection.is_draining = channel.connection.is_direct
             if channel.connection.is_direct:
                 call.avoids = ()

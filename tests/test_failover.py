@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -391,6 +391,33 @@ def test_the_only_server_stops(context: zmq.Context, build: Build) -> None:
         site.server._bind_to = site.server.endpoint
         wait_until(lambda: _starts(site.server))
         assert asked.get() == b"1"
+
+
+def test_the_only_server_is_stuck_for_a_while(context: zmq.Context) -> None:
+    """Who cannot start a handler is not about to stop: callers are told at once, and it is asked again when it is well."""
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        while request.body == b"survive" and not go.is_set():
+            with suppress(BaseException):
+                go.wait()
+        return request.body
+
+    options = {"deadline": 5 * MS, "grace": 5 * MS, "max_inflight": 1, "max_zombies": 0}
+    with (
+        Server(ANY_PORT, handler, context=context, **options) as server,
+        Client(str(server.endpoint), context=context) as client,
+    ):
+        with pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
+            client.request(b"survive")
+        wait_until(lambda: server.stats.zombie_count == 1)
+        for _ in range(2):
+            with pytest.raises(RemoteError) as caught:
+                client.request(b"x")
+            assert (caught.value.code, caught.value.type) == ("UNAVAILABLE", "ServerStuck")
+        go.set()
+        wait_until(lambda: server.stats.zombie_count == 0)
+        assert client.request(b"x") == b"x"
 
 
 def test_metadata_of_a_retry(context: zmq.Context) -> None:
