@@ -466,6 +466,7 @@ class Watchdog:
     def _settle(self, exchange: Exchange) -> None:
         """Forget a request that is answered and whose handler has ended."""
         if exchange.is_over and self._owed.pop(exchange.key, None) is not None:
+            exchange.envelope.body = []  # the responder may keep the exchange until its limit comes, but not what was asked
             self._tell_room()
 
     def _tell_room(self) -> None:

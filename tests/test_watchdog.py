@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
+import sys
 from typing import Any
 
 import gevent
@@ -70,6 +72,29 @@ def test_one_timer_for_all_requests() -> None:
     with pytest.raises(LocalProtocolError):
         held[0].reply(b"late")
     assert len(sent) == 10
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_nothing_of_a_body_stays(is_late: bool) -> None:
+    """What was asked goes with the request's end, however long it could have taken."""
+    sent: list[list[bytes]] = []
+    held: list[Request] = []
+
+    def handler(request: Request) -> Any:
+        if not is_late:
+            return request.body
+        held.append(request)
+        return LATER
+
+    watchdog = _watchdog(handler, sent)
+    body = os.urandom(100)
+    before = sys.getrefcount(body)
+    _ask(watchdog, body)
+    while held:
+        held.pop().reply(b"late")
+    wait_until(lambda: sent)
+    sent.clear()
+    wait_until(lambda: sys.getrefcount(body) == before)
 
 
 def test_room_is_told_once_for_each_request() -> None:
