@@ -15,7 +15,7 @@ __all__ = ["misfit"]
 
 _NUMBER = (int, float)
 
-#: What each column of a request, and of a step, is.
+#: What each column of a request, of a step, and of the journal's own row is.
 _TYPES: dict[str, tuple[type, ...]] = {
     "id": (bytes,),
     "state": (int,),
@@ -32,6 +32,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "number": (int,),
     "value": (bytes,),
+    "boot": (str,),
+    "offset": _NUMBER,
+    "last": _NUMBER,
+    "horizon": (*_NUMBER, type(None)),
+    "expired": (int,),
+    "evicted": (int,),
 }
 
 #: OPEN, DONE, ACKED.

@@ -20,20 +20,24 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import JournalError
-from ._clock import Moment, offset
+from ._checking import misfit
+from ._clock import Moment, Stored, offset
 
 __all__ = [
     "APPLICATION",
     "MIGRATIONS",
     "SQLITE_ERRORS",
     "TABLES",
+    "Head",
     "check",
     "check_version",
     "connect",
     "create",
     "explain",
+    "head",
     "migrate",
 ]
 
@@ -174,6 +178,36 @@ def check_version(path: str, connection: sqlite3.Connection) -> None:
         )
     for table in TABLES:
         connection.execute(f"SELECT 1 FROM {table}").fetchone()
+
+
+class Head(NamedTuple):
+    """What a journal has stored about itself."""
+
+    id: bytes
+    boot: str
+    offset: float
+    last: float
+    horizon: float | None
+    expired: int
+    evicted: int
+
+    @property
+    def clock(self) -> Stored:
+        """Its time."""
+        return Stored(self.boot, self.offset, self.last)
+
+
+def head(path: str, connection: sqlite3.Connection) -> Head:
+    """Read it, in a file that is a journal.
+
+    Raises:
+        JournalError: It is damaged.
+    """
+    row = connection.execute(f"SELECT {', '.join(Head._fields)} FROM greensafe_journal").fetchone()
+    fault = "has no row of its own" if row is None else misfit(Head._fields, row)
+    if fault is not None:
+        raise JournalError(f"the journal {path} {fault}: it is damaged; put a copy back, or move it away")
+    return Head(*row)
 
 
 def _check_alone(path: str) -> None:

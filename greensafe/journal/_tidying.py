@@ -41,7 +41,8 @@ _RENEW = (
     "UPDATE greensafe_requests SET changed = ?1 WHERE state = 0 AND changed < ?2"
     " AND hex(id) IN (SELECT value FROM json_each(?3))"
 )
-_HORIZON = f"SELECT max(since) FROM greensafe_requests WHERE rowid IN ({_CHOICE})"
+#: A `since` that is no number any more is damage; what was last changed then was not sent later.
+_HORIZON = f"SELECT max(CASE WHEN since < 9e999 THEN since ELSE changed END) FROM greensafe_requests WHERE rowid IN ({_CHOICE})"
 _STEPS = f"DELETE FROM greensafe_steps WHERE id IN (SELECT id FROM greensafe_requests WHERE rowid IN ({_CHOICE}))"
 _REQUESTS = f"DELETE FROM greensafe_requests WHERE rowid IN ({_CHOICE})"
 
@@ -65,7 +66,7 @@ def size(connection: sqlite3.Connection) -> int:
 
 def oldest(connection: sqlite3.Connection) -> float | None:
     """When the one changed that has not changed for longest; None if there is none."""
-    found = "SELECT min(changed) FROM greensafe_requests WHERE state ="
+    found = "SELECT min(changed) FROM greensafe_requests WHERE changed < 9e999 AND state ="
     times = [connection.execute(f"{found} {state}").fetchone()[0] for state in _ORDER]
     return min((time for time in times if time is not None), default=None)
 

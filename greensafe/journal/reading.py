@@ -18,9 +18,9 @@ from typing import Any, Self
 from ..errors import JournalError
 from ..sansio.records import State
 from ._checking import misfit
-from ._clock import Stored, moment, offset
+from ._clock import moment, offset
 from ._lock import Lock, holder
-from ._schema import SQLITE_ERRORS, check, check_version, connect, explain
+from ._schema import SQLITE_ERRORS, check, check_version, connect, explain, head
 from ._writing import STATES, digest, unpack
 
 __all__ = ["Entry", "Reading", "Summary", "forget", "vacuum"]
@@ -95,9 +95,9 @@ class Reading:
         try:
             self._connection.execute("BEGIN")
             check_version(self.path, self._connection)
-            stored = Stored(*self._one("SELECT boot, offset, last FROM greensafe_journal"))
+            self._head = head(self.path, self._connection)
             here = moment()
-            self._now = here.monotonic + offset(stored, here)
+            self._now = here.monotonic + offset(self._head.clock, here)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, SQLITE_ERRORS):
@@ -112,11 +112,10 @@ class Reading:
 
     def summary(self) -> Summary:
         """The whole."""
-        journal_id, expired, evicted = self._one("SELECT id, expired, evicted FROM greensafe_journal")
         found = dict(self._all("SELECT state, count(*) FROM greensafe_requests GROUP BY state"))
         counts = {state.value: found.get(number, 0) for number, state in enumerate(STATES)}
-        dropped = {"expired": expired, "evicted": evicted}
-        return Summary(journal_id.hex(), counts, dropped, os.path.getsize(self.path), holder(self.path))
+        dropped = {"expired": self._head.expired, "evicted": self._head.evicted}
+        return Summary(self._head.id.hex(), counts, dropped, os.path.getsize(self.path), holder(self.path))
 
     def entries(self, states: Sequence[str], most: int) -> list[Entry]:
         """The requests in these states that have not changed for longest, up to `most` of each, in the order of the states."""
@@ -200,10 +199,6 @@ class Reading:
             yield from self._connection.execute(sql)
         except SQLITE_ERRORS as error:
             raise explain(self.path, error) from error
-
-    def _one(self, sql: str) -> Any:
-        (row,) = self._all(sql)
-        return row
 
 
 def forget(path: str, part: str) -> Entry:

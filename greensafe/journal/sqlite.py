@@ -28,9 +28,9 @@ from typing import Any, Literal
 
 from ..errors import JournalError
 from ..sansio.records import Write
-from ._clock import Stored, moment, offset
+from ._clock import moment, offset
 from ._lock import Lock
-from ._schema import SQLITE_ERRORS, check, check_version, connect, create, explain, migrate
+from ._schema import SQLITE_ERRORS, check, check_version, connect, create, explain, head, migrate
 from ._tidying import MOST, Dropped, evict, expire, oldest, renew, size
 from ._writing import Writing
 from .base import Journal
@@ -227,20 +227,20 @@ class SqliteJournal(Journal):
     def _start_clock(self, connection: sqlite3.Connection) -> None:
         """Find the offset; it is written back in any case, which shows whether the file can be written to."""
         connection.execute("BEGIN IMMEDIATE")
-        boot, stored, last = connection.execute("SELECT boot, offset, last FROM greensafe_journal").fetchone()
+        stored = head(self.path, connection).clock
         changes = [connection.execute(_LATEST, (state,)).fetchone()[0] for state in range(3)]
-        last = max([last, *(time for time in changes if time is not None)])
+        last = max([stored.last, *(time for time in changes if time is not None)])
         here = moment()
-        found = offset(Stored(boot, stored, last), here)
+        found = offset(stored._replace(last=last), here)
         connection.execute("UPDATE greensafe_journal SET boot = ?, offset = ?, last = ?", (here.boot, found, last))
         connection.execute("COMMIT")
         self._offset = found
 
     def _read(self, connection: sqlite3.Connection) -> None:
-        row = connection.execute("SELECT id, horizon, expired, evicted FROM greensafe_journal").fetchone()
-        self.id = row[0]
-        self._horizon = _NONE if row[1] is None else row[1]
-        self._dropped = _counts(row[2], row[3])
+        found = head(self.path, connection)
+        self.id = found.id
+        self._horizon = _NONE if found.horizon is None else found.horizon
+        self._dropped = _counts(found.expired, found.evicted)
 
     def _add(self, expired: int, evicted: int) -> Mapping[str, int]:
         return _counts(self._dropped["expired"] + expired, self._dropped["evicted"] + evicted)
@@ -267,7 +267,8 @@ class SqliteJournal(Journal):
 
 _DROP = "UPDATE greensafe_journal SET last = :last, horizon = :horizon, expired = :expired, evicted = :evicted"
 
-_LATEST = "SELECT max(changed) FROM greensafe_requests WHERE state = ?"
+#: What is a number: bytes and text, which only damage puts there, come after all of them.
+_LATEST = "SELECT max(changed) FROM greensafe_requests WHERE state = ? AND changed < 9e999"
 
 _opened: weakref.WeakSet[SqliteJournal] = weakref.WeakSet()
 

@@ -21,6 +21,7 @@ from greensafe import JournalError
 from greensafe.journal import Ack, Begin, Effect, Failed, Finish, Journal, Known, SqliteJournal, State, Step, _schema, sqlite
 from greensafe.journal._clock import Moment
 from greensafe.journal._tidying import MOST
+from greensafe.journal.reading import Reading
 from greensafe.journal.sqlite import MARGIN
 from greensafe.testing.conformance import JournalConformance
 
@@ -859,5 +860,48 @@ def test_a_damaged_row_fails_alone(path: Path, change: str) -> None:
         with pytest.raises(JournalError, match="damaged"):
             made.commit([begin(3), begin(1)])
         assert made.commit([begin(3)]) == [None]
+    finally:
+        made.close()
+
+
+def damage(path: Path, change: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(change)
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("UPDATE greensafe_journal SET id = 5", "impossible id 5"),
+        ("UPDATE greensafe_journal SET offset = 'later'", "impossible offset 'later'"),
+        ("UPDATE greensafe_journal SET last = x'00'", "impossible last"),
+        ("UPDATE greensafe_journal SET horizon = 'far'", "impossible horizon"),
+        ("DELETE FROM greensafe_journal", "no row of its own"),
+    ],
+)
+def test_a_journals_own_row_is_damaged(path: Path, change: str, says: str) -> None:
+    """A clear error for a server and for who looks."""
+    store_one(path)
+    damage(path, change)
+    for use in (SqliteJournal(path).open, lambda: Reading(str(path))):
+        with pytest.raises(JournalError, match=f"{says}.*damaged; put a copy back"):
+            use()
+
+
+def test_damaged_times_keep_nothing_from_going(path: Path) -> None:
+    """A request whose times are no numbers any more neither keeps the journal from being opened nor others from ageing."""
+    made = SqliteJournal(path, ttl=0.01)
+    made.open()
+    made.commit([begin(number, since=made.now()) for number in range(3)])
+    made.close()
+    damage(path, f"UPDATE greensafe_requests SET since = 'then', changed = 'now' WHERE id = x'{begin(0).request_id.hex()}'")
+    damage(path, f"UPDATE greensafe_requests SET since = x'00' WHERE id = x'{begin(1).request_id.hex()}'")
+    made.open()
+    try:
+        end = monotonic() + LONG
+        while made.dropped["expired"] < 2 and monotonic() < end:
+            made.tidy(())
+        assert made.dropped["expired"] == 2
     finally:
         made.close()
