@@ -75,7 +75,9 @@ class Notifier:
             self._say(b"STOPPING=1")
 
     def close(self) -> None:
-        """Stop the pings."""
+        """Stop the pings. What could not be said until now is logged."""
+        if self._unsaid and self._pid == os.getpid():
+            log.warning("systemd was not told %s: its queue is full", b" ".join(self._unsaid).decode())
         for timer in (self._timer, self._again):
             if timer is not None:
                 timer.stop()
@@ -89,7 +91,9 @@ class Notifier:
         self._go_on()
 
     def _go_on(self) -> None:
-        while self._unsaid and self._pid == os.getpid() and self._send(self._unsaid[0]):
+        if self._pid != os.getpid():
+            self._unsaid.clear()  # a forked child does not speak for its parent
+        while self._unsaid and self._send(self._unsaid[0]):
             self._unsaid.pop(0)
         if self._unsaid and self._again is None:
             self._again = gevent.get_hub().loop.timer(_AGAIN, _AGAIN, ref=False)

@@ -133,13 +133,18 @@ def test_a_life(told: Told) -> None:
     assert states.count(b"READY=1") == states.count(b"STOPPING=1") == 1
 
 
-def test_ready_arrives_though_the_queue_was_full(told: Told) -> None:
-    """While systemd takes nothing in, READY waits, then STOPPING behind it; each is said once in the end."""
+def _fill_queue() -> None:
+    """As many datagrams as fit into the queue of the socket at NOTIFY_SOCKET."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, pytest.raises(BlockingIOError):
         other.setblocking(False)
         address = os.environ["NOTIFY_SOCKET"]
         while True:
             other.sendto(b"OTHER=1", "\0" + address[1:] if address.startswith("@") else address)
+
+
+def test_ready_arrives_though_the_queue_was_full(told: Told) -> None:
+    """While systemd takes nothing in, READY waits, then STOPPING behind it; each is said once in the end."""
+    _fill_queue()
     ran: list[str] = []
 
     def run(loop: str, act: Callable[[], object]) -> None:
@@ -154,6 +159,26 @@ def test_ready_arrives_though_the_queue_was_full(told: Told) -> None:
         count = len(ran)
     assert [state for state in told.read() if state != b"OTHER=1"] == [b"READY=1", b"STOPPING=1"]
     assert len(ran) == count
+
+
+def test_what_could_not_be_said_at_all_is_logged(told: Told, caplog: pytest.LogCaptureFixture) -> None:
+    """If systemd's queue is full until the end."""
+    _fill_queue()
+    with systemd.notifier(_well, _run):
+        pass
+    assert [record.getMessage() for record in caplog.records] == ["systemd was not told READY=1 STOPPING=1: its queue is full"]
+
+
+def test_what_is_not_said_yet_is_not_a_forked_childs(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It neither says it nor goes on trying."""
+    _fill_queue()
+    with systemd.notifier(_well, _run) as found:
+        assert found is not None
+        assert found._again is not None
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        told.read()
+        wait_until(lambda: found._again is None)
+        assert b"READY=1" not in told.read()
 
 
 def test_no_ping_while_the_hub_is_blocked(told: Told) -> None:

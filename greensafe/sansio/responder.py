@@ -323,11 +323,6 @@ class Responder:
         self._set_due(exchange, now + self._grace)
         return Cancel(exchange)
 
-    def cancel_all_of(self, routing_id: bytes, now: float) -> list[Cancel]:
-        """Cancel what came by one connection, which is gone: `routing_id` is the last hop's."""
-        gone = [caller for origin, caller in self._callers.items() if origin[0] == routing_id]
-        return [self.cancel(exchange, now) for caller in gone for exchange in list(caller.open.values())]
-
     def greeting(self, exchange: Exchange) -> list[bytes] | None:
         """What is said at once about a request that is not answered: frames of a WORKING, or None if it need not be said."""
         header = exchange.envelope.header
@@ -408,9 +403,10 @@ class Responder:
     def _settle(self, caller: _Caller, request_id: bytes, exchange: Exchange) -> None:
         if caller.open.get(request_id) is exchange:
             del caller.open[request_id]
-            if caller.open or self.is_draining:
+            if caller.open:
                 return
-            if caller.due == math.inf or len(self._callers) - self.inflight > IDLE_CALLERS:
+            # While this drains those without open requests are to be told CLOSED, but no more of them than else are remembered.
+            if (caller.due == math.inf and not self.is_draining) or len(self._callers) - self.inflight > IDLE_CALLERS:
                 caller.due = math.inf
                 self._callers.pop(caller.origin, None)
 

@@ -176,8 +176,9 @@ class _World:
         assert client.connection.sent == {}
         gone, _ = client.route, client.connect()
         if not self.proxies:
-            for cancel in self.responder.cancel_all_of(gone, self.now):
-                self.apply(cancel)
+            callers = [caller for origin, caller in self.responder._callers.items() if origin[0] == gone]
+            for exchange in [exchange for caller in callers for exchange in caller.open.values()]:
+                self.apply(self.responder.cancel(exchange, self.now))
 
     def be_judged(self) -> None:
         """Who is silent is given up, or asked again."""

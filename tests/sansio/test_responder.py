@@ -330,6 +330,17 @@ def test_clients_without_requests_are_remembered_up_to_a_number() -> None:
     assert len(responder._callers) == len(waiting)
 
 
+def test_clients_that_are_remembered_while_it_drains() -> None:
+    """They are to be told CLOSED, but no more of them than else are remembered."""
+    responder = _responder()
+    responder.drain()
+    for number in range(2 * IDLE_CALLERS):
+        exchange = _open(responder, number, route=(RID, b"%d" % number))
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+    assert len(responder._callers) == IDLE_CALLERS
+
+
 def test_the_pulse_of_a_client_that_keeps_asking() -> None:
     """One request after another, each answered at once: one caller, one entry in the queue, not one for each."""
     responder = _responder()
@@ -398,19 +409,6 @@ def test_cancel_of_what_is_not_open() -> None:
     assert (responder.ignored, responder.cancelled) == (4, 0)
     responder.finish(exchange)
     assert _counts(responder) == (0, 0, 0, 0)
-
-
-def test_cancel_all_of_a_connection() -> None:
-    """Whatever came by one connection is cancelled, through a proxy or not, and nobody else's."""
-    responder = _responder()
-    mine = [
-        _open(responder, 1, route=(b"p", b"a")),
-        _open(responder, 2, route=(b"p", b"b")),
-        _open(responder, 3, route=(b"p",)),
-    ]
-    _open(responder, 4, route=(b"q", b"p"))
-    assert [cancel.exchange for cancel in responder.cancel_all_of(b"p", 0.0)] == mine
-    assert responder.cancelled == 3
 
 
 def test_ping() -> None:
