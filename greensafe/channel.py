@@ -427,13 +427,19 @@ class Channel:
         elif kind in _FINAL:
             self._fail(refusal(event))
         elif kind == _NO_DETAIL and self.is_up:
-            self._lose(NO_ANSWER)  # it was taken for one of ZMTP 2, which always shakes hands
+            self._unmask(event)
         elif kind == _NO_DETAIL:
             self._has_failed = True
             self._fail(self._bad_handshake(event))
         elif kind == zmq.EVENT_CLOSED:
             self._failing_since = None
             self._fail(NOBODY)
+
+    def _unmask(self, event: ConnectionEvent) -> None:
+        """End a connection that was taken for one to a peer of ZMTP 2, of whose end libzmq says the same."""
+        is_mistaken = event.value == errno.EAGAIN and not self.connection.is_heard
+        self.connection.is_over = is_mistaken  # libzmq still waits for the handshake: so it has sent no request
+        self._lose(NO_ANSWER if is_mistaken else LOST)
 
     def _bad_handshake(self, event: ConnectionEvent) -> Trouble:
         """It may be a server that dies as it starts, or somebody who will never answer: time tells."""

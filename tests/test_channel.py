@@ -342,6 +342,38 @@ def test_a_peer_of_zmtp_2(context: zmq.Context, listener: Listener) -> None:
     serving.get()
 
 
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_peer_of_zmtp_2_that_is_gone(context: zmq.Context, listener: Listener, is_reset: bool) -> None:
+    """It is Disconnected like any other, though libzmq says that the handshake has failed."""
+    with Client(listener.endpoint, context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        connection = listener.accept(is_old=True)
+        connection.receive()
+        connection.close(is_reset)
+        asked.join()
+        assert type(asked.exception) is Disconnected
+        assert asked.exception.maybe_executed
+
+
+def test_who_reads_and_never_answers_the_handshake(context: zmq.Context, tmp_path: Path) -> None:
+    """It may look like a peer of ZMTP 2 for a moment; when it is known for none, nothing was delivered to it."""
+    with Listener(f"ipc://{tmp_path}/s") as listener:
+
+        def read() -> None:
+            while True:
+                reading.append(gevent.spawn(lambda sock: [sock.recv(100) for _ in range(10)], listener.accept_raw()))
+
+        reading: list[gevent.Greenlet] = []
+        reading.append(gevent.spawn(read))
+        with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
+            asked = gevent.spawn(client.request, b"x")
+            wait_until(lambda: client._channels[0].is_up)  # taken for one
+            asked.join()
+            assert isinstance(asked.exception, PeerSilent)
+            assert not asked.exception.maybe_executed
+        gevent.killall(reading)
+
+
 def test_no_descriptor_for_a_monitor(caplog: pytest.LogCaptureFixture) -> None:
     """Without a monitor requests are answered all the same; one warning says what will not be noticed."""
     with zmq.Context() as servers, plain.Context() as scarce:
