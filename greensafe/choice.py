@@ -48,19 +48,24 @@ def keepers(channels: Sequence[Channel], call: Call) -> Sequence[Channel]:
     return [channel for channel in channels if channel.keeps(asked.journal)] if asked.is_bound else channels
 
 
-def hopeless(channels: Sequence[Channel], waits_for_servers: bool) -> tuple[Channel, Trouble] | None:
+def hopeless(channels: Sequence[Channel], waits_for_servers: bool, is_bound: bool = False) -> tuple[Channel, Trouble] | None:
     """Why nobody can be expected at any of these, None as long as somebody can.
 
     Args:
         channels: Those to look at.
         waits_for_servers: Whether a server that is not there yet, or stops, can be expected back.
+        is_bound: Whether the request is for one journal alone. Its server was there, so whatever accepts connections in its
+            place and does not answer as a ZeroMQ server (a load balancer, socket activation) says only that it is away.
     """
+    is_expected_back = waits_for_servers and is_bound
     found: tuple[Channel, Trouble] | None = None
     for channel in channels:
         trouble = DRAINING if channel.is_up and channel.connection.is_draining else channel.trouble
         if trouble is None:
             return None
         if waits_for_servers and trouble.kind not in _FINAL:
+            return None
+        if is_expected_back and not trouble.is_refusal:
             return None
         found = found or (channel, trouble)
     return found

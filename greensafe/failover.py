@@ -6,6 +6,8 @@ Rules:
   there yet is no error (wait=True), a server that refuses is.
 * A request whose connection is lost ends with the error, unless it may be sent again (`retries`): what was not run may, what
   may have run only if it is idempotent or its server journals. Retries are a share of all requests (`sansio.backoff.Budget`).
+* A request that may have run for one journal alone, and waits to be sent there again, waits until its caller's limit, whatever
+  accepts connections meanwhile in its server's place. It pays nothing for that: only what was sent counts as a try.
 * What a server has rejected, or what was not handed over, was not run: it goes elsewhere without an error, if there is a place.
 * As long as requests are open all channels are looked at, also those that carry none: so a server that is back is found.
 
@@ -14,6 +16,7 @@ It does not know how a connection is made, watched and lost (see `channel`), nor
 
 from __future__ import annotations
 
+import logging
 import random
 import weakref
 from collections.abc import Callable
@@ -40,8 +43,13 @@ from .trouble import LOST, Loss
 
 __all__ = ["Failover"]
 
+log = logging.getLogger(__name__)
+
 #: Seconds between two looks at the connections if there is no limit of silence.
 LOOK = 1.0
+
+#: Seconds that requests wait for the one server that may run them before a log line names it.
+NOTED = 60.0
 
 _REJECTED, _INTERRUPTED = int(Kind.REJECTED), int(Kind.INTERRUPTED)
 
@@ -89,6 +97,7 @@ class Failover:
         self._generation = generation()
         self._hub: Hub = gevent.get_hub()
         self._looks: Any = None
+        self._awaited_since: float | None = None
         self.channels: list[Channel] = []
         self.waiting: dict[Call, None] = {}
         self.retried = self.rejected = 0
@@ -151,7 +160,7 @@ class Failover:
             if call not in self.waiting:
                 continue  # ended by those that were woken before it
             able = keepers(self.channels, call)
-            found = hopeless(able, self._waits_for_servers) if call.asked.is_bound else anybody
+            found = hopeless(able, self._waits_for_servers, is_bound=True) if call.asked.is_bound else anybody
             if not able:
                 self._end_replaced(call)
             elif found is not None:
@@ -215,7 +224,7 @@ class Failover:
 
     def on_lost(self, channel: Channel, loss: Loss) -> None:
         if self._tell is not None:
-            kind, message, silent = loss.trouble
+            kind, message, silent, _ = loss.trouble
             lost, unsent = len(loss.lost), len(loss.unsent)
             self._tell(ConnectionLost(channel.endpoint, kind.__name__, message, silent, lost, unsent))
         now = monotonic()
@@ -321,8 +330,22 @@ class Failover:
         now = monotonic()
         for channel in self.channels:
             channel.look(now)
+        self._note_awaited(now)
         if not self._requester.pending:
             self._stop_looking()
+
+    def _note_awaited(self, now: float) -> None:
+        """Log once for each such wait that requests wait for a journaling server: without a limit they do so for ever."""
+        awaited = [call for call in self.waiting if call.asked.is_bound] if self.waiting else []
+        if not awaited:
+            self._awaited_since = None
+        elif self._awaited_since is None:
+            self._awaited_since = now
+        elif now - self._awaited_since >= NOTED:
+            self._awaited_since = float("inf")
+            endpoints = " ".join(channel.endpoint for channel in keepers(self.channels, awaited[0]))
+            what = "%s: %d requests have waited for %.0f s for their server to come back with its journal, such as %s"
+            log.warning(what, endpoints, len(awaited), NOTED, awaited[0].asked.request_id.hex(), extra={"endpoint": endpoints})
 
     def _stop_looking(self) -> None:
         if self._looks is not None:

@@ -29,11 +29,19 @@ __all__ = [
 
 
 class Trouble(NamedTuple):
-    """Why requests cannot be handed over, or were lost; the error for each is made of it."""
+    """Why requests cannot be handed over, or were lost; the error for each is made of it.
+
+    Attributes:
+        kind: The error's class.
+        message: What happened.
+        silent: As in PeerSilent.
+        is_refusal: A ZeroMQ server was there and said no. False: nobody has answered as one, so the server may only be away.
+    """
 
     kind: type[PeerError]
     message: str
     silent: str | None = None
+    is_refusal: bool = False
 
     def error(self, endpoint: str, request_id: bytes, maybe_executed: bool) -> PeerError:
         details: dict[str, Any] = {"silent": self.silent} if self.kind is PeerSilent else {}
@@ -72,7 +80,9 @@ NO_ANSWER = Trouble(
     "the connection stands, but nobody answers the handshake: the process is stopped, or not a ZeroMQ server",
     "process",
 )
-WRONG_TYPE = Trouble(Refused, "the socket there is of a type that does not answer requests: it has to be a REP or ROUTER")
+WRONG_TYPE = Trouble(
+    Refused, "the socket there is of a type that does not answer requests: it has to be a REP or ROUTER", is_refusal=True
+)
 SILENT = {
     "link": Trouble(PeerSilent, "nothing comes through: the network is cut, or the machine is down", "link"),
     "process": Trouble(
@@ -96,7 +106,9 @@ DRAINING = Trouble(Unreachable, "the server there is stopping")
 def refusal(event: ConnectionEvent) -> Trouble:
     """What a handshake that failed for good says."""
     if event.kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return Trouble(Refused, f"the server refuses this client's credentials (ZAP status {event.value})")
+        return Trouble(Refused, f"the server refuses this client's credentials (ZAP status {event.value})", is_refusal=True)
     return Trouble(
-        Refused, "the handshake breaks the protocol: the two sides use different security mechanisms, or other types"
+        Refused,
+        "the handshake breaks the protocol: the two sides use different security mechanisms, or other types",
+        is_refusal=True,
     )

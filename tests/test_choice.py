@@ -15,7 +15,7 @@ from greensafe.choice import choose, hopeless, keepers
 from greensafe.errors import PeerSilent, Refused, Unreachable
 from greensafe.sansio.envelope import NO_JOURNAL
 from greensafe.sansio.requester import Requester
-from greensafe.trouble import DRAINING, NOBODY, SILENT, WRONG_TYPE
+from greensafe.trouble import DRAINING, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE
 
 J, OTHER = b"journal".ljust(16), b"other".ljust(16)
 
@@ -110,6 +110,18 @@ def test_hope(channels: list[Channel]) -> None:
     assert {WRONG_TYPE.kind, SILENT["process"].kind, NOBODY.kind} == {Refused, PeerSilent, Unreachable}
     second.trouble = None
     assert hopeless(channels, False) is None
+
+
+def test_what_is_for_one_journal_alone_can_hope_for_longer(channels: list[Channel]) -> None:
+    """Its server was there: only one that has refused takes the hope away, no door that does not answer as a server."""
+    first, second = channels
+    first.is_up = second.is_up = False
+    for trouble in (NOBODY, NO_ANSWER, NO_HANDSHAKE._replace(kind=Refused)):
+        first.trouble = second.trouble = trouble
+        assert hopeless(channels, True, is_bound=True) is None
+        assert hopeless(channels, False, is_bound=True) == (first, trouble)
+    first.trouble = second.trouble = WRONG_TYPE
+    assert hopeless(channels, True, is_bound=True) == (first, WRONG_TYPE)
 
 
 def test_a_server_that_stops(channels: list[Channel]) -> None:

@@ -14,7 +14,8 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import Client, Disconnected, RemoteError, Request, Server, Unreachable
-from greensafe.hooks import CallRetried
+from greensafe.hooks import CallRetried, ConnectionFailed
+from greensafe.sansio.backoff import RESERVE
 from greensafe.sansio.envelope import OTHER_JOURNAL, SERVER_STOPPED, Header, Kind, ServerHeader, decode
 from greensafe.testing import FaultyLink
 
@@ -282,6 +283,58 @@ def test_a_limit_ends_the_wait_for_a_server_that_does_not_come_back(context: zmq
         server.die()
         assert isinstance(_ended(asked), zmq.OperationTimeout)
         assert (client.stats.inflight, client.stats.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(("door", "error_name"), [("silent", "PeerSilent"), ("closing", "Refused")])
+def test_to_wait_for_a_server_costs_nothing(context: zmq.Context, build: Build, door: str, error_name: str) -> None:
+    """Somebody accepts in the server's place and is no server: that takes neither tries nor budget of what was not sent."""
+    server, count = build(), int(RESERVE) + 2
+    failed: list[str] = []
+    hook = lambda record: failed.append(record.error_name) if isinstance(record, ConnectionFailed) else None  # noqa: E731
+    with Client(server.endpoint, context=context, retries=1, heartbeat=300 * MS, hooks=hook) as client:
+        asked = [_ask(client) for _ in range(count)]
+        server.greet(server.receive()[0])
+        for _ in range(count - 1):
+            server.receive()
+        if door == "silent":
+            server.link.stall()
+        else:
+            target, server.link.target = server.link.target, "tcp://127.0.0.1:9"
+        server.die()
+        wait_until(lambda: error_name in failed)
+        assert (client.stats.waiting, client.stats.retries) == (count, count)
+        server.link.heal()
+        if door == "closing":
+            server.link.target = target
+        server.die()
+        for _ in range(count):
+            frames, _ = server.receive()
+            server.say(frames, Kind.REPLY, b"answer")
+        assert [_ended(each) for each in asked] == [b"answer"] * count
+        assert client.stats.retries == count
+
+
+def test_a_long_wait_for_a_server_is_logged(
+    context: zmq.Context, build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with how many wait and where: without a limit they would do so for ever, and nobody knew."""
+    monkeypatch.setattr("greensafe.failover.NOTED", 0.0)
+    server = build()
+    with caplog.at_level("WARNING", "greensafe.failover"), Client(server.endpoint, context=context, retries=1) as client:
+        asked = _ask(client)
+        server.greet(server.receive()[0])
+        wait_until(lambda: client.stats.endpoints[0].is_greensafe)
+        server.link.refuse()
+        server.die()
+        wait_until(lambda: client.stats.waiting)
+        for _ in range(4):
+            client._failover._on_look()
+        server.link.heal()
+        server.say(server.receive()[0], Kind.REPLY, b"answer")
+        assert _ended(asked) == b"answer"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert server.endpoint in line
+    assert "1 requests" in line
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])

@@ -6,7 +6,7 @@ import zmq
 
 from greensafe.errors import Disconnected, PeerSilent, Refused
 from greensafe.green.monitor import ConnectionEvent
-from greensafe.trouble import LOST, SILENT, refusal
+from greensafe.trouble import LOST, NO_ANSWER, NO_HANDSHAKE, SILENT, WRONG_TYPE, refusal
 
 ID = bytes(range(16))
 
@@ -33,5 +33,10 @@ def test_refusal() -> None:
     denied = refusal(ConnectionEvent(zmq.Event.HANDSHAKE_FAILED_AUTH, 400, "tcp://a:1"))
     broken = refusal(ConnectionEvent(zmq.Event.HANDSHAKE_FAILED_PROTOCOL, 0, "tcp://a:1"))
     assert denied.kind is broken.kind is Refused
+    assert denied.is_refusal
+    assert broken.is_refusal
+    assert WRONG_TYPE.is_refusal
+    assert not NO_ANSWER.is_refusal
+    assert not NO_HANDSHAKE.is_refusal
     assert "400" in denied.message
     assert "security" in broken.message
