@@ -43,6 +43,7 @@ from .sansio.backoff import LONGEST, delay
 from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
+from .secondlook import SecondLook
 from .stats import EndpointStats
 from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE, Loss, Trouble, refusal
 
@@ -152,6 +153,7 @@ class Channel:
         "_pump",
         "_reopen",
         "_requester",
+        "_second",
         "_settle",
         "_taken",
         "_was_silent",
@@ -175,6 +177,7 @@ class Channel:
         self._owner = owner
         self._counts = is_counted(endpoint)
         self._pulse = None if limit is None or endpoint.startswith("inproc:") else Pulse(limit)
+        self._second = SecondLook(endpoint, context, limit or 0.0)
         self._generation = generation()
         self._pump: Pump | None = None
         self._monitor: Monitor | None = None
@@ -287,6 +290,7 @@ class Channel:
         """Nothing was looked at so far; from now on it will be, and a look that comes late will be known for that."""
         if self._pulse is not None:
             self._pulse.rest(now)
+            self._second.end()
 
     def look(self, now: float) -> None:
         """Look for signs of life, or whether it is time to connect again; called `LOOKS` times within the limit while requests
@@ -304,10 +308,11 @@ class Channel:
         if late:
             self._requester.forgive(self.connection, now)
         silent = self._pulse.look(None if self._is_mute else self._sample(), late)
-        if self._pulse.is_busy:
+        trouble = self._second.judge(silent, self._pulse, self.connection.under_way, self._descriptor, now)
+        if self._pulse.is_busy or self._second.is_open:
             self._requester.forgive(self.connection, now)
-        if silent is not None:
-            self._lose(SILENT[silent])
+        if trouble is not None:
+            self._lose(trouble)
         elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
             self._lose(SILENT["hub" if self._counts else "server"])
         elif unheard:
@@ -387,6 +392,7 @@ class Channel:
             self._monitor = None
 
     def _shut(self, linger: int) -> None:
+        self._second.end()
         self._unwatch()
         if self._pump is not None and not self.is_inherited:
             self._pump.close(linger)

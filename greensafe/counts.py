@@ -12,7 +12,7 @@ from gevent.monkey import get_original
 
 from .sansio.liveness import Sample
 
-__all__ = ["is_counted", "sample", "unread"]
+__all__ = ["is_counted", "peer", "sample", "unread"]
 
 _TCP_INFO = 11
 _TCP_INFO_SIZE = 148
@@ -44,6 +44,25 @@ def sample(descriptor: int, taken: int) -> Sample | None:
         int.from_bytes(info[field], sys.byteorder) for field in (_RECEIVED, _ACKED, _WAITING, _UNACKED)
     )
     return Sample(received, acked, waiting, unacked, taken)
+
+
+def peer(descriptor: int) -> str | None:
+    """Host and port of the other end of a connection by tcp, as in an endpoint; None if it cannot be told."""
+    socket = get_original("socket", "socket")
+    try:
+        sock = socket(fileno=descriptor)
+    except (OSError, ValueError):
+        return None
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
+    if not isinstance(address, tuple):
+        return None
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unread(descriptor: int) -> int:

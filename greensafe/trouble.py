@@ -21,6 +21,8 @@ __all__ = [
     "NO_ANSWER",
     "NO_HANDSHAKE",
     "SILENT",
+    "STUCK",
+    "UNANSWERED",
     "WRONG_TYPE",
     "Loss",
     "Trouble",
@@ -100,6 +102,22 @@ SILENT = {
         "the server no longer says that it works on the request: its event loop is blocked, or its process is stopped",
     ),
 }
+#: The first two, if a long message was under way: then who takes what is sent need not be the server's own machine.
+UNANSWERED = {
+    "link": SILENT["link"],
+    "process": Trouble(
+        PeerSilent,
+        "what is sent is taken, but no sign of life comes back, nor did a second connection get a handshake in time:"
+        " the process there does not answer, or something in between does not reach it",
+        "process",
+    ),
+}
+STUCK = Trouble(
+    PeerSilent,
+    "no sign of life comes back for longer than what is under way explains, though a second connection got its handshake:"
+    " something in between does not pass this connection's messages on",
+    "process",
+)
 DRAINING = Trouble(Unreachable, "the server there is stopping")
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers import wait_until
 
-from greensafe.counts import is_counted, sample, unread
+from greensafe.counts import is_counted, peer, sample, unread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nobody counts elsewhere")
 
@@ -48,6 +48,22 @@ def test_others_descriptors() -> None:
     os.close(reading)
     assert sample(reading, 0) is None
     assert unread(reading) == 0
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_peer(host: str) -> None:
+    """Where a connection leads, as in an endpoint; asking leaves the descriptor open."""
+    try:
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with listener, socket.create_connection(listener.getsockname()[:2]) as sock:
+        port = listener.getsockname()[1]
+        assert [peer(sock.fileno()) for _ in range(2)] == [f"{f'[{host}]' if ':' in host else host}:{port}"] * 2
+    one, other = socket.socketpair()
+    with one, other:
+        assert peer(one.fileno()) is None
+    assert peer(-1) is None
 
 
 def test_unread() -> None:

@@ -11,6 +11,8 @@ thread of its own, so a peer that is alive is heard of, whatever its program doe
   each look at which acknowledgements were the only sign of life is one more look to wait afterwards, up to one more limit.
 * While a long message is on its way, in either direction, no WORKING can come by it, or none is due yet: a server's silence
   then means nothing (`is_busy`). One that is arriving shows in bytes that neither the messages taken so far nor PONGs explain.
+* Something in between may take a long message whole, at once, and acknowledge all of it. Then silence means nothing for as long
+  as it takes to pass that on (`explains`), if a second look by another connection shows that the peer is there.
 * A look that comes late judges nothing: this process was itself stopped or blocked, and what came meanwhile is still unread.
 
 Time and counts are arguments.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LOOKS", "WORDLESS", "Pulse", "Sample"]
+__all__ = ["LONG", "LOOKS", "SLOWEST", "WORDLESS", "Pulse", "Sample", "explains", "looks_allowed"]
 
 #: Looks within the limit, PINGs, and WORKINGs of a server.
 LOOKS = 5
@@ -32,6 +34,13 @@ WORDLESS = 0.8
 
 #: Bytes between two looks that PONGs may explain.
 PONGS = 256
+
+
+#: Bytes per second that anything in between passes on, at the least. A silence longer than that takes has another cause.
+SLOWEST = 1000
+
+#: Bytes under way that may hold up a second connection, too, if something in between (`ssh -L`) sends both by one line.
+LONG = 100_000
 
 
 class Sample(NamedTuple):
@@ -60,16 +69,19 @@ class Pulse:
 
     Attributes:
         is_busy: Whether, at the last look, a long message was on its way.
+        owed: Looks to wait longer, for what may still be in buffers on the way.
+        quiet_since: When a look first found no sign of life after the last one; None if the last look has found one.
     """
 
-    __slots__ = ("_before", "_last", "_owed", "_silent", "interval", "is_busy")
+    __slots__ = ("_before", "_last", "_silent", "interval", "is_busy", "owed", "quiet_since")
 
     def __init__(self, limit: float) -> None:
         self.interval = limit / LOOKS
         self._last: float | None = None
         self._before: Sample | None = None
         self._silent = 0
-        self._owed = 0
+        self.owed = 0
+        self.quiet_since: float | None = None
         self.is_busy = False
 
     def rest(self, now: float | None = None) -> None:
@@ -79,8 +91,13 @@ class Pulse:
             now: When this was found by a look, or looks begin; None if the next one cannot be late.
         """
         self._last, self._before = now, None
-        self._silent = self._owed = 0
+        self._silent = self.owed = 0
+        self.quiet_since = None
         self.is_busy = False
+
+    def forgive(self) -> None:
+        """Count the silence so far for nothing: the peer was heard of by another way."""
+        self._silent = 0
 
     def is_late(self, now: float) -> bool:
         """Whether this look comes so late that it can judge nothing; asked once for each look, before `look`."""
@@ -96,19 +113,38 @@ class Pulse:
         """
         before, self._before = self._before, sample
         is_arriving = sample is not None and before is not None and _unexplained(before, sample) > PONGS
+        is_silent = False
         if late or sample is None or before is None:
-            self._silent = 0
+            pass
         elif sample.received != before.received:
-            self._silent = self._owed = 0
+            self.owed = 0
         elif before.waiting > 0 and sample.acked != before.acked:
-            self._silent = 0
-            self._owed = min(self._owed + 1, LOOKS)
+            self.owed = min(self.owed + 1, LOOKS)
         else:
-            self._silent += 1
-        self.is_busy = is_arriving or self._owed > 0
-        if sample is None or self._silent < SILENT_LOOKS + self._owed:
+            is_silent = True
+        self._silent = self._silent + 1 if is_silent else 0
+        if not is_silent:
+            self.quiet_since = None
+        elif self.quiet_since is None:
+            self.quiet_since = self._last
+        self.is_busy = is_arriving or self.owed > 0
+        if sample is None or self._silent < SILENT_LOOKS + self.owed:
             return None
         return "link" if sample.unacked else "process"
+
+
+def explains(size: int, seconds: float) -> bool:
+    """Whether so many bytes under way may be the cause of a silence of so many seconds."""
+    return size > SLOWEST * seconds
+
+
+def looks_allowed(size: int, owed: int) -> int:
+    """Looks within which a second connection has to get its handshake, with so many bytes under way on the first.
+
+    One, so that the verdict comes within the limit; with a long message under way as many as the limit has, less those that the
+    first connection was given already.
+    """
+    return max(1, LOOKS - owed) if size >= LONG else 1
 
 
 def _unexplained(before: Sample, now: Sample) -> int:

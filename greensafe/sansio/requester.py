@@ -31,7 +31,7 @@ from .envelope import (
     pack,
     remaining_ms,
 )
-from .liveness import WORDLESS
+from .liveness import WORDLESS, explains
 
 __all__ = ["Asked", "Connection", "Requester", "Resolution"]
 
@@ -48,6 +48,9 @@ _REPLY_HEAD = MAGIC + bytes((VERSION, _REPLY)) + SERVER_HEADER_SIZE.to_bytes(2, 
 
 #: Bytes of a request's id.
 _ID = 16
+
+#: Requests given up of which a connection remembers the sizes one by one.
+LEFT = 100
 
 
 class Asked:
@@ -128,11 +131,14 @@ class Connection:
         is_direct: Nobody is between the two: what holds for the connection holds for the server.
         is_draining: The server wants further requests to go elsewhere.
         is_over: It has received its last request: those that are open on it were not run.
+        forgiven_at: Nothing that the server has not said by then is held against it.
+        left: When requests were sent that were given up since and may not have arrived yet, and their sizes in bytes.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
         signature: How its headers end if they have no metadata: the bytes of both, and of the hops; None before.
     """
 
     __slots__ = (
+        "forgiven_at",
         "instance",
         "is_direct",
         "is_draining",
@@ -141,6 +147,7 @@ class Connection:
         "is_mixed",
         "is_over",
         "journal",
+        "left",
         "sent",
         "signature",
     )
@@ -156,6 +163,8 @@ class Connection:
         self.instance = b""
         self.journal = b""
         self.signature: bytes | None = None
+        self.forgiven_at = float("-inf")
+        self.left: list[tuple[float, int]] = []
 
     @property
     def is_journaling(self) -> bool:
@@ -172,6 +181,23 @@ class Connection:
         if self.is_known:
             return self.journal if self.is_direct else asked.heard_by or NO_JOURNAL
         return before
+
+    def leave(self, asked: Asked) -> None:
+        """A request is given up of which nothing was heard: it may still be under way, and others behind it."""
+        at, size = asked.heard_at, _size(asked)
+        if len(self.left) >= LEFT:
+            size += self.left.pop()[1]
+        self.left.append((at, size))
+
+    def arrive(self, asked: Asked) -> None:
+        """A request was heard of for the first time: what was sent before it has arrived as well."""
+        if not asked.is_heard:
+            self.left = [(at, size) for at, size in self.left if at > asked.heard_at]
+
+    def under_way(self, until: float) -> int:
+        """Bytes of requests handed over by `until` of which nothing was heard, so that they may not have arrived."""
+        sent = sum(_size(asked) for asked in self.sent.values() if not asked.is_heard and asked.heard_at <= until)
+        return sent + sum(size for at, size in self.left if at <= until)
 
     def learn(self, header: ServerHeader) -> None:
         """Take in what every message of a server tells."""
@@ -309,7 +335,7 @@ class Requester:
         if header.kind in _ENDS:
             return self._resolve(header, frames, connection)
         if header.kind == Kind.WORKING:
-            self._hear(frames[2], now, connection.journal)
+            self._hear(frames[2], now, connection)
         elif header.kind == Kind.DRAINING:
             connection.is_draining = connection.is_direct  # a proxy goes on, with others
         elif header.kind == Kind.CLOSED:
@@ -326,6 +352,8 @@ class Requester:
             self.late += 1
             return None
         journal = header.journal if isinstance(header, ServerHeader) else b""
+        if asked.connection is not connection:
+            self.unsend(asked)  # it was sent again by another one, of which this answer tells nothing
         if returns:
             self.unsend(asked)
             return Resolution(asked, list(frames[2:]), header.kind, journal)
@@ -334,18 +362,23 @@ class Requester:
     def _end(self, asked: Asked, frames: Sequence[bytes], kind: int, journal: bytes) -> Resolution:
         asked.is_open = False
         del self.pending[asked.request_id]
-        if asked.connection is not None:
-            asked.connection.sent.pop(asked.request_id, None)
+        connection = asked.connection
+        if connection is not None:
+            connection.sent.pop(asked.request_id, None)
+            if connection.left:
+                connection.arrive(asked)
             asked.connection = None
         return Resolution(asked, list(frames[2:]), kind, journal)
 
-    def _hear(self, ids: bytes, now: float, journal: bytes) -> None:
+    def _hear(self, ids: bytes, now: float, connection: Connection) -> None:
         for start in range(0, len(ids) - _ID + 1, _ID):
             asked = self.pending.get(ids[start : start + _ID])
             if asked is not None:
+                if connection.left and asked.connection is connection:
+                    connection.arrive(asked)
                 asked.is_heard = True
                 asked.heard_at = now
-                asked.heard_by = journal
+                asked.heard_by = connection.journal
 
     def bind(self, asked: Asked, journal: bytes) -> None:
         """It may have run for a server with this journal: from now on no other server may run it."""
@@ -358,6 +391,8 @@ class Requester:
             return False
         asked.is_open = False
         del self.pending[asked.request_id]
+        if asked.connection is not None and not asked.is_heard:
+            asked.connection.leave(asked)
         self.unsend(asked)
         return True
 
@@ -398,14 +433,19 @@ class Requester:
         if patience is None or not connection.is_known:
             return []
         since = now - WORDLESS * patience
-        return [
+        if connection.forgiven_at > since:
+            return []
+        unheard = [
             asked for asked in connection.sent.values() if asked.heard_at <= since and (asked.is_heard or connection.is_direct)
         ]
+        if unheard and _have_not_arrived(unheard, connection, since, now):
+            self.forgive(connection, now)
+            return []
+        return unheard
 
     def forgive(self, connection: Connection, now: float) -> None:
-        """Begin to count the silence anew: this process was itself not there to hear."""
-        for asked in connection.sent.values():
-            asked.heard_at = now
+        """Begin to count the silence anew: this process was itself not there to hear, or nothing could come."""
+        connection.forgiven_at = now
 
     def abandon_all(self) -> list[Asked]:
         """Forget all open requests; returns them."""
@@ -421,6 +461,20 @@ class Requester:
     def next_deadline(self) -> float | None:
         """When `tick` is to be called next, None for not at all."""
         return self._due.next_at()
+
+
+def _size(asked: Asked) -> int:
+    return sum(map(len, asked.frames))
+
+
+def _have_not_arrived(unheard: Sequence[Asked], connection: Connection, since: float, now: float) -> bool:
+    """Whether these are only not there yet, as far as can be told: their server's program says that it works on others."""
+    if any(asked.is_heard for asked in unheard):
+        return False
+    if not any(asked.is_heard and asked.heard_at > since for asked in connection.sent.values()):
+        return False
+    sent = [asked.heard_at for asked in unheard]
+    return explains(connection.under_way(max(sent)), now - min(sent))
 
 
 def _is_due(asked: Asked, at: float) -> bool:

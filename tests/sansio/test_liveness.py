@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, strategies as st
 
-from greensafe.sansio.liveness import LOOKS, SILENT_LOOKS, WORDLESS, Pulse, Sample
+from greensafe.sansio.liveness import LONG, LOOKS, SILENT_LOOKS, SLOWEST, WORDLESS, Pulse, Sample, explains, looks_allowed
 
 #: Bytes of a ZMTP PING and of its PONG, on the wire.
 PING, PONG = 9, 7
@@ -179,3 +179,45 @@ def test_messages_that_were_taken_do_not_make_a_connection_busy() -> None:
     for number in range(20):
         pulse.look(Sample(received=number * 5_000, acked=0, waiting=0, unacked=0, taken=number * 5_000), late=False)
         assert not pulse.is_busy
+
+
+def test_a_silence_that_is_forgiven() -> None:
+    """It begins to count anew, and is known since when it lasts, until a sign of life."""
+    tcp = _Tcp()
+    tcp.look(received=PONG, acked=PING)
+    for _ in range(2):
+        assert [tcp.look(acked=PING) for _ in range(3)] == [None, None, "process"]
+        tcp.pulse.forgive()
+    assert tcp.pulse.quiet_since == 2.0
+    tcp.look(received=PONG)
+    assert tcp.pulse.quiet_since is None
+    tcp.look()
+    assert tcp.pulse.quiet_since == tcp.now
+
+
+@pytest.mark.parametrize("after", [1.0, 60.0])
+def test_what_ends_a_silence(after: float) -> None:
+    """Besides bytes received: acknowledgements while more waits to be sent, a look that comes late, and a rest."""
+    tcp = _Tcp()
+    tcp.look(waiting=1_000_000)
+    tcp.look()
+    assert tcp.pulse.quiet_since is not None
+    tcp.look(after=after, acked=500_000)
+    assert tcp.pulse.quiet_since is None
+    tcp.look()
+    tcp.pulse.rest()
+    assert tcp.pulse.quiet_since is None
+
+
+def test_what_is_under_way_explains_a_silence() -> None:
+    """For as long as it takes at the least rate, and nothing explains none."""
+    assert explains(4_000_000, 4_000_000 / SLOWEST - 1)
+    assert not explains(4_000_000, 4_000_000 / SLOWEST)
+    assert not explains(0, 0.0)
+
+
+def test_looks_for_a_second_connection() -> None:
+    """One while little is under way: the verdict comes within the limit. Else one limit more, with those given before."""
+    assert SILENT_LOOKS + 1 + looks_allowed(LONG - 1, 0) <= LOOKS
+    assert [looks_allowed(LONG, owed) for owed in range(LOOKS + 1)] == [5, 4, 3, 2, 1, 1]
+    assert SILENT_LOOKS + 1 + LOOKS + looks_allowed(LONG, LOOKS) <= 2 * LOOKS

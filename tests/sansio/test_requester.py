@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, strategies as st
 from greensafe.errors import LocalProtocolError
 from greensafe.sansio.envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode
 from greensafe.sansio.liveness import WORDLESS
-from greensafe.sansio.requester import Asked, Connection, Requester, Resolution
+from greensafe.sansio.requester import LEFT, Asked, Connection, Requester, Resolution
 
 INSTANCE = b"instance".ljust(16)
 JOURNAL = b"journal".ljust(16)
@@ -390,6 +391,100 @@ def test_any_list_of_ids(body: bytes) -> None:
     assert asked.is_heard == (_id(1) in {body[start : start + 16] for start in range(0, len(body), 16)})
     requester.receive(_said(Kind.WORKING, 1, _id(1) + body[:15]), connection, 1.0)
     assert asked.is_heard
+
+
+# What may not have arrived yet.
+
+
+def _big(requester: Requester, connection: Connection, number: int, now: float, size: int = 1_000_000) -> Asked:
+    asked = requester.open(_id(number), [bytes(size)], None, number)
+    requester.send(asked, connection, now)
+    return asked
+
+
+def _is_near(size: int, body: int) -> bool:
+    """A body of this size, and the frames around it."""
+    return body <= size <= body + 1000
+
+
+def test_bytes_under_way() -> None:
+    """Those of requests that were handed over by a time and not heard of since: by WORKING, or by their answer."""
+    requester, connection = Requester(5.0), Connection()
+    for number in range(3):
+        _big(requester, connection, number, float(number))
+    assert _is_near(connection.under_way(1.0), 2_000_000)
+    assert _is_near(connection.under_way(9.0), 3_000_000)
+    requester.receive(_said(Kind.WORKING, 0, _id(0)), connection, 3.0)
+    assert _is_near(connection.under_way(9.0), 2_000_000)
+    requester.receive(_said(Kind.REPLY, 1), connection, 3.0)
+    assert _is_near(connection.under_way(9.0), 1_000_000)
+    requester.receive(_echoed(2), connection, 3.0)
+    assert connection.under_way(9.0) == 0
+
+
+@pytest.mark.parametrize("said", [Kind.WORKING, Kind.REPLY, Kind.REQUEST])
+def test_bytes_of_requests_that_were_given_up(said: Kind) -> None:
+    """They count, until what was sent after them is heard of."""
+    requester, connection = Requester(5.0), Connection()
+    asked = [_big(requester, connection, number, float(number)) for number in range(4)]
+    for each in (asked[0], asked[2]):
+        requester.abandon(each)
+    assert _is_near(connection.under_way(1.0), 2_000_000)
+    assert _is_near(connection.under_way(9.0), 4_000_000)
+    for number, left in ((1, [2.0]), (3, [])):
+        answer = _echoed(number) if said == Kind.REQUEST else _said(said, number, _id(number))
+        requester.receive(answer, connection, 5.0)
+        assert [at for at, _ in connection.left] == left
+
+
+def test_what_was_heard_of_is_not_under_way_when_it_is_given_up() -> None:
+    """It has arrived, whatever its caller does."""
+    requester, connection = Requester(5.0), Connection()
+    asked = _big(requester, connection, 1, 0.0)
+    requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, 1.0)
+    requester.abandon(asked)
+    assert connection.under_way(9.0) == 0
+
+
+def test_an_answer_by_another_connection_tells_nothing_of_this_one() -> None:
+    """A request was sent again; the first one's answer comes."""
+    requester, first, second = Requester(5.0), Connection(), Connection()
+    requester.abandon(_big(requester, second, 1, 0.0))
+    asked = _ask(requester, first, 2)
+    requester.unsend(asked)
+    requester.send(asked, second, 1.0)
+    assert requester.receive(_said(Kind.REPLY, 2), first, 2.0) is not None
+    assert _is_near(second.under_way(9.0), 1_000_000)
+    assert not second.sent
+
+
+def test_memory_of_what_was_given_up_is_bounded() -> None:
+    """However many: the newest ones are counted together."""
+    requester, connection = Requester(5.0), Connection()
+    for number in range(3 * LEFT):
+        requester.abandon(_big(requester, connection, number, float(number), 1000))
+    assert len(connection.left) == LEFT
+    assert connection.under_way(math.inf) >= 3 * LEFT * 1000
+
+
+def _silent_behind(size: int, heard: float | None, at: float = 5.0) -> list[int]:
+    """Which requests are silent at a time: 1 was heard of then, if at all; 2 has that size; 3 is a small one behind it."""
+    requester, connection = Requester(5.0), Connection()
+    _ask(requester, connection, 1)
+    requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, 0.0)
+    _big(requester, connection, 2, 0.5, size)
+    _ask(requester, connection, 3, 0.6)
+    if heard is not None:
+        requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, heard)
+    return [asked.owner for asked in requester.silent(connection, at)]
+
+
+def test_a_server_is_not_silent_about_what_it_has_not_got() -> None:
+    """As long as it says that it works on others, and what is under way explains why these have not arrived."""
+    assert _silent_behind(1_000_000, 4.9) == []
+    assert _silent_behind(1_000, 4.9) == [2, 3]
+    assert _silent_behind(1_000_000, None) == [1, 2, 3]
+    assert _silent_behind(1_000_000, 1_999.9, at=2_000.0) == [2, 3]
 
 
 def test_expiry() -> None:

@@ -1,0 +1,164 @@
+"""A second connection to a peer of which the first one hears nothing any more.
+
+Something in between (a proxy, `ssh -L`, a load balancer) may take a long message at once and pass it on slowly. The kernel then
+says that all of it has arrived, the PINGs stand behind it, and the server, which has not got the request yet, cannot say
+WORKING. That looks like a stopped process. So before that verdict, if a long message may explain the silence, somebody has to
+finish a handshake on a connection of its own.
+
+Rules:
+
+* There is none in ordinary operation: it takes a verdict of `sansio.liveness.Pulse`, and enough bytes under way to explain it.
+* One at a time for each channel, for a few looks at the most, then it is closed. It never sends a message.
+* Answered: the silence is forgiven, and begins to count anew; again and again, as long as what is under way explains it.
+* It goes to the address that the first connection leads to, so no name is resolved. It never uses that one's routing id, or a
+  ROUTER with ROUTER_HANDOVER would send it the other's answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from .counts import peer
+from .green.context import plain_socket
+from .green.monitor import ConnectionEvent, Monitor
+from .sansio.liveness import Pulse, explains, looks_allowed
+from .trouble import SILENT, STUCK, UNANSWERED, Trouble
+
+__all__ = ["SecondLook"]
+
+log = logging.getLogger(__name__)
+
+#: What a ZeroMQ process answers a new connection with; that it refuses this client shows just as well that it lives.
+_ANSWERS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+
+class SecondLook:
+    """The second look at one channel's peer, whenever it takes one.
+
+    Args:
+        endpoint: The channel's.
+        context: The channel's, whose options (CURVE keys, say) hold here, too.
+        limit: Seconds in which a connection and its handshake have to be made.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_context",
+        "_endpoint",
+        "_is_answered",
+        "_limit",
+        "_looks",
+        "_monitor",
+        "_sock",
+        "_was_answered",
+    )
+
+    def __init__(self, endpoint: str, context: zmq.Context[Any], limit: float) -> None:
+        self._endpoint = endpoint
+        self._context = context
+        self._limit = max(1, round(limit * 1000))
+        self._sock: zmq.Socket[bytes] | None = None
+        self._monitor: Monitor | None = None
+        self._looks = 0
+        self._is_answered = False
+        self._was_answered = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._sock is None else "answered" if self._is_answered else f"open for {self._looks} looks"
+        return f"<SecondLook {state} {self._endpoint}>"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer is being waited for: until then the peer's silence means nothing."""
+        return self._sock is not None
+
+    def judge(
+        self, silent: str | None, pulse: Pulse, under_way: Callable[[float], int], descriptor: int, now: float
+    ) -> Trouble | None:
+        """Decide on a verdict of the pulse; called after each of its looks.
+
+        Args:
+            silent: The pulse's verdict, None if there is none.
+            pulse: Of the first connection.
+            under_way: Returns the bytes that were handed over by a time and may not have arrived.
+            descriptor: Of the first connection.
+            now: When this look was.
+
+        Returns:
+            Why the first connection is to be given up; None if it is not, or not yet.
+        """
+        since = pulse.quiet_since
+        if since is None:  # a sign of life
+            self.end()
+            return None
+        if silent is None:
+            return None
+        size = under_way(since)
+        if self._sock is None:
+            if not explains(size, now - since):
+                return STUCK if self._was_answered else SILENT[silent]
+            self._begin(descriptor)
+            return UNANSWERED[silent] if self._sock is None else None
+        self._looks += 1
+        if self._has_answer():
+            self._close()
+            self._was_answered = True
+            pulse.forgive()
+            return None
+        return UNANSWERED[silent] if self._looks >= looks_allowed(size, pulse.owed) else None
+
+    def end(self) -> None:
+        """Forget all of it: the peer is heard of, nobody waits for it any more, or its connection is gone."""
+        self._was_answered = False
+        if self._sock is not None:
+            self._close()
+
+    def _begin(self, descriptor: int) -> None:
+        self._looks = 0
+        self._is_answered = False
+        try:
+            self._sock = plain_socket(self._context, zmq.DEALER)
+            self._set_options(self._sock)
+            # Read at each look only, so nothing of it is left in the loop.
+            self._monitor = Monitor(self._sock, self._on_event, _ANSWERS, in_background=False)
+            self._sock.connect(self._address(self._sock, descriptor))
+        except zmq.ZMQError as error:
+            log.warning("%s: no second look could be taken: %s", self._endpoint, error, extra={"endpoint": self._endpoint})
+            self._close()
+
+    def _set_options(self, sock: zmq.Socket[bytes]) -> None:
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.CONNECT_TIMEOUT, self._limit)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, self._limit)
+        sock.setsockopt(zmq.PROBE_ROUTER, 0)
+        sock.setsockopt(zmq.IPV6, 1)
+        if zmq.ROUTING_ID in self._context.sockopts:
+            sock.setsockopt(zmq.ROUTING_ID, b"second look " + os.urandom(8))
+
+    def _address(self, sock: zmq.Socket[bytes], descriptor: int) -> str:
+        found = None if sock.getsockopt(zmq.SOCKS_PROXY) else peer(descriptor)
+        if found is None:
+            return self._endpoint
+        source, has_source, _ = self._endpoint.removeprefix("tcp://").rpartition(";")
+        return f"tcp://{source}{has_source}{found}"
+
+    def _on_event(self, event: ConnectionEvent) -> None:
+        self._is_answered = self._is_answered or bool(event.kind & _ANSWERS)
+
+    def _has_answer(self) -> bool:
+        assert self._monitor is not None
+        self._monitor.drain()
+        return self._is_answered
+
+    def _close(self) -> None:
+        monitor, self._monitor = self._monitor, None
+        sock, self._sock = self._sock, None
+        if monitor is not None:
+            monitor.close()  # before its socket: else libzmq's thread may wait for it
+        if sock is not None:
+            sock.close(0)

@@ -1,0 +1,91 @@
+"""A proxy over tcp that takes whatever clients send at once, and passes it on when the test says so.
+
+To a client's kernel all has arrived. What servers send passes at once. It runs in the hub of the thread that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gevent
+from gevent import socket
+from gevent.event import Event
+
+__all__ = ["Hop"]
+
+
+class Hop:
+    """A hop to a target; to be used in a `with`.
+
+    Attributes:
+        target: Where the connections that come next lead.
+        endpoint: Where clients connect.
+        accepted: Connections so far.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.accepted = 0
+        self._passes: list[Event] = []
+        self._running: list[Any] = []
+        self._sockets = [socket.socket()]
+        self._sockets[0].bind(("127.0.0.1", 0))
+        self._sockets[0].listen()
+        self.endpoint = f"tcp://127.0.0.1:{self._sockets[0].getsockname()[1]}"
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep what the clients send that are connected now; those that connect meanwhile are served."""
+        held = list(self._passes)
+        for each in held:
+            each.clear()
+        yield
+        for each in held:
+            each.set()
+
+    def __enter__(self) -> Hop:
+        self._running.append(gevent.spawn(self._accept))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gevent.killall(self._running)
+        for each in self._sockets:
+            each.close()
+
+    def _accept(self) -> None:
+        while True:
+            client = self._sockets[0].accept()[0]
+            self.accepted += 1
+            host, port = self.target.removeprefix("tcp://").split(":")
+            server = socket.create_connection((host, int(port)))
+            self._sockets += [client, server]
+            passes = Event()
+            passes.set()
+            self._passes.append(passes)
+            self._running += [gevent.spawn(self._up, client, server, passes), gevent.spawn(_copy, server, client)]
+
+    def _up(self, client: Any, server: Any, passes: Event) -> None:
+        kept: list[bytes] = []
+        arrived = Event()
+
+        def send() -> None:
+            while True:
+                arrived.wait()
+                passes.wait()
+                if kept:
+                    server.sendall(kept.pop(0))
+                else:
+                    arrived.clear()
+
+        self._running.append(gevent.spawn(send))
+        while data := client.recv(1 << 20):
+            kept.append(data)
+            arrived.set()
+
+
+def _copy(source: Any, sink: Any) -> None:
+    while data := source.recv(1 << 20):
+        sink.sendall(data)
+    sink.close()

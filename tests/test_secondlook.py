@@ -1,0 +1,292 @@
+"""Tests of greensafe.secondlook, and of a Client behind something that takes a long request at once and passes it on slowly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import pytest
+import zmq as plain
+from helpers import LONG, MS, wait_until
+from hop import Hop
+from zmtp import Listener
+
+import greensafe as zmq
+from greensafe import Client, OperationTimeout, PeerSilent, Request, Server
+from greensafe.counts import is_counted
+from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SLOWEST, Pulse
+from greensafe.secondlook import SecondLook
+from greensafe.trouble import SILENT, STUCK, UNANSWERED, Trouble
+
+pytestmark = [
+    pytest.mark.usefixtures("limit"),
+    pytest.mark.skipif(not is_counted("tcp://a:1"), reason="nobody counts elsewhere, so nobody judges"),
+]
+
+#: A heartbeat limit that has to pass several times.
+SHORT = 500 * MS
+
+BODY = bytes(2 * LONG_MESSAGE)
+
+
+class Quiet:
+    """A second look at an endpoint whose first connection has been silent for so many seconds, with so much under way."""
+
+    def __init__(self, endpoint: str, context: Any, size: int = LONG_MESSAGE, seconds: float = 3.0) -> None:
+        self.look = SecondLook(endpoint, context, LONG)
+        self.pulse = Pulse(5.0)
+        self.pulse.quiet_since = 100.0 - seconds
+        self.size = size
+
+    def judge(self, silent: str | None = "process") -> Trouble | None:
+        return self.look.judge(silent, self.pulse, lambda until: self.size, -1, 100.0)
+
+
+@pytest.fixture
+def router(context: zmq.Context) -> Iterator[Any]:
+    with context.socket(plain.ROUTER) as sock:
+        sock.bind("tcp://127.0.0.1:*")
+        yield sock
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    """Connections to it stand, and nobody answers."""
+    with Listener("tcp://127.0.0.1:0") as made:
+        yield made
+
+
+def _endpoint(sock: Any) -> str:
+    endpoint: str = sock.last_endpoint.decode()
+    return endpoint
+
+
+def test_who_finishes_a_handshake(context: zmq.Context, router: Any) -> None:
+    """The verdict waits; then the silence counts for nothing, and the second connection is closed, having sent nothing."""
+    quiet = Quiet(_endpoint(router), context)
+    assert quiet.judge() is None
+    assert quiet.look.is_open
+    wait_until(quiet.look._has_answer)
+    assert quiet.judge() is None
+    assert not quiet.look.is_open
+    assert not router.poll(0)
+
+
+def test_who_does_not(context: zmq.Context, listener: Listener) -> None:
+    """Behind a long message it has as many looks as the limit has, behind a short one a single one; then the verdict stands."""
+    for size, looks in ((LONG_MESSAGE, LOOKS), (LONG_MESSAGE - 1, 1)):
+        quiet = Quiet(listener.endpoint, context, size)
+        assert [quiet.judge() for _ in range(looks + 1)] == [None] * looks + [UNANSWERED["process"]]
+        quiet.look.end()
+    assert "stopped" not in UNANSWERED["process"].message
+
+
+def test_what_does_not_explain_the_silence(context: zmq.Context) -> None:
+    """Then there is no second look, and the verdict stands at once."""
+    quiet = Quiet("tcp://127.0.0.1:9", context, size=3 * SLOWEST, seconds=3.0)
+    for silent in ("process", "link"):
+        assert quiet.judge(silent) == SILENT[silent]
+    assert not quiet.look.is_open
+
+
+def test_a_silence_that_lasts_too_long(context: zmq.Context, router: Any) -> None:
+    """However often a second connection is answered: what is under way explains so much silence and no more."""
+    quiet = Quiet(_endpoint(router), context)
+    quiet.judge()
+    wait_until(quiet.look._has_answer)
+    quiet.judge()
+    assert quiet.judge() is None
+    wait_until(quiet.look._has_answer)
+    quiet.judge()
+    quiet.pulse.quiet_since = 100.0 - LONG_MESSAGE / SLOWEST
+    assert quiet.judge() == STUCK
+
+
+def test_a_sign_of_life_ends_it(context: zmq.Context, listener: Listener) -> None:
+    """Also in the middle; and the next silence is a new one."""
+    quiet = Quiet(listener.endpoint, context)
+    quiet.judge()
+    quiet.pulse.quiet_since = None
+    assert quiet.judge(None) is None
+    assert not quiet.look.is_open
+
+
+def test_the_routing_id_stays_the_first_ones(router: Any) -> None:
+    """A context that sets one does so for the second connection, too: a ROUTER that hands over would confuse the two."""
+    router.router_handover = True
+    with zmq.Context() as own:
+        own.routing_id = b"me"
+        first = plain.Socket(own, plain.DEALER)
+        first.routing_id = b"me"
+        first.connect(_endpoint(router))
+        first.send(b"x")
+        router.recv_multipart()
+        quiet = Quiet(_endpoint(router), own)
+        quiet.judge()
+        wait_until(quiet.look._has_answer)
+        router.send_multipart([b"me", b"y"])
+        wait_until(lambda: first.poll(0))
+        quiet.look.end()
+        first.close(0)
+
+
+def test_no_socket_for_it(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    """The verdict stands, and a log line says why there was no second look."""
+    with plain.Context() as scarce:
+        scarce.set(plain.MAX_SOCKETS, 1)
+        with plain.Socket(scarce, plain.DEALER), caplog.at_level(logging.WARNING):
+            assert Quiet(listener.endpoint, scarce).judge() == UNANSWERED["process"]
+    assert "second look" in caplog.text
+
+
+# A client behind a hop.
+
+
+class Site:
+    """A server that answers with a body's length, and b"wait" when `go` is set."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.go = gevent.event.Event()
+        self.seen: list[int] = []
+        self.server = Server("tcp://127.0.0.1:0", self._handle, deadline=LONG, context=context)
+        self.server.start()
+        self.endpoint = str(self.server.endpoint)
+
+    def _handle(self, request: Request) -> bytes:
+        self.seen.append(len(request.body))
+        if request.body == b"wait":
+            self.go.wait()
+        return b"%d" % len(request.body)
+
+
+@pytest.fixture
+def site(context: zmq.Context) -> Iterator[Site]:
+    made = Site(context)
+    yield made
+    made.go.set()
+    made.server.close()
+
+
+def _losses(client: Client) -> int:
+    return client.stats.endpoints[0].losses
+
+
+def test_a_long_request_is_not_mistaken_for_a_dead_server(context: zmq.Context, site: Site) -> None:
+    """However often the limit passes while it is under way; nor are small ones behind it, and each is sent once."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT, retries=3) as client:
+        assert client.request(b"x") == b"1"
+        with hop.holding():
+            asked = [gevent.spawn(client.request, body, idempotent=True) for body in (BODY, b"small")]
+            wait_until(lambda: hop.accepted == 4)  # a second look each time
+            assert _losses(client) == 0
+        assert [each.get() for each in asked] == [b"%d" % len(BODY), b"5"]
+    assert site.seen == [1, len(BODY), 5]
+
+
+def test_a_long_request_to_a_plain_server(context: zmq.Context) -> None:
+    """A REP is not mistaken for dead either, and is sent nothing but the request."""
+    rep = context.socket(plain.REP)
+    rep.bind("tcp://127.0.0.1:*")
+    with Hop(_endpoint(rep)) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        asked = gevent.spawn(client.request, b"first")
+        rep.send(rep.recv())
+        asked.get()
+        with hop.holding():
+            asked = gevent.spawn(client.request, BODY)
+            wait_until(lambda: hop.accepted == 3)
+        rep.send(b"%d" % len(rep.recv()))
+        assert asked.get() == b"%d" % len(BODY)
+        assert not rep.poll(0)
+
+
+def test_behind_a_long_request_that_was_given_up(context: zmq.Context, site: Site) -> None:
+    """Its caller's limit holds; what is asked after it has to wait behind it all the same."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        assert client.request(b"x") == b"1"
+        with hop.holding():
+            with pytest.raises(OperationTimeout):
+                client.request(BODY, timeout=50 * MS)
+            asked = gevent.spawn(client.request, b"small")
+            wait_until(lambda: hop.accepted == 3)
+            assert _losses(client) == 0
+        assert asked.get() == b"5"
+
+
+def test_a_server_that_works_on_others_meanwhile(context: zmq.Context, site: Site) -> None:
+    """That it says nothing of what has not arrived yet does not make its event loop a blocked one."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        working = gevent.spawn(client.request, b"wait")
+        wait_until(lambda: site.seen)
+        (first,) = client._requester.asked()
+        with hop.holding():
+            asked = gevent.spawn(client.request, BODY)
+            wait_until(lambda: len(client._requester.asked()) == 2)
+            until = client._requester.asked()[1].heard_at + 2 * SHORT
+            wait_until(lambda: first.heard_at > until)
+            assert _losses(client) == 0
+        assert asked.get() == b"%d" % len(BODY)
+        site.go.set()
+        assert working.get() == b"4"
+
+
+def test_a_server_that_is_dead_behind_the_hop(context: zmq.Context, site: Site, listener: Listener) -> None:
+    """The hop takes everything and accepts, but no handshake comes: PeerSilent, which does not claim to know why."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        assert client.request(b"x") == b"1"
+        with hop.holding():
+            hop.target = listener.endpoint
+            with pytest.raises(PeerSilent, match="second connection") as caught:
+                client.request(BODY)
+        assert caught.value.silent == "process"
+        assert "stopped" not in str(caught.value)
+
+
+def test_a_small_request_takes_no_second_look(context: zmq.Context, site: Site) -> None:
+    """There is nothing under way that could explain the silence: PeerSilent within the limit."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        assert client.request(b"x") == b"1"
+        with hop.holding(), pytest.raises(PeerSilent, match="stopped"):
+            client.request(b"y")
+        assert hop.accepted == 1
+
+
+@pytest.mark.skipif(not zmq.has("curve"), reason="this libzmq was built without CURVE")
+def test_with_curve(context: zmq.Context) -> None:
+    """The second connection has the first one's keys."""
+    public, secret = plain.curve_keypair()
+    with zmq.Context() as own:
+        own.curve_publickey, own.curve_secretkey = plain.curve_keypair()
+        own.curve_serverkey = public
+        router = context.socket(plain.ROUTER)
+        router.curve_server, router.curve_secretkey = True, secret
+        router.bind("tcp://127.0.0.1:*")
+        with Hop(_endpoint(router)) as hop, Client(hop.endpoint, context=own, heartbeat=SHORT) as client:
+            asked = gevent.spawn(client.request, b"x")
+            router.send_multipart(router.recv_multipart())
+            asked.get()
+            with hop.holding():
+                asked = gevent.spawn(client.request, BODY)
+                wait_until(lambda: hop.accepted == 3)
+            router.send_multipart(router.recv_multipart())
+            assert asked.get() == BODY
+
+
+def test_nobody_waits_any_more(context: zmq.Context, site: Site, listener: Listener) -> None:
+    """A second look that is under way is closed when its caller's limit comes, and with its client."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        assert client.request(b"x") == b"1"
+        (channel,) = client._channels
+        with hop.holding():
+            hop.target = listener.endpoint
+            asked = gevent.spawn(client.request, BODY)
+            wait_until(lambda: channel._second.is_open)
+            asked.kill()
+            wait_until(lambda: not channel._second.is_open)
+            asked = gevent.spawn(client.request, BODY)
+            wait_until(lambda: channel._second.is_open)
+            client.close()
+            assert not channel._second.is_open
+            with pytest.raises(zmq.Cancelled):
+                asked.get()
