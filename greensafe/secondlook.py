@@ -33,6 +33,8 @@ __all__ = ["SecondLook"]
 
 log = logging.getLogger(__name__)
 
+_CONNECTED = zmq.EVENT_CONNECTED
+
 #: What a ZeroMQ process answers a new connection with; that it refuses this client shows just as well that it lives.
 _ANSWERS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
@@ -51,6 +53,7 @@ class SecondLook:
         "_context",
         "_endpoint",
         "_is_answered",
+        "_is_connected",
         "_limit",
         "_looks",
         "_monitor",
@@ -65,7 +68,7 @@ class SecondLook:
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: Monitor | None = None
         self._looks = 0
-        self._is_answered = False
+        self._is_connected = self._is_answered = False
         self._was_answered = False
 
     def __repr__(self) -> str:
@@ -110,7 +113,9 @@ class SecondLook:
             self._was_answered = True
             pulse.forgive()
             return None
-        return UNANSWERED[silent] if self._looks >= looks_allowed(size, pulse.owed) else None
+        if self._looks < looks_allowed(size, pulse.owed):
+            return None
+        return UNANSWERED["process" if self._is_connected else silent]
 
     def end(self) -> None:
         """Forget all of it: the peer is heard of, nobody waits for it any more, or its connection is gone."""
@@ -120,12 +125,12 @@ class SecondLook:
 
     def _begin(self, descriptor: int) -> None:
         self._looks = 0
-        self._is_answered = False
+        self._is_connected = self._is_answered = False
         try:
             self._sock = plain_socket(self._context, zmq.DEALER)
             self._set_options(self._sock)
             # Read at each look only, so nothing of it is left in the loop.
-            self._monitor = Monitor(self._sock, self._on_event, _ANSWERS, in_background=False)
+            self._monitor = Monitor(self._sock, self._on_event, _CONNECTED | _ANSWERS, in_background=False)
             self._sock.connect(self._address(self._sock, descriptor))
         except zmq.ZMQError as error:
             log.warning("%s: no second look could be taken: %s", self._endpoint, error, extra={"endpoint": self._endpoint})
@@ -148,7 +153,10 @@ class SecondLook:
         return f"tcp://{source}{has_source}{found}"
 
     def _on_event(self, event: ConnectionEvent) -> None:
-        self._is_answered = self._is_answered or bool(event.kind & _ANSWERS)
+        if event.kind == _CONNECTED:
+            self._is_connected = True
+        elif event.kind & _ANSWERS:
+            self._is_answered = True
 
     def _has_answer(self) -> bool:
         assert self._monitor is not None

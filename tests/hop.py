@@ -56,11 +56,11 @@ class Hop:
 
     def _accept(self) -> None:
         while True:
-            client = self._sockets[0].accept()[0]
+            client, server = self._sockets[0].accept()[0], socket.socket()
+            self._sockets += [client, server]
             self.accepted += 1
             host, port = self.target.removeprefix("tcp://").split(":")
-            server = socket.create_connection((host, int(port)))
-            self._sockets += [client, server]
+            server.connect((host, int(port)))
             passes = Event()
             passes.set()
             self._passes.append(passes)

@@ -83,6 +83,16 @@ def test_who_does_not(context: zmq.Context, listener: Listener) -> None:
     assert "stopped" not in UNANSWERED["process"].message
 
 
+def test_a_cut_link(context: zmq.Context, listener: Listener) -> None:
+    """Who makes a second connection is not cut off, whatever the first one's counts say; who makes none is."""
+    for endpoint, verdict in ((listener.endpoint, UNANSWERED["process"]), ("tcp://127.0.0.1:9", SILENT["link"])):
+        quiet = Quiet(endpoint, context)
+        quiet.judge("link")
+        wait_until(lambda: quiet.look._has_answer() or quiet.look._is_connected or endpoint != listener.endpoint)  # noqa: B023
+        assert wait_until(lambda: quiet.judge("link")) == verdict  # noqa: B023
+        quiet.look.end()
+
+
 def test_what_does_not_explain_the_silence(context: zmq.Context) -> None:
     """Then there is no second look, and the verdict stands at once."""
     quiet = Quiet("tcp://127.0.0.1:9", context, size=3 * SLOWEST, seconds=3.0)

@@ -130,7 +130,9 @@ class Pulse:
         self.is_busy = is_arriving or self.owed > 0
         if sample is None or self._silent < SILENT_LOOKS + self.owed:
             return None
-        return "link" if sample.unacked else "process"
+        # A PING that was sent this moment is not acknowledged yet: cut off is who has acknowledged nothing since the last look.
+        is_cut = sample.unacked and before is not None and sample.acked == before.acked
+        return "link" if is_cut else "process"
 
 
 def explains(size: int, seconds: float) -> bool:

@@ -55,6 +55,13 @@ def test_a_cut_link() -> None:
     assert [tcp.look(unacked=number) for number in (1, 2, 3)] == [None, None, "link"]
 
 
+def test_a_ping_that_was_sent_this_moment() -> None:
+    """That it is not acknowledged yet does not make a stopped process a cut link."""
+    tcp = _Tcp()
+    tcp.look(received=PONG, acked=PING)
+    assert [tcp.look(acked=PING, unacked=1) for _ in range(3)] == [None, None, "process"]
+
+
 def test_a_long_download() -> None:
     """50 MB in one frame at 1 MB/s: no PONG can come between, but bytes do, in each of 50 seconds."""
     tcp = _Tcp()
