@@ -191,8 +191,9 @@ class PeerSilent(PeerError):
     """Raised when a peer gives no more signs of life although its connection stands.
 
     Attributes:
-        silent: What is silent: "link" (nothing comes through), "process" (its machine answers, it does not) or "hub" (its
-            process answers, its event loop does not turn, or it is gone behind a proxy); None if that cannot be told.
+        silent: What is silent: "link" (nothing comes through), "process" (its machine, or something in between, takes what is
+            sent, and it does not answer) or "hub" (its process answers, its event loop does not turn, or it is gone behind a
+            proxy); None if that cannot be told.
     """
 
     _errno = errno.ETIMEDOUT

@@ -99,7 +99,8 @@ SILENT = {
     ),
     "server": Trouble(
         PeerSilent,
-        "the server no longer says that it works on the request: its event loop is blocked, or its process is stopped",
+        "the server does not say that it works on the request: its event loop is blocked, its process does not run, or a long"
+        " message takes longer than the heartbeat limit (then set a higher one)",
     ),
 }
 #: The first two, if a long message was under way: then who takes what is sent need not be the server's own machine.
