@@ -77,7 +77,7 @@ class Client:
         wait: Whether a request waits until a server is there (within its limit); False: it raises Unreachable at once. (inproc
             does not tell whether anybody is there: it waits.)
         heartbeat: Seconds of silence after which a server is taken for dead (PeerSilent), also while requests take long. While
-            100 kB or more of requests may be under way it takes up to twice that, since the silence may be theirs. None: no
+            long requests may be under way it takes longer, since the silence may be theirs (docs/operations.md). None: no
             heartbeats; then a frozen or cut-off server is not noticed. (A plain server over ipc: Disconnected, within a
             little more than twice that.) It takes a peer that answers ZMTP 3.1's PING, as
             libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.

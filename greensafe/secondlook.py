@@ -1,7 +1,7 @@
 """A second connection to a peer of which the first one hears nothing any more.
 
 Something in between (a proxy, `ssh -L`, a load balancer) may take a long message at once and pass it on slowly. The kernel then
-says that all of it has arrived, the PINGs stand behind it, and the server, which has not got the request yet, cannot say
+says that all of it has arrived, the PINGs stand behind it, and the server, which has not received the request yet, cannot say
 WORKING. That looks like a stopped process. So before that verdict, if a long message may explain the silence, somebody has to
 finish a handshake on a connection of its own.
 
