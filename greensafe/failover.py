@@ -344,8 +344,10 @@ class Failover:
         elif now - self._awaited_since >= NOTED:
             self._awaited_since = float("inf")
             endpoints = " ".join(channel.endpoint for channel in keepers(self.channels, awaited[0]))
+            first = awaited[0].asked.request_id.hex()
             what = "%s: %d requests have waited for %.0f s for their server to come back with its journal, such as %s"
-            log.warning(what, endpoints, len(awaited), NOTED, awaited[0].asked.request_id.hex(), extra={"endpoint": endpoints})
+            extra = {"endpoint": endpoints, "request_id": first}
+            log.warning(what, endpoints, len(awaited), NOTED, first, extra=extra)
 
     def _stop_looking(self) -> None:
         if self._looks is not None:
