@@ -8,7 +8,8 @@ Rules:
 * Any libzmq call may consume the edge of ZMQ_FD, so every send is followed by one more read in this turn of the loop (many
   sends share it), and reading ends when libzmq says that nothing is there. A send by who was woken while messages are read
   asks for no such turn: the reading goes on behind it.
-* At most `BATCH` messages are read before the loop gets a turn.
+* At most `BATCH` messages are read at once, and no more than `TURN` allows. What the pump schedules while it runs is done in
+  the same turn of the loop until `TURN` is over, and then in the next: timers and other sockets come in between.
 * Each send may have to wake libzmq's I/O thread (10 µs and more, most of a request's cost). What `send_soon` sends goes out
   with the rest of this turn's, at the latest after `SOON` messages or `SOON_SECONDS` of reading: one wake-up for all.
 * A message for a peer whose pipe is full waits in that peer's own queue, and only that peer's: `outbox` bytes at most, and
@@ -37,11 +38,15 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ._forks import generation
+from ._turns import TURN, call_in_next_turn
 
 __all__ = ["Pump"]
 
-#: Messages read before the loop gets a turn.
+#: Messages read at once.
 BATCH = 100
+
+#: After so many messages each the clock is asked whether reading goes on; a power of two.
+ASKED = 8
 
 #: Messages that `send_soon` gathers, and seconds for which it does so while messages are read.
 SOON = 32
@@ -133,6 +138,7 @@ class Pump:
         "_outbox_size",
         "_retry",
         "_scheduled",
+        "_since",
         "_sock",
         "_soon",
         "_torn",
@@ -167,6 +173,8 @@ class Pump:
         self._soon: deque[list[bytes]] = deque()
         self._retry: Any = None
         self._scheduled = False
+        #: While the pump runs: since when its callbacks follow from one another without a turn of the loop. Otherwise 0.
+        self._since = 0.0
         self.is_started = False
         self._is_reading = False
         self._is_closed = False
@@ -366,12 +374,20 @@ class Pump:
             self.dropped += 1
 
     def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._hub.loop.run_callback(self._run, False)
+        if self._scheduled:
+            return
+        self._scheduled = True
+        since = self._since
+        if since and monotonic() - since > TURN:
+            call_in_next_turn(self._hub, self._run, False)
+        else:
+            self._hub.loop.run_callback(self._run, False, since)
 
-    def _run(self, is_woken: bool) -> None:
-        """Called by the watcher (`is_woken`: something has probably arrived), or in the turn after a send."""
+    def _run(self, is_woken: bool, since: float = 0.0) -> None:
+        """Called by the watcher (`is_woken`: something has probably arrived), or in the turn after a send.
+
+        `since` then such calls follow from one another.
+        """
         if not is_woken:
             self._scheduled = False
         if self._generation != generation():
@@ -379,6 +395,7 @@ class Pump:
             return
         if not self.is_started or self._is_resting:
             return
+        self._since = since or monotonic()
         try:
             if self._outbox or self._soon:
                 self.flush(TRIED_EACH_TURN)
@@ -394,6 +411,8 @@ class Pump:
                 self._on_end()
             else:
                 self._fail(error)
+        finally:
+            self._since = 0.0
 
     def _ask_for_peer(self, on_gone: Callable[[], object]) -> None:
         events = _get(self._sock, _EVENTS)
@@ -437,7 +456,7 @@ class Pump:
         """
         sock = self._sock
         left = BATCH
-        until = 0.0
+        until = over = 0.0
         if self._torn:
             self._read_rest()
         while left:
@@ -474,6 +493,11 @@ class Pump:
                 elif now > until:
                     self._send_gathered()
                     until = 0.0
+            if not left % ASKED:
+                now = monotonic()
+                over = over or now + TURN
+                if now > over:
+                    return False
         return False
 
     def _read_rest(self) -> None:

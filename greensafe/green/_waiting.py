@@ -28,7 +28,7 @@ from zmq.backend import Socket as Backend
 from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout, PeerError
 from ._lockstep import Lockstep
-from ._waits import POLLIN, POLLOUT, Waits, events_of, let_others_run
+from ._waits import POLLIN, POLLOUT, Waits, events_of
 
 if TYPE_CHECKING:
     from .context import Context
@@ -249,8 +249,7 @@ class WaitingSocket(zmq.Socket[bytes]):
             if self._is_inside(mask):
                 is_free = True
             elif is_spent:
-                waits.renew()
-                let_others_run()
+                waits.give_way()
                 is_free = not waits.queue or not waits.is_anyone_first(mask)
         if is_free and (mask == POLLOUT or waits.queue or not waits.looks_first or waits.has_input(self)):
             try:
@@ -264,7 +263,6 @@ class WaitingSocket(zmq.Socket[bytes]):
 
         A REQ or REP whose wait ends without its message is marked: whoever sends next starts afresh.
         """
-        self._waits.renew()
         if self._lockstep is None:
             return self._wait_for(op, mask, attempt, timeout)
         done = False

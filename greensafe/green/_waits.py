@@ -26,22 +26,17 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import start_timer
 from ._forks import forbid_in_child
+from ._turns import FIRST_SHARE, TURN, call_in_next_turn, let_others_run, next_share, seconds_since_turn
 
-__all__ = ["FAIR_SHARE", "Waiter", "Waits", "events_of", "let_others_run"]
+__all__ = ["Waiter", "Waits", "events_of"]
 
 EVENTS = int(zmq.EVENTS)
 FD = int(zmq.FD)
 POLLIN = int(zmq.POLLIN)
 POLLOUT = int(zmq.POLLOUT)
 
-#: Operations in a row that found their message at once before the loop gets a turn.
-FAIR_SHARE = 256
-
 #: What a socket whose events cannot be read any more is said to be ready for: the waiter then meets the error itself.
 _ALL = POLLIN | POLLOUT
-
-#: Operations in a row that found their message at once before the loop gets a turn.
-FAIR_SHARE = 256
 
 #: What `straight_in` and `straight_out` are while one has to look first: who waits, or what is there.
 LOOK = -1
@@ -82,12 +77,6 @@ def events_of(sock: zmq.Socket[Any]) -> int:
         return _ALL
 
 
-def let_others_run() -> None:
-    """Give the loop a turn; none in the hub's own callbacks, which cannot wait."""
-    if gevent.getcurrent() is not gevent.get_hub():
-        gevent.sleep(0)
-
-
 def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
     """Have something called in a hub, which may be another thread's and asleep."""
     if hub.loop is None:
@@ -117,6 +106,7 @@ class Waits:
 
     __slots__ = (
         "__weakref__",
+        "fair",
         "hub",
         "is_half_sent",
         "is_inherited",
@@ -141,12 +131,14 @@ class Waits:
         self.scheduled = False
         #: A frame went out with SNDMORE and the last one did not yet.
         self.is_half_sent = False
-        #: Operations that may still find their message at once, the long way, before the loop gets a turn.
-        self.share = FAIR_SHARE
-        #: Receives that may be tried straight away, before anything is looked at; 0: the loop gets a turn first; or LOOK.
-        self.straight_in = FAIR_SHARE
+        #: Operations in a row that may find their message at once before the socket gives way.
+        self.fair = FIRST_SHARE
+        #: Those of them that are left, the long way.
+        self.share = FIRST_SHARE
+        #: Receives that may be tried straight away, before anything is looked at; 0: the socket gives way first; or LOOK.
+        self.straight_in = FIRST_SHARE
         #: The same for sends.
-        self.straight_out = FAIR_SHARE
+        self.straight_out = FIRST_SHARE
         #: The last receive had to wait, so the next one probably has to: it looks at EVENTS before it tries, which costs a
         #: quarter of the exception. Only once libzmq has said EAGAIN, since EVENTS does not tell of any other error.
         self.looks_first = False
@@ -172,25 +164,39 @@ class Waits:
         """Look whether a message is there; called while nobody waits and `looks_first`."""
         if events_of(sock) & POLLIN:
             self.looks_first = False
-            self.straight_in = FAIR_SHARE
+            self.straight_in = self.fair
         return not self.looks_first
 
     def note_sent(self, more: bool) -> None:
         """A frame went out the long way; `more`: with SNDMORE, and then the next one goes that way, too."""
         if more is not self.is_half_sent:
             self.is_half_sent = more
-            self.straight_out = LOOK if more or self.queue or self.is_lockstep else FAIR_SHARE
+            self.straight_out = LOOK if more or self.queue or self.is_lockstep else self.fair
 
     def is_spent(self, mask: int) -> bool:
-        """Count an operation that goes the long way; True if the loop should get a turn before it."""
+        """Count an operation that goes the long way; True if the socket should give way before it."""
         self.share -= 1
         return self.share < 0 or (self.straight_in if mask == POLLIN else self.straight_out) == 0
 
     def renew(self) -> None:
-        """The loop gets its turn, or somebody slept."""
-        self.share = FAIR_SHARE
-        self.straight_in = self.straight_in or FAIR_SHARE
-        self.straight_out = self.straight_out or FAIR_SHARE
+        """Count anew: the socket gives way, or somebody has slept."""
+        self.share = self.fair
+        self.straight_in = self.straight_in or self.fair
+        self.straight_out = self.straight_out or self.fair
+
+    def give_way(self) -> None:
+        """Let others run, and the loop turn, before the next operation; whatever ends that leaves the socket as it is."""
+        if gevent.getcurrent() is gevent.get_hub():
+            self.renew()  # a callback cannot wait
+            return
+        late = seconds_since_turn()
+        self.adapt(late)
+        let_others_run(late)
+
+    def adapt(self, late: float) -> None:
+        """Count anew, according to the seconds since the loop has turned, before whoever uses the socket gives way."""
+        self.fair = next_share(self.fair, late)
+        self.renew()
 
     def wait(self, sock: zmq.Socket[Any], mask: int, at: float | None, stubborn: bool = False) -> None:
         """Sleep until `mask` may be ready or the monotonic time `at` has come; wakes spuriously, never too late.
@@ -215,6 +221,7 @@ class Waits:
                 timer.stop()
                 timer.close()
             del waiter, timer  # a killed greenlet keeps its traceback, this frame and so itself, and the socket
+        self.renew()
         if self.is_inherited:
             self.check_owner()
 
@@ -242,8 +249,8 @@ class Waits:
         if self.queue:
             return
         if not self.is_lockstep and not self.is_inherited:
-            self.straight_in = LOOK if self.looks_first else FAIR_SHARE
-            self.straight_out = LOOK if self.is_half_sent else FAIR_SHARE
+            self.straight_in = LOOK if self.looks_first else self.fair
+            self.straight_out = LOOK if self.is_half_sent else self.fair
         if self.watcher is not None:
             self.watcher.stop()
             if self.hub is not None and not self.hub.main_hub:
@@ -278,7 +285,7 @@ class Waits:
         if self.queue and not self.scheduled and not self.is_inherited and self._is_anyone_ready(self.events(sock)):
             assert self.hub is not None
             self.scheduled = True
-            _call_soon(self.hub, self._on_scheduled, sock)
+            _call_soon(self.hub, self._on_scheduled, sock, None)
 
     def events(self, sock: zmq.Socket[Any]) -> int:
         """What the socket is ready for."""
@@ -323,9 +330,26 @@ class Waits:
     def _is_anyone_ready(self, events: int) -> bool:
         return any(waiter.asleep and waiter.mask & events and not waiter.stubborn for waiter in self.queue)
 
-    def _on_scheduled(self, sock: zmq.Socket[Any]) -> None:
-        self.scheduled = False
-        self._on_readable(sock)
+    def _on_scheduled(self, sock: zmq.Socket[Any], since: float | None) -> None:
+        """Wake whoever can go on.
+
+        `since` then such calls follow from one another, which must not keep the loop from its turn.
+        """
+        hub = self.hub
+        try:
+            self._on_readable(sock)  # what asks for the next call meanwhile finds it `scheduled`: that is decided below
+        finally:
+            if hub is self.hub:  # else others wait in another thread's hub by now, or the socket is closed
+                self.scheduled = False
+        if hub is not self.hub or hub is None or not self.queue or self.is_inherited:
+            return
+        if self._is_anyone_ready(self.events(sock)):
+            self.scheduled = True
+            now = monotonic()
+            if since is not None and now - since > TURN:
+                call_in_next_turn(hub, self._on_scheduled, sock, None)
+            else:
+                hub.loop.run_callback(self._on_scheduled, sock, now if since is None else since)
 
     def _on_readable(self, sock: zmq.Socket[Any]) -> None:
         if len(self.queue) == 1 and not self.is_inherited:

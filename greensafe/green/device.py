@@ -21,6 +21,7 @@ import gevent
 import zmq
 from gevent.event import Event
 
+from ._turns import let_others_run
 from .socket import Socket
 
 __all__ = ["device", "proxy", "proxy_steerable"]
@@ -131,7 +132,7 @@ class _Proxy:
             sent.bytes_sent += size
             copied += 1
             if copied % BATCH == 0:
-                gevent.sleep(0)
+                let_others_run()
 
     def _obey(self, control: Any) -> None:
         while True:

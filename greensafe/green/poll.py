@@ -15,7 +15,8 @@ import zmq
 from zmq.backend import zmq_poll as _look
 
 from ..deadlines import check, start_timer
-from ._waits import POLLIN, POLLOUT, Waiter, let_others_run
+from ._turns import TURN, let_others_run, seconds_since_turn
+from ._waits import POLLIN, POLLOUT, Waiter
 from .socket import Socket
 
 __all__ = ["Poller", "select", "zmq_poll"]
@@ -46,15 +47,19 @@ class Poller(zmq.Poller):
             self._wait(at)
 
     def _is_greedy(self) -> bool:
-        """Count this call for every socket; whether one of them has been used too often in a row without a wait."""
+        """Count this call for every socket; whether one of them has been used too often in a row without a wait.
+
+        Where nothing can be counted the clock says so.
+        """
         counted = [sock._waits for sock, _ in self.sockets if isinstance(sock, Socket)]
         for waits in counted:
             waits.share -= 1
-        if all(waits.share >= 0 for waits in counted):
+        if counted and all(waits.share >= 0 for waits in counted):
             return False
+        late = seconds_since_turn()
         for waits in counted:
-            waits.renew()
-        return True
+            waits.adapt(late)
+        return bool(counted) or late > TURN
 
     def _ready(self) -> list[tuple[Any, int]]:
         for sock, _ in self.sockets:

@@ -16,8 +16,9 @@ from zmq.backend import Socket as Backend
 from ..deadlines import check
 from ..endpoints import explained
 from ._monitors import MonitoredSocket
+from ._turns import let_others_run
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
-from ._waits import POLLIN, let_others_run
+from ._waits import POLLIN
 
 __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
 
@@ -221,8 +222,9 @@ class Socket(MonitoredSocket):
         flags = int(flags)
         waits = self._waits
         waits.check_owner()
-        if waits.is_spent(flags) or timeout == 0:
-            waits.renew()
+        if waits.is_spent(flags):
+            waits.give_way()
+        elif timeout == 0:
             let_others_run()
         while True:
             events = (int(_get(self, _EVENTS)) | waits.lost(self)) & flags

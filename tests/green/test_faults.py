@@ -19,7 +19,7 @@ from helpers import LONG, MS, run_python, wait_until
 from zmq.utils.monitor import recv_monitor_message
 
 import greensafe as zmq
-from greensafe.green._waits import FAIR_SHARE
+from greensafe.green._turns import FAIR_SHARE
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -184,14 +184,14 @@ def test_a_send_does_not_queue_behind_a_receiver(context: zmq.Context) -> None:
 
 EATERS: dict[str, Callable[[Any], object]] = {
     "Poller": lambda sock: _poll_once(sock),
-    "select": lambda sock: zmq.select([sock], [], [], 0),
-    "zmq_poll": lambda sock: zmq.zmq_poll([(sock, zmq.POLLIN)], 0),
+    "select": lambda sock: zmq.select([sock], [], [], LONG),
+    "zmq_poll": lambda sock: zmq.zmq_poll([(sock, zmq.POLLIN)], LONG * 1000),
     "set": lambda sock: sock.set(zmq.LINGER, 0),
     "a property": lambda sock: sock.events,
     "disconnect": lambda sock: (sock.connect("inproc://nobody"), sock.disconnect("inproc://nobody")),
     "a monitor": lambda sock: (sock.get_monitor_socket(), sock.disable_monitor()),
     "a shadow": lambda sock: zmq.Socket(sock).getsockopt(zmq.EVENTS),
-    "a shadow's poll": lambda sock: zmq.Socket.shadow(sock).poll(0),
+    "a shadow's poll": lambda sock: zmq.Socket.shadow(sock).poll(LONG * 1000),
     "a blocking send": lambda sock: sock.send(b"y"),
     "a set that fails": lambda sock: _refused(sock.set, zmq.SUBSCRIBE, b""),
     "a connect that fails": lambda sock: _refused(sock.connect, "no://such"),
@@ -204,7 +204,7 @@ EATERS: dict[str, Callable[[Any], object]] = {
 def _poll_once(sock: zmq.Socket) -> None:
     poller = zmq.Poller()
     poller.register(sock, zmq.POLLIN)
-    assert poller.poll(0)
+    assert poller.poll(LONG * 1000)  # a poll(0) lets the hub look first
 
 
 def _refused(call: Callable[..., object], *args: object) -> None:
