@@ -41,6 +41,7 @@ __all__ = [
     "allowed_until",
     "check",
     "deadline",
+    "is_preempted",
     "move_on",
     "preemptible",
     "raise_if_preempted",
@@ -494,12 +495,23 @@ def allowed_until(limited: bool) -> float | None:
 
 def raise_if_preempted() -> None:
     """Raise the signal of the running greenlet's own preemptible scope if that is over: once, and not inside of a shield."""
+    scope = _preempted()
+    if scope is not None:
+        raise _delivered(scope, scope._greenlet)
+
+
+def is_preempted() -> bool:
+    """Whether `raise_if_preempted` would raise."""
+    return _preempted() is not None
+
+
+def _preempted() -> deadline | None:
     greenlet = getcurrent()
     scope: deadline | None = getattr(greenlet, _SCOPE, None)
     while scope is not None and not scope._preempts:
         scope = None if scope._shields else scope._outer
-    if scope is not None and scope._greenlet is greenlet and not scope.delivered and scope._is_due():
-        raise _delivered(scope, greenlet)
+    is_over = scope is not None and scope._greenlet is greenlet and not scope.delivered and scope._is_due()
+    return scope if is_over else None
 
 
 def _delivered(target: deadline, greenlet: Any) -> DeadlineSignal:

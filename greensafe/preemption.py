@@ -6,6 +6,8 @@ the greenlet that is running. Rules:
 * It is hit only if its own preemptible scope is over, and once.
 * Only the program's own code is hit: greensafe, pyzmq and gevent are never interrupted halfway, so no message is torn; nor are
   `logging`, `threading` and `queue`, so no lock of theirs stays held.
+* A signal that comes while one of those is called leaves a mark, or a loop that does little else would hardly ever be hit. The
+  call goes on to its end, what it returns reaches the program, and the loop that made it is hit before it begins again.
 * Where Python has to drop what is raised (in a `__del__`, a weak reference's or the garbage collector's callback) that did not
   count: it is raised once more.
 
@@ -17,13 +19,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from dis import EXTENDED_ARG, opmap
 from types import FrameType
 from typing import Any
 
 import gevent
 from gevent.monkey import get_original
 
-from .deadlines import DeadlineSignal, raise_if_preempted
+from .deadlines import DeadlineSignal, is_preempted, raise_if_preempted
 
 __all__ = ["check_preempt", "listen", "poke", "unlisten", "unlisten_in_child"]
 
@@ -37,6 +40,12 @@ _listeners = 0
 
 #: Held by who signals and by who takes the handler away: a signal without a handler would end the process.
 _guard = _make_lock()
+
+#: The mark: the program's frames that were on the stack when a signal came.
+_marked: set[FrameType] = set()
+
+#: What ends a turn of a loop, in bytecode. Where it waits for another generator Python lets no signal in either.
+_LOOPS = frozenset(number for name, number in opmap.items() if "JUMP_BACKWARD" in name and name != "JUMP_BACKWARD_NO_INTERRUPT")
 
 #: Who is told of what Python has to drop, while we are.
 _told_before: Callable[[Any], object] = sys.__unraisablehook__
@@ -92,6 +101,7 @@ def poke(thread: int) -> None:
 
 
 def _restore() -> None:
+    _unmark()
     if sys.unraisablehook is _on_dropped:
         sys.unraisablehook = _told_before
     if signal.getsignal(signal.SIGUSR2) is _on_poke:
@@ -102,18 +112,84 @@ def _restore() -> None:
 def _on_poke(number: int, frame: FrameType | None) -> None:
     if _is_programs(frame):
         raise_if_preempted()
+    elif is_preempted():
+        _mark(frame)
 
 
 def _is_programs(frame: FrameType | None) -> bool:
     """Whether what is interrupted is the program's own code, or what it has called of Python's library."""
     while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        package = _package_of(frame)
         if package in _WHOLE:
             return False
         if package not in sys.stdlib_module_names:
             return True
         frame = frame.f_back
     return False
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+# The mark. Python calls a trace function for each instruction of a frame that asks for it. That costs nothing until there is a
+# mark, and knows every kind of call, those of plain sockets and of Python's library included. The signal is raised where a loop
+# ends a turn, one of the places at which Python itself calls signal handlers. Right behind the call what it has returned would
+# be lost, which may be a message; and at the beginning of a line or of a function it may be what leaves a `with` or a `finally`
+# that would not be done. Somebody else's trace function, a debugger's, is left alone: there is no mark then.
+
+
+def _mark(frame: FrameType | None) -> None:
+    if sys.gettrace() not in (None, _on_call):
+        return
+    _unmark()
+    while frame is not None:
+        package = _package_of(frame)
+        if package not in _WHOLE and package not in sys.stdlib_module_names:
+            _marked.add(frame)
+            frame.f_trace_lines, frame.f_trace_opcodes, frame.f_trace = False, True, _on_event
+        frame = frame.f_back
+    if _marked:
+        sys.settrace(_on_call)
+
+
+def _unmark() -> None:
+    if sys.gettrace() is _on_call:
+        sys.settrace(None)
+    frames = list(_marked)  # the next signal may come in here
+    _marked.clear()
+    for frame in frames:
+        _let_be(frame)
+
+
+def _let_be(frame: FrameType) -> None:
+    frame.f_trace_lines, frame.f_trace_opcodes, frame.f_trace = True, False, None
+
+
+def _on_call(frame: FrameType, event: str, argument: object) -> None:
+    """Leave alone what is called while there is a mark."""
+    if not _marked:
+        _unmark()
+
+
+def _on_event(frame: FrameType, event: str, argument: object) -> Any:
+    """Look at the mark; called in one of its frames."""
+    if event == "opcode" and _is_loops_end(frame):
+        _unmark()
+        raise_if_preempted()  # unless the scope was left meanwhile, or has had its signal otherwise
+    elif event == "return":
+        _marked.discard(frame)
+        _let_be(frame)
+        if not _marked:
+            _unmark()
+    return _on_event
+
+
+def _is_loops_end(frame: FrameType) -> bool:
+    code, at = frame.f_code.co_code, frame.f_lasti
+    while code[at] == EXTENDED_ARG:
+        at += 2
+    return code[at] in _LOOPS
 
 
 def _on_dropped(what: Any) -> None:

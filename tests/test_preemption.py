@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import logging
 import queue
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -17,10 +19,12 @@ from typing import Any
 import gevent
 import gevent.event
 import pytest
+import zmq as plain
 from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
-from greensafe import Client, OperationTimeout, RemoteError, Request, Server, preemption, shield
+from greensafe import Client, OperationTimeout, RemoteError, Request, Server, deadline, preemption, shield
+from greensafe.deadlines import DeadlineSignal, preemptible
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -249,6 +253,42 @@ def test_no_lock_stays_held(context: zmq.Context, what: str) -> None:
     log.removeHandler(lines)
 
 
+CALLS: dict[str, Callable[[Request, Any, Any], object]] = {
+    "send, NOBLOCK": lambda request, green, bare: green.send(b"x", zmq.NOBLOCK),
+    "send_multipart, NOBLOCK": lambda request, green, bare: green.send_multipart([b"x", b"y"], zmq.NOBLOCK),
+    "send": lambda request, green, bare: green.send(b"x"),
+    "poll": lambda request, green, bare: green.poll(None, zmq.POLLOUT),
+    "a plain send": lambda request, green, bare: bare.send(b"x"),
+    "step": lambda request, green, bare: request.step("step", int),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_handler_that_does_nothing_but_call_is_interrupted(context: zmq.Context, call: str) -> None:
+    """Nearly every signal comes while it is inside of greensafe or pyzmq; it is ended all the same, and soon."""
+    reached: list[str] = []
+    green, bare = context.socket(zmq.PUB), plain.Socket(context, zmq.PUB)
+    green.bind("inproc://green")
+    bare.bind("inproc://bare")
+
+    def handler(request: Request) -> None:
+        act = CALLS[call]
+        for _ in range(3_000_000):  # seconds; before, hardly one in twenty was ended within them
+            act(request, green, bare)
+        reached.append("the end")
+
+    with (
+        Server("inproc://s", handler, deadline=5 * MS, preempt=True, context=context),
+        Client("inproc://s", context=context) as client,
+    ):
+        for _ in range(3):
+            with pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
+                client.request(b"x")
+        assert not reached
+    bare.close(0)
+    assert sys.gettrace() is None
+
+
 def test_no_message_is_torn(context: zmq.Context) -> None:
     """Handlers that do nothing but send are interrupted between messages only; and each request has one answer."""
     frames = [b"%d" % number for number in range(5)]
@@ -259,18 +299,14 @@ def test_no_message_is_torn(context: zmq.Context) -> None:
         push.connect("inproc://pull")
 
         def handler(request: Request) -> None:
-            end = monotonic() + LONG
-            while monotonic() < end:
-                for _ in range(100):  # not so many that the socket yields
-                    push.send_multipart(frames)
-                    for _ in range(200):  # as long as the send, or nearly every signal would come during one
-                        pass
+            for _ in range(500_000):  # none that neither the loop nor a signal has ended by then
+                push.send_multipart(frames, zmq.NOBLOCK if request.body == b"NOBLOCK" else 0)
 
         with Server("inproc://s", handler, deadline=5 * MS, preempt=True, context=context):
             raw = context.socket(zmq.DEALER)
             raw.connect("inproc://s")
             for number in range(10):
-                raw.send_multipart([b"%d" % number, b"", b"x"])
+                raw.send_multipart([b"%d" % number, b"", b"NOBLOCK" if number % 2 else b""])
                 answer = raw.recv_multipart()
                 assert answer[0] == b"%d" % number
                 assert b"DEADLINE_EXCEEDED" in answer[2]
@@ -278,6 +314,182 @@ def test_no_message_is_torn(context: zmq.Context) -> None:
                     assert pull.recv_multipart() == frames
             assert not raw.poll(10 * MS * 1000)
         gc.collect()
+
+
+# The mark that a signal leaves which comes while greensafe or a library is called. Here it comes when the test says so.
+
+
+@pytest.fixture
+def overdue() -> Iterator[deadline]:
+    """A scope of this greenlet's that is over, as a handler's of a server that preempts."""
+    if sys.gettrace() is not None:
+        pytest.skip("a debugger traces these tests: there is no mark then")
+    scope = preemptible(at=monotonic())
+    preemption.listen()
+    scope._attach(gevent.getcurrent())
+    yield scope
+    scope._detach()
+    preemption.unlisten()
+    assert sys.gettrace() is None
+
+
+def _made_in(package: str, source: str) -> Any:
+    """A function as if a library had it."""
+    names: dict[str, Any] = {"__name__": package, "signal": signal}
+    exec(source, names)
+    return names["call"]
+
+
+#: Returns what it is given; a signal comes meanwhile.
+_interrupted = _made_in("zmq.library", "def call(value=None): signal.raise_signal(signal.SIGUSR2); return value")
+
+
+def test_what_a_call_returns_is_not_lost(overdue: deadline) -> None:
+    """The call goes on to its end and its result is kept; the loop does not call again."""
+    got: list[int] = []
+    with pytest.raises(DeadlineSignal):
+        for number in range(3):
+            got.append(_interrupted(number))
+    assert got == [0]
+
+
+def test_the_loop_may_be_further_out(overdue: deadline) -> None:
+    """A function without a loop of its own runs to its end, whatever it calls of Python's library."""
+    reached: list[str] = []
+
+    def work() -> None:
+        json.loads('{"a": 1}', object_hook=_interrupted)
+        reached.append("behind the call")
+
+    with pytest.raises(DeadlineSignal):
+        for _ in range(3):
+            work()
+    assert reached == ["behind the call"]
+
+
+def test_what_a_loop_has_taken_is_given_back(overdue: deadline) -> None:
+    """Between the call and the loop's next turn every `with` and `finally` is left in order."""
+    reached: list[str] = []
+    lock = threading.Lock()
+
+    class Guard:
+        def __enter__(self) -> None:
+            reached.append("taken")
+
+        def __exit__(self, *details: object) -> None:
+            reached.append("given back")
+
+    with pytest.raises(DeadlineSignal):
+        for _ in range(3):
+            with lock, Guard():
+                try:
+                    _interrupted()
+                finally:
+                    reached.append("finally")
+    assert reached == ["taken", "finally", "given back"]
+    assert not lock.locked()
+
+
+def test_what_is_taken_is_given_back_where_an_error_was_caught(overdue: deadline) -> None:
+    """An `except` inside of a `finally` jumps back, too, and not past the `finally`."""
+    call = _made_in("logging", "def call(): signal.raise_signal(signal.SIGUSR2); raise KeyError")
+    lock = threading.Lock()
+    with pytest.raises(DeadlineSignal):
+        for _ in range(3):
+            lock.acquire()
+            try:
+                try:
+                    call()
+                except KeyError:
+                    pass
+            finally:
+                lock.release()
+    assert not lock.locked()
+
+
+def test_a_long_loop(overdue: deadline) -> None:
+    """The jump at a loop's end is found however far it goes."""
+    names: dict[str, Any] = {"__name__": "program"}
+    exec("def run(call, got):\n for _ in range(3):\n  got.append(call())\n" + "  got.sort()\n" * 300, names)
+    got: list[int] = []
+    with pytest.raises(DeadlineSignal):
+        names["run"](lambda: _interrupted(1), got)
+    assert got == [1]
+
+
+def test_a_call_that_fails(overdue: deadline) -> None:
+    """Its error reaches the program, which may go on: not for long."""
+    call = _made_in("logging", "def call(): signal.raise_signal(signal.SIGUSR2); raise KeyError")
+    caught: list[Exception] = []
+    with pytest.raises(DeadlineSignal):
+        for _ in range(3):
+            try:
+                call()
+            except KeyError as error:
+                caught.append(error)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("end", ["left", "extended", "delivered"])
+def test_a_mark_of_a_scope_that_has_ended_hits_nobody(overdue: deadline, end: str) -> None:
+    """What comes after the scope, or after its signal, runs to its end, untraced."""
+    for number in range(3):
+        if not number:
+            _interrupted()
+            assert sys.gettrace() is not None
+            if end == "left":
+                overdue._detach()
+            elif end == "extended":
+                overdue.at = monotonic() + LONG
+            else:
+                overdue.delivered = True
+    assert number == 2
+    assert sys.gettrace() is None
+
+
+def test_a_mark_hits_no_other_greenlet(overdue: deadline) -> None:
+    """While the marked one waits others run their loops."""
+    turns: list[int] = []
+
+    def other() -> None:
+        for number in range(3):
+            turns.append(number)
+            gevent.sleep(0)
+
+    with pytest.raises(DeadlineSignal):
+        for _ in range(2):
+            _interrupted()
+            gevent.joinall([gevent.spawn(other), gevent.spawn(other)])
+    assert sorted(turns) == [0, 0, 1, 1, 2, 2]
+
+
+def test_no_mark_inside_of_a_shield(overdue: deadline) -> None:
+    """A shield holds it back; the next signal behind the shield leaves it."""
+    reached: list[int] = []
+    with shield():
+        for number in range(2):
+            _interrupted()
+            reached.append(number)
+    with pytest.raises(DeadlineSignal):
+        for number in range(2, 4):
+            _interrupted()
+            reached.append(number)
+    assert reached == [0, 1, 2]
+
+
+def test_a_debugger_is_left_alone(overdue: deadline) -> None:
+    """Where somebody traces already there is no mark."""
+
+    def trace(*_: object) -> None:
+        """Trace nothing."""
+
+    sys.settrace(trace)
+    try:
+        for _ in range(2):
+            _interrupted()
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(None)
 
 
 def test_refused_where_it_cannot_work(context: zmq.Context) -> None:
