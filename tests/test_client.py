@@ -296,9 +296,9 @@ def test_another_thread(context: zmq.Context) -> None:
                 seen.append(str(error))
             gevent.get_hub().destroy(destroy_loop=True)
 
-        thread = threading.Thread(target=elsewhere)
+        thread = threading.Thread(target=elsewhere, daemon=True)
         thread.start()
-        thread.join()
+        wait_until(lambda: not thread.is_alive())
         assert "thread" in seen[0]
 
 

@@ -45,13 +45,11 @@ def test_poll_of_zero_yields(context: zmq.Context) -> None:
     """`while not sock.poll(0)` lets others run."""
     a, b = _pair(context)
     gevent.spawn(b.send, b"x")
-    while not a.poll(0):
-        pass
+    assert any(a.poll(0) for _ in range(10))
     poller = zmq.Poller()
     poller.register(b, zmq.POLLIN)
     gevent.spawn(a.send, b"x")
-    while not poller.poll(0):
-        pass
+    assert any(poller.poll(0) for _ in range(10))
 
 
 def test_poller_of_everything(context: zmq.Context) -> None:

@@ -122,6 +122,7 @@ def test_a_full_peer_has_a_queue_of_its_own(context: zmq.Context, make: Maker, g
     wait_until(lambda: len(got) == 2)
     sent = 0
     while not pump.dropped:
+        assert sent < 100
         pump.send([b"full", b"%02d" % sent])
         sent += 1
     assert pump.queued == 5
@@ -139,6 +140,7 @@ def test_a_message_that_is_taken_back_does_not_leave(context: zmq.Context, make:
     wait_until(lambda: got)
     messages: list[list[bytes]] = []
     while not pump.queued:
+        assert len(messages) < 100
         messages.append([b"peer", b"%d" % len(messages)])
         pump.send(messages[-1])
     pump.send([b"peer", b"last"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import gevent
 import pytest
-from helpers import LONG, MS
+from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import DeadlineExceeded, OperationTimeout, deadline
@@ -412,9 +412,9 @@ def test_socket_moves_to_the_thread_that_waits(context: zmq.Context) -> None:
             gevent.get_hub().destroy(destroy_loop=True)
 
     for expected in (RuntimeError, OperationTimeout):
-        thread = threading.Thread(target=elsewhere)
+        thread = threading.Thread(target=elsewhere, daemon=True)
         thread.start()
-        thread.join()
+        wait_until(lambda thread=thread: not thread.is_alive())
         assert isinstance(seen.pop(), expected)
         waiter.kill()
 

@@ -123,9 +123,9 @@ def test_two_threads_cannot_wait_on_one_socket(pull: plain.Socket[bytes]) -> Non
             errors.append(str(error))
         gevent.get_hub().destroy(destroy_loop=True)
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    thread.join()
+    wait_until(lambda: not thread.is_alive())
     assert ["another thread" in text for text in errors] == [True]
     assert not waiter.dead
     waiter.kill()
