@@ -86,7 +86,7 @@ class Carrier:
 
     __slots__ = (
         "__weakref__", "_connections", "_inproc", "_is_open", "_lockstep", "_monitor", "_probe", "_silence", "_sock", "_timer",
-        "error", "is_off",
+        "_timer_at", "error", "is_off",
     )  # fmt: skip
 
     unmonitored = 0
@@ -101,6 +101,7 @@ class Carrier:
         self._silence: float | None = None
         self._probe: tuple[Loss, bool] | None = None
         self._timer: Any = None
+        self._timer_at = 0.0
         self.error: PeerError | None = None
         self.is_off = False
 
@@ -160,9 +161,12 @@ class Carrier:
         return self.error
 
     def drain(self) -> None:
-        """Be told what has happened up to now."""
+        """Be told what has happened up to now, also by nothing, in a loop that leaves the hub no turn to call the timer."""
         if self._monitor is not None:
             self._monitor.drain()
+        timer = self._timer
+        if timer is not None and monotonic() >= self._timer_at and timer.loop is gevent.get_hub().loop:
+            self.on_timer(timer)
 
     @property
     def is_stopped(self) -> bool:
@@ -252,6 +256,7 @@ class Carrier:
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
         hub = gevent.get_hub()
+        self._timer_at = monotonic() + seconds
         self._timer = hub.loop.timer(seconds, ref=False)
         self._timer.start(_on_timer, weakref.ref(self), self._timer, update=True)
 

@@ -8,7 +8,9 @@ import socket as net
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -374,13 +376,18 @@ def test_a_zmtp_2_peer_that_dies(req: Any) -> None:
         assert isinstance(waiter.get(), Disconnected)
 
 
-def _reply_and_garbage(connection: Any) -> None:
-    """Greet as a ZMTP 3.0 ROUTER; answer the request with a valid reply and a message that a REQ's session rejects, at once."""
+def _greet(connection: Any) -> None:
+    """Greet as a ZMTP 3.0 ROUTER and read the request."""
     connection.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\0NULL" + b"\0" * 48)
     connection.sendall(b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06ROUTER")
     got = b""
     while b"request" not in got:
         got += connection.recv(1000)
+
+
+def _reply_and_garbage(connection: Any) -> None:
+    """Answer the request with a valid reply and a message that a REQ's session rejects, at once."""
+    _greet(connection)
     connection.sendall(b"\x01\0" + b"\0\x05reply" + b"\0\x01x")
 
 
@@ -420,6 +427,32 @@ def _spinning(req: Any) -> bytes:
             except zmq.Again:
                 pass
         gevent.sleep(MS)
+
+
+@pytest.mark.parametrize("end", [b"\0\x01x", 50 * b"\xff"], ids=["rejected", "not ZeroMQ"])
+def test_a_loop_that_never_turns_the_hub_is_told(context: zmq.Context, end: bytes) -> None:
+    """Where no event follows the end of the connection, a REQ that only tries is told of its loss by the clock."""
+    with net.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+
+        def serve() -> None:
+            connection, _address = listener.accept()
+            with connection:
+                _greet(connection)
+                connection.sendall(end)
+
+        thread = get_original("threading", "Thread")(target=serve, daemon=True)
+        thread.start()
+        with context.socket(zmq.REQ) as req:
+            req.connect(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+            req.send(b"request")
+            until = monotonic() + LONG
+            with pytest.raises(Disconnected):
+                while monotonic() < until:
+                    with suppress(zmq.Again):
+                        req.recv(zmq.NOBLOCK)
+        wait_until(lambda: not thread.is_alive())
 
 
 def test_sending_while_libzmq_ends_the_connection(req: Any) -> None:
