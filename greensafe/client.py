@@ -39,6 +39,7 @@ from .errors import (
 )
 from .failover import Failover
 from .green._forks import generation
+from .green._turns import let_others_run
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
 from .hooks import (
@@ -164,6 +165,7 @@ class Client:
         if now - self._turned_at > RECENT:
             self._catch_up(now)
         if limit == 0:
+            let_others_run()  # a program may do nothing but ask
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
         call = Call(getcurrent().switch, idempotent, now)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")

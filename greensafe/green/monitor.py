@@ -39,6 +39,7 @@ from zmq.backend import Socket as Backend
 from ..deadlines import DeadlineSignal, check, start_timer, to_seconds
 from ..errors import OperationTimeout
 from ._forks import generation
+from ._turns import let_others_run
 from ._waits import Waiter
 
 if TYPE_CHECKING:
@@ -440,6 +441,8 @@ class ConnectionEvents:
         self._sharing.monitor.drain()
         while not self._events and self._sock is not None:
             if at is not None and monotonic() >= at:
+                if not seconds:
+                    let_others_run()  # a program may do nothing but ask
                 raise OperationTimeout(seconds, "connection_events", self._sock._endpoint())
             try:
                 check(at is not None)

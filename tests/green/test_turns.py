@@ -76,6 +76,26 @@ def _empty(sock: Any) -> None:
         sock.recv(timeout=0)
 
 
+def _events(context: zmq.Context) -> Operation:
+    events = context.socket(zmq.PULL).connection_events()
+
+    def operation() -> None:
+        with suppress(OperationTimeout):
+            events.get(timeout=0)
+
+    return operation
+
+
+def _request(context: zmq.Context) -> Operation:
+    client = zmq.Client("inproc://nobody", context=context)
+
+    def operation() -> None:
+        with suppress(OperationTimeout):
+            client.request(b"x", timeout=0)
+
+    return operation
+
+
 def _by_poller(context: zmq.Context) -> Operation:
     pull, _ = _joined(context, zmq.PULL, zmq.PUSH)
     poller = zmq.Poller()
@@ -106,6 +126,8 @@ LOOPS: dict[str, Callable[[zmq.Context], Operation]] = {
     "poll of zero": _receiving(lambda sock: sock.poll(0)),
     "Poller": _by_poller,
     "select of a descriptor": _by_descriptor,
+    "events that never come": _events,
+    "requests without any time": _request,
     "REQ and REP": _in_lockstep,
     "many sockets": _to_many,
 }
