@@ -165,7 +165,7 @@ class Client:
         if now - self._turned_at > RECENT:
             self._catch_up(now)
         if limit == 0:
-            let_others_run()  # a program may do nothing but ask
+            let_others_run()  # a loop of such calls must not stop the hub
             raise OperationTimeout(0.0, "request", self._endpoints[0])  # no answer can be there: nothing is sent
         call = Call(getcurrent().switch, idempotent, now)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")

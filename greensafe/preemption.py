@@ -133,10 +133,11 @@ def _package_of(frame: FrameType) -> str:
 
 
 # The mark. Python calls a trace function for each instruction of a frame that asks for it. That costs nothing until there is a
-# mark, and knows every kind of call, those of plain sockets and of Python's library included. The signal is raised where a loop
-# ends a turn, one of the places at which Python itself calls signal handlers. Right behind the call what it has returned would
-# be lost, which may be a message; and at the beginning of a line or of a function it may be what leaves a `with` or a `finally`
-# that would not be done. Somebody else's trace function, a debugger's, is left alone: there is no mark then.
+# mark, and works for every kind of call, those of plain sockets and of Python's library included. The deadline's signal is
+# raised at the jump that ends a loop's turn, one of the places at which Python itself calls signal handlers. Right behind the
+# call its result would be lost, which may be a message. At the beginning of a line or of a function the `with` or `finally`
+# that is just being left would not be completed. Another trace function, such as a debugger's, is left alone: then there is
+# no mark.
 
 
 def _mark(frame: FrameType | None) -> None:
@@ -167,13 +168,13 @@ def _let_be(frame: FrameType) -> None:
 
 
 def _on_call(frame: FrameType, event: str, argument: object) -> None:
-    """Leave alone what is called while there is a mark."""
+    """Trace no function that is called while there is a mark."""
     if not _marked:
         _unmark()
 
 
 def _on_event(frame: FrameType, event: str, argument: object) -> Any:
-    """Look at the mark; called in one of its frames."""
+    """Raise what is due if a loop ends its turn here; called in one of the marked frames."""
     if event == "opcode" and _is_loops_end(frame):
         _unmark()
         raise_if_preempted()  # unless the scope was left meanwhile, or has had its signal otherwise

@@ -161,7 +161,10 @@ class Carrier:
         return self.error
 
     def drain(self) -> None:
-        """Be told what has happened up to now, also by nothing, in a loop that leaves the hub no turn to call the timer."""
+        """Take in what has happened up to now.
+
+        That includes the timer's time: a loop of NOBLOCK calls leaves the hub no turn in which it would call the timer.
+        """
         if self._monitor is not None:
             self._monitor.drain()
         timer = self._timer

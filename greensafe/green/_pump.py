@@ -45,7 +45,7 @@ __all__ = ["Pump"]
 #: Messages read at once.
 BATCH = 100
 
-#: After so many messages each the clock is asked whether reading goes on; a power of two.
+#: Messages after which, each time, the clock is asked whether reading goes on.
 ASKED = 8
 
 #: Messages that `send_soon` gathers, and seconds for which it does so while messages are read.
@@ -386,7 +386,9 @@ class Pump:
     def _run(self, is_woken: bool, since: float = 0.0) -> None:
         """Called by the watcher (`is_woken`: something has probably arrived), or in the turn after a send.
 
-        `since` then such calls follow from one another.
+        Args:
+            is_woken: See above.
+            since: The monotonic time at which a chain of such calls began that follow from one another; 0 if this is the first.
         """
         if not is_woken:
             self._scheduled = False

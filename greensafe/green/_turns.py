@@ -30,7 +30,7 @@ __all__ = ["FAIR_SHARE", "FIRST_SHARE", "TURN", "call_in_next_turn", "let_others
 #: Operations in a row that find their message at once, at most, before the socket gives way.
 FAIR_SHARE = 256
 
-#: The same for a new socket, of which nobody knows yet how long its operations take.
+#: The same for a new socket, whose operations have not been measured yet.
 FIRST_SHARE = 16
 
 #: Seconds that the loop may be kept from its next turn.

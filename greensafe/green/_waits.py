@@ -331,15 +331,17 @@ class Waits:
         return any(waiter.asleep and waiter.mask & events and not waiter.stubborn for waiter in self.queue)
 
     def _on_scheduled(self, sock: zmq.Socket[Any], since: float | None) -> None:
-        """Wake whoever can go on.
+        """Wake the waiters that can go on, and see to it that those behind them are woken.
 
-        `since` then such calls follow from one another, which must not keep the loop from its turn.
+        Args:
+            since: The monotonic time at which a chain of such calls began that follow from one another, which must not keep the
+                loop from its turn; None if this is the first.
         """
         hub = self.hub
         try:
-            self._on_readable(sock)  # what asks for the next call meanwhile finds it `scheduled`: that is decided below
+            self._on_readable(sock)  # a recheck meanwhile schedules nothing: that is decided below
         finally:
-            if hub is self.hub:  # else others wait in another thread's hub by now, or the socket is closed
+            if hub is self.hub:  # else the socket was closed meanwhile, or greenlets of another thread wait on it
                 self.scheduled = False
         if hub is not self.hub or hub is None or not self.queue or self.is_inherited:
             return

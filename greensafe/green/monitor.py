@@ -442,7 +442,7 @@ class ConnectionEvents:
         while not self._events and self._sock is not None:
             if at is not None and monotonic() >= at:
                 if not seconds:
-                    let_others_run()  # a program may do nothing but ask
+                    let_others_run()  # a loop of such calls must not stop the hub
                 raise OperationTimeout(seconds, "connection_events", self._sock._endpoint())
             try:
                 check(at is not None)
