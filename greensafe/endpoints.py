@@ -19,6 +19,7 @@ _ADVICE = {
     errno.EADDRNOTAVAIL: "this machine has no such address: bind to 127.0.0.1, to 0.0.0.0 for all, or to an interface's name",
     errno.ENODEV: "this machine has no such interface: bind to 127.0.0.1, to 0.0.0.0 for all, or to an interface's name",
     errno.EACCES: "permission denied: take a port from 1024 up, or an ipc path in a folder that this user may write to",
+    errno.EMFILE: "this process has no descriptor left: close some, or raise its limit (ulimit -n, LimitNOFILE= of systemd)",
     errno.ENOENT: "the folder of an ipc path has to exist",
     errno.EINVAL: "an endpoint looks like tcp://127.0.0.1:5555, ipc:///tmp/socket or inproc://name",
     errno.EPROTONOSUPPORT: "the transports are tcp, ipc and inproc; others depend on how libzmq was built",
@@ -56,6 +57,8 @@ def explained(endpoint: str) -> Iterator[None]:
     try:
         yield
     except zmq.ZMQError as error:
+        if getattr(error, "__notes__", ()):
+            raise  # whoever has raised it knows better
         advice = _ADVICE.get(error.errno or 0)
         error.add_note(f"{endpoint}: {advice}" if advice else str(endpoint))
         raise

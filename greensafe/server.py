@@ -32,8 +32,9 @@ from gevent.event import Event
 
 from . import systemd
 from .deadlines import move_on, preemptible, shield, to_seconds
-from .endpoints import check_endpoint, explained
+from .endpoints import check_endpoint
 from .errors import RemoteError
+from .green._binding import Binding
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
@@ -53,6 +54,7 @@ from .options import (
     check_resume,
     check_watch,
 )
+from .pathwatch import PathWatch
 from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
@@ -65,9 +67,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds that answers still queued in libzmq may take to leave after a server was stopped.
 FLUSH = 1.0
-
-#: Seconds between two tries to bind again to an address that this server had a moment ago.
-REBIND = 0.01
 
 #: Seconds that stop() waits by default for the handlers that still run.
 STOP_TIMEOUT = 5.0
@@ -106,6 +105,8 @@ class Server:
             (ABORTED).
         max_attempts: How often such a request may end with its process without a step that is new; then it is ABORTED.
         step_codec: Has encode and decode for the results of steps; by default bytes and JSON.
+        takeover: Take an ipc path over from a server that listens there, for a rolling restart: who connects from now on comes
+            here, the other one keeps its clients until it ends. Other endpoints cannot be taken over: EADDRINUSE.
         context: The Context to use; by default the shared one.
 
     Raises:
@@ -132,6 +133,7 @@ class Server:
         resume: str = "rerun",
         max_attempts: int = 3,
         step_codec: Codec | None = None,
+        takeover: bool = False,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         check_handler(handler)
@@ -153,6 +155,7 @@ class Server:
         self._rejects = overload == "reject"
         self._on_error = on_error
         self._cancel_vanished = bool(cancel_vanished)
+        self._takeover = bool(takeover)
         self._vanished: Vanished | None = None
         self._tell = teller(hooks)
         self._context = context
@@ -166,8 +169,8 @@ class Server:
         self._stopped = Event()
         self._stopped.set()
         self._stopping = False
-        #: The pump of the server that is being closed just now.
-        self._closed_at = -math.inf
+        self._binding = Binding()
+        self._path_watch: PathWatch | None = None
         self.endpoint: str | None = None
 
     @property
@@ -236,7 +239,12 @@ class Server:
 
     @property
     def healthy(self) -> bool:
-        """Whether its loops work, no more than max_zombies handlers have survived a kill, and the journal can be written."""
+        """Whether its loops work, the journal can be written, its ipc path is its own, and few handlers have survived a kill.
+
+        (No more than max_zombies.)
+        """
+        if self._path_watch is not None and self._path_watch.trouble:
+            return False
         if self._restarts.error is not None or (self._commits is not None and self._commits.error is not None):
             return False
         return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
@@ -245,7 +253,8 @@ class Server:
         """Bind and begin to serve, in this thread's hub; returns at once. Does nothing if started already.
 
         Raises:
-            zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport); nothing is left behind.
+            zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport, no descriptor left); a note says
+                what to try, and nothing is left behind.
             JournalError: The journal cannot be opened; nothing is left behind.
             RuntimeError: It is stopping: wait for `stop` to return. Or preempt=True cannot work here.
         """
@@ -275,8 +284,8 @@ class Server:
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            with explained(self._bind_to):
-                self._bind(sock)
+            self._binding = Binding()
+            self._binding.bind(sock, self._bind_to, sock.bind, takes_over=self._takeover)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         except BaseException:
             sock.close(0)
@@ -326,30 +335,21 @@ class Server:
         self._watch = self._watch_hub(self._watchdog)
         if self._cancel_vanished:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
+        if self._binding.has_paths:
+            self._path_watch = PathWatch(self.endpoint, lambda: self._binding.trouble, restarts.run)
         self._pump.start()
 
     def _undo(self, sock: zmq.Socket[Any]) -> None:
         """Have nothing left of a start that has failed halfway; nothing was read."""
         pump, self._pump = self._pump, None
         self._watch_no_more()
+        self._binding.close(sock)
         if pump is None:
             sock.close(0)
         else:
             pump.close(0)
         self._restarts.close()
-        self._closed_at = monotonic()
         self._stopped.set()
-
-    def _bind(self, sock: zmq.Socket[Any]) -> None:
-        """Bind; libzmq gives an address back some time after the socket was closed that had it, which may have been ours."""
-        while True:
-            try:
-                sock.bind(self._bind_to)
-                return
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EADDRINUSE or monotonic() > self._closed_at + FLUSH:
-                    raise
-                gevent.sleep(REBIND)
 
     def stop(self, timeout: Any = STOP_TIMEOUT) -> None:
         """Finish what was received, then close.
@@ -357,8 +357,8 @@ class Server:
         Greensafe clients are told at once, and send what they ask from then on elsewhere, if they have somewhere else, or to
         whoever is there next. What is not answered after `timeout` seconds is answered UNAVAILABLE: handlers that run are
         killed, requests that have arrived but were not run are refused. Called again (from a second signal, say) with a smaller
-        timeout it ends the first call's wait. The server can be started again afterwards. Whatever is thrown into the caller
-        meanwhile ends the wait, and the server is closed all the same.
+        timeout it ends the first call's wait. When it returns the address is free, for any process, and the server can be
+        started again. Whatever is thrown into the caller meanwhile ends the wait, and the server is closed all the same.
 
         Raises:
             TypeError, ValueError: The timeout is none.
@@ -367,9 +367,10 @@ class Server:
         limit = to_seconds(timeout)
         self._forget_parent()
         pump = self._pump
-        if pump is None:
-            return
         is_hub = gevent.getcurrent() is gevent.get_hub()
+        if pump is None:
+            self._wait_for_address(is_hub)
+            return
         if is_hub and limit != 0:
             raise RuntimeError("the hub cannot wait for requests to end: call close(), or spawn stop")
         # Not unbound first: that would end the connections it accepted, and their answers with them.
@@ -393,6 +394,7 @@ class Server:
         finally:
             if self._pump is pump:
                 self._end(is_hub)
+        self._wait_for_address(is_hub)
 
     def close(self) -> None:
         """Stop at once: what has arrived and is not answered is answered UNAVAILABLE."""
@@ -495,6 +497,7 @@ class Server:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
         if self._pump is not None and self._pump.is_inherited:
             self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
+            self._path_watch = None
             self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
             self._stopping = False
             self._stopped.set()
@@ -510,6 +513,12 @@ class Server:
         else:
             gevent.get_hub().loop.run_callback(self._close)
             self._stopped.wait()
+
+    def _wait_for_address(self, is_hub: bool) -> None:
+        """Wait until libzmq has closed the listener: then the address is free for whoever is next, in any process."""
+        if not is_hub and not self._binding.wait():
+            text = "%s is not free yet: libzmq's I/O thread is busy, or stopped"
+            log.warning(text, self.endpoint, extra={"endpoint": self.endpoint})
 
     def _close(self) -> None:
         self._forget_parent()
@@ -527,14 +536,12 @@ class Server:
         if not pump.dropped and not watchdog.responder.inflight:  # else a request may have been run that has no answer
             run("pump", watchdog.tell_closed)
         run("pump", pump.flush)
-        if self._bind_to.startswith("inproc:"):
-            self._socket.unbind(self._bind_to)  # the name is free at once; libzmq gives it back some time after the close
         self._watch_no_more()
+        self._binding.close(self._socket)
         unread = pump.queued
         self._undelivered = (pump.dropped + unread, pump.unreachable)
         pump.close(int(FLUSH * 1000))
         self._restarts.close()
-        self._closed_at = monotonic()
         watchdog.close()
         answered, endpoint = watchdog.responder.answered, str(self.endpoint)
         refused = watchdog.failures.get(stopped.code, 0) - before
@@ -556,6 +563,9 @@ class Server:
         if self._vanished is not None:
             self._vanished.close()
             self._vanished = None
+        if self._path_watch is not None:
+            self._path_watch.close()
+            self._path_watch = None
 
     def _be_stopped(self, _: object = None) -> None:
         self._stopping = False

@@ -27,6 +27,7 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout, PeerError
+from ._binding import Binding
 from ._lockstep import Lockstep
 from ._waits import POLLIN, POLLOUT, Waits, events_of
 
@@ -75,6 +76,7 @@ class WaitingSocket(zmq.Socket[bytes]):
 
     context: Context
     _waits: Waits
+    _binding: Binding
     _lockstep: Lockstep | None
     _default_timeout: float | None
     _last_limit: tuple[str, float]
@@ -93,6 +95,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         base = shadow or ctx_or_socket
         shared = base if isinstance(base, WaitingSocket) else None
         self._waits = Waits() if shared is None else shared._waits  # or a call of the one would eat the other's edges
+        self._binding = Binding() if shared is None else shared._binding
         self._limits = {}
         self._lockstep = None
         if default_timeout is UNSET:

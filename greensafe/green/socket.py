@@ -260,6 +260,8 @@ class Socket(MonitoredSocket):
         if waits is not None:
             waits.abort()  # first: libuv aborts the process if it finds a descriptor closed that it watches
         self._end_monitors()
+        if waits is not None:
+            self._binding.close(self)
         super().close(linger)
 
     def get(self, option: int) -> Any:
@@ -299,7 +301,12 @@ class Socket(MonitoredSocket):
             self._recheck()
 
     def disconnect(self, addr: str | bytes) -> None:
-        """Disconnect from an endpoint, as in pyzmq."""
+        """Disconnect from an endpoint, as in pyzmq.
+
+        What is queued for it is kept for the LINGER that holds now, by default 30 s: so long libzmq tries to connect and to
+        send it, and a context that is terminated waits for that. A LINGER that is set later, that of `close(linger)` or of
+        `destroy(linger)` too, does not reach it. To drop it at once set LINGER 0 first.
+        """
         try:
             super().disconnect(addr)
             if self._lockstep is not None:
@@ -307,11 +314,25 @@ class Socket(MonitoredSocket):
         finally:
             self._recheck()
 
-    def bind(self, addr: str) -> Any:
-        """Bind to an endpoint, as in pyzmq; an error's note says what to try."""
+    def bind(self, addr: str | bytes, *, takeover: bool = False) -> Any:
+        """Bind to an endpoint, as in pyzmq.
+
+        What this process has just given back there, by `unbind` or by closing a socket, is waited for, except in the hub.
+
+        Args:
+            addr: The endpoint, such as "tcp://127.0.0.1:5555". Over ipc a path that nobody listens at any more is taken, and
+                deleted when this socket is closed or unbound.
+            takeover: Take an ipc path also from a server that listens there: who connects from now on comes here, and it
+                keeps those that it has.
+
+        Raises:
+            zmq.ZMQError: It cannot be bound; a note says what to try. EADDRINUSE also for an ipc path at which a server
+                listens or which is no socket, EMFILE if no descriptor is left. Nothing has changed.
+        """
         try:
-            with explained(addr):
-                result = super().bind(addr)
+            if isinstance(addr, bytes):
+                addr = addr.decode()
+            result = self._binding.bind(self, addr, super().bind, takes_over=takeover)
             if self._lockstep is not None:
                 self._lockstep.on_bind()
             return result
@@ -319,9 +340,15 @@ class Socket(MonitoredSocket):
             self._recheck()
 
     def unbind(self, addr: str | bytes) -> None:
-        """Unbind from an endpoint, as in pyzmq."""
+        """Unbind from an endpoint, by the name that it was bound with or by `last_endpoint`; its connections end.
+
+        What is queued for them is kept for the LINGER that holds now, and no longer for one that is set later, nor for that of
+        `close(linger)` or `destroy(linger)`: a context waits for that long when it is terminated.
+        """
         try:
-            super().unbind(addr)
+            if isinstance(addr, bytes):
+                addr = addr.decode()
+            self._binding.unbind(addr, super().unbind)
             if self._lockstep is not None:
                 self._lockstep.on_unbind()
         finally:

@@ -1,0 +1,279 @@
+"""How does a socket get an address, and how does it give it back?
+
+A `Binding` does both for one socket, green or plain. Rules:
+
+* LINGER is 0 while libzmq binds, and what it was afterwards. libzmq's listener keeps the value that it is made with, for
+  connections that are gone: what is queued for them can never leave, and with -1 the context would never terminate. What is for
+  connections that live has the socket's own LINGER, whenever that was set.
+* The name of an inproc endpoint and the path of an ipc one are free before the socket is closed. A port, and the name of an
+  abstract ipc endpoint, are free when libzmq's I/O thread has closed the descriptor, some time later: `wait` waits for that.
+* Until then this process remembers them. So bind fails with EADDRINUSE only because of somebody else: it waits for what this
+  process is giving back. (Not in the hub, which cannot wait.)
+* A forked child neither deletes its parent's paths nor waits for its ports.
+
+How a listening socket is made is in `_listening`. This does not know what a socket is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import gevent
+import zmq
+from zmq.backend import Socket as Backend
+
+from ..endpoints import explained
+from ._forks import generation
+from ._listening import PAUSE, Identity, identity, is_in_hub, listen, path_of, remove, require_descriptor
+
+__all__ = ["Binding", "listeners"]
+
+#: Seconds that libzmq may take to close a listener; more only if something stops its I/O thread.
+LET_GO = 5.0
+
+_LINGER = int(zmq.LINGER)
+_USE_FD = int(zmq.USE_FD)
+_LAST_ENDPOINT = int(zmq.LAST_ENDPOINT)
+
+_get: Callable[[Any, int], Any] = Backend.get
+_set: Callable[[Any, int, Any], None] = Backend.set
+
+
+class _Listener:
+    """One address that a socket has.
+
+    Attributes:
+        asked: The endpoint as it was given to bind.
+        endpoint: As libzmq calls it.
+        descriptor: Of the listening socket; -1 if there is none, or nobody knows it.
+        path: The file of an ipc endpoint, as an absolute path, or None.
+        is_going: It was given back, and libzmq is about to close it.
+    """
+
+    __slots__ = ("_file", "_generation", "_is_made_here", "_socket", "asked", "descriptor", "endpoint", "is_going", "path")
+
+    def __init__(self, asked: str, endpoint: str, descriptor: int, *, is_made_here: bool) -> None:
+        self.asked = asked
+        self.endpoint = endpoint
+        self.descriptor = descriptor
+        self.is_going = False
+        self.path = path_of(endpoint)
+        self._is_made_here = is_made_here
+        self._socket = _identity_of(descriptor)
+        self._file = None if self.path is None else identity(self.path)
+        self._generation = generation()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the descriptor is open, and has not become somebody else's."""
+        return self._socket is not None and _identity_of(self.descriptor) == self._socket
+
+    @property
+    def place(self) -> str:
+        """What only one listener can have: a port, or a name."""
+        return _place(self.endpoint)
+
+    @property
+    def trouble(self) -> str:
+        """What has become of its path; "" if it is there as it should be, or has none."""
+        if self.path is None or self._file is None or self.is_inherited:
+            return ""
+        try:
+            found = identity(self.path)
+        except OSError:
+            return ""  # nobody can tell
+        if found == self._file:
+            return ""
+        return f"{self.path} was removed" if found is None else f"{self.path} was taken by somebody else"
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether a forked child has it from its parent."""
+        return self._generation != generation()
+
+    def leave(self) -> None:
+        """The socket has unbound from it, or is about to be closed."""
+        if self.is_inherited:
+            return
+        if self.path is not None and self._file is not None and self._is_made_here:
+            remove(self.path, self._file)
+        self.is_going = True
+
+
+#: The last listener that had each descriptor, in this process or in one that it was forked from.
+_known: dict[int, _Listener] = {}
+
+
+def listeners() -> list[int]:
+    """The descriptors by which this process listens for libzmq; in a forked child, those that it has inherited as well."""
+    return [each.descriptor for each in list(_known.values()) if each.is_open]
+
+
+class Binding:
+    """The addresses of one socket, which is `sock` everywhere. `act` is its own bind or unbind: what is done in the end."""
+
+    __slots__ = ("_gone", "_listeners")
+
+    def __init__(self) -> None:
+        self._listeners: list[_Listener] = []
+        self._gone: list[_Listener] = []
+
+    def __repr__(self) -> str:
+        return f"<Binding {' '.join(each.endpoint for each in self._listeners) or 'unbound'}>"
+
+    def bind(self, sock: Any, address: str, act: Callable[[str], Any], *, takes_over: bool = False) -> Any:
+        """Bind; returns what `act` does. Waits, except in the hub, for what this process is giving back there.
+
+        Args:
+            takes_over: See `Socket.bind`.
+
+        Raises:
+            zmq.ZMQError: It cannot be bound; a note says what to try. Nothing has changed.
+        """
+        at = monotonic() + LET_GO
+        while True:
+            is_going = _is_going(address)  # before the try: it may be closed between that and a look
+            try:
+                with explained(address):
+                    return self._bind(sock, address, act, takes_over)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE or not is_going or monotonic() >= at or is_in_hub():
+                    raise
+            gevent.sleep(PAUSE)
+
+    def unbind(self, address: str, act: Callable[[str], Any]) -> None:
+        """Unbind from an endpoint, by the name that it was bound with or by libzmq's."""
+        found = [each for each in self._listeners if address in (each.asked, each.endpoint)]
+        if found:
+            act(found[0].endpoint)
+        else:
+            # Another name of the same, perhaps, which libzmq resolves; and for that it asks for the interfaces.
+            require_descriptor()
+            act(address)
+            found = [each for each in self._listeners if each.place == _place(address) != ""]
+        self._leave(found)
+
+    def close(self, sock: Any) -> None:
+        """Give all back; the socket is to be closed right behind it."""
+        for each in self._listeners:
+            if each.endpoint.startswith("inproc:") and not each.is_inherited:
+                with contextlib.suppress(zmq.ZMQError):  # closed already, or its context is terminated
+                    Backend.unbind(sock, each.endpoint)
+        self._leave(list(self._listeners))
+
+    def wait(self) -> bool:
+        """Wait until all that was given back is free for any process; False if libzmq takes too long. Not in the hub."""
+        at = monotonic() + LET_GO
+        while self._is_closing():
+            if monotonic() >= at:
+                return False
+            gevent.sleep(PAUSE)
+        return True
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether it is bound to files, which others can remove."""
+        return any(each.path is not None for each in self._listeners)
+
+    @property
+    def trouble(self) -> str:
+        """What has become of its paths, if they are not there as they should be; else ""."""
+        return ", ".join(filter(None, (each.trouble for each in self._listeners)))
+
+    def _bind(self, sock: Any, address: str, act: Callable[[str], Any], takes_over: bool) -> Any:
+        try:
+            made = listen(sock, address, takes_over=takes_over)
+            if made is None and not address.startswith(("inproc:", "ipc:")):
+                require_descriptor()
+        except OSError as error:
+            raise _as_zmq(error, address) from None
+        with _without_linger(sock):
+            if made is None:
+                result, descriptor = act(address), _get(sock, _USE_FD)
+            else:
+                result, descriptor = _hand_over(made, sock, address, act)
+        endpoint = os.fsdecode(_get(sock, _LAST_ENDPOINT).rstrip(b"\0"))
+        listener = _Listener(address, endpoint, descriptor, is_made_here=made is not None)
+        self._listeners.append(listener)
+        if descriptor != -1:
+            _known[descriptor] = listener
+        return result
+
+    def _leave(self, going: list[_Listener]) -> None:
+        for each in going:
+            each.leave()
+        self._listeners = [each for each in self._listeners if each not in going]
+        self._gone = [each for each in (*self._gone, *going) if each.is_open]
+
+    def _is_closing(self) -> bool:
+        self._gone = [each for each in self._gone if each.is_open and not each.is_inherited]
+        return bool(self._gone)
+
+
+def _is_going(address: str) -> bool:
+    """Whether this process is giving an address back."""
+    place = _place(address)
+    return place != "" and any(
+        each.is_going and each.place == place and each.is_open and not each.is_inherited for each in list(_known.values())
+    )
+
+
+def _place(endpoint: str) -> str:
+    """The port of a tcp endpoint, or the name of an abstract ipc one; "" for what is free at once, or chosen by the system."""
+    if endpoint.startswith("tcp:"):
+        port = endpoint.rpartition(":")[2]
+        return "" if port in ("0", "*") else port
+    return endpoint if endpoint.startswith("ipc://@") else ""
+
+
+def _identity_of(descriptor: int) -> Identity | None:
+    if descriptor < 0:
+        return None
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _hand_over(made: socket.socket, sock: Any, address: str, act: Callable[[str], Any]) -> tuple[Any, int]:
+    """Have libzmq listen by a socket that was made for it; closes that if it does not."""
+    try:
+        _set(sock, _USE_FD, made.fileno())
+        try:
+            result = act(address)
+            return result, made.detach()
+        finally:
+            with contextlib.suppress(zmq.ContextTerminated):
+                _set(sock, _USE_FD, -1)
+    except BaseException:
+        path = path_of(address)
+        if path is not None and made.getsockname():  # bound, unless the path was too long
+            remove(path, identity(path))
+        made.close()
+        raise
+
+
+@contextlib.contextmanager
+def _without_linger(sock: Any) -> Iterator[None]:
+    linger = _get(sock, _LINGER)
+    _set(sock, _LINGER, 0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(zmq.ContextTerminated):
+            _set(sock, _LINGER, linger)
+
+
+def _as_zmq(error: OSError, address: str) -> zmq.ZMQError:
+    """The same error as libzmq's, in pyzmq's words."""
+    found = zmq.ZMQError(error.errno)
+    found.strerror = f"{found.strerror} (addr={address!r})"
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    return found
