@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import LONG, MS, run_python, running, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, RemoteError, Request, Server, deadline, hubwatch, server as server_module
+from greensafe.green import _binding
 from greensafe.hooks import RequestFailed, ServerStopped
 from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
 
@@ -102,6 +104,53 @@ def test_endpoint_in_use(context: zmq.Context) -> None:
         assert caught.value.errno == zmq.EADDRINUSE
         with Client(first.endpoint, context=context) as client:
             assert client.request(b"x") == b"x"
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
+def test_address_is_free_when_stop_returns(
+    context: zmq.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """When stop() returns the address is free for any process, every time: here for a plain socket, which does not wait."""
+    monkeypatch.setattr(server_module, "LAST_REQUESTS", 0.0)
+    server = Server(
+        "tcp://127.0.0.1:0" if family == "AF_INET" else f"ipc://{tmp_path}/s", _echo, deadline=LONG, context=context
+    )
+    for _ in range(30):
+        server.start()
+        _, _, place = str(server.endpoint).partition("://")
+        server.stop()
+        with socket.socket(getattr(socket, family)) as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            plain.bind(("127.0.0.1", int(place.rpartition(":")[2])) if family == "AF_INET" else place)
+            plain.listen()
+        if family == "AF_UNIX":
+            Path(place).unlink()
+
+
+def test_new_server_on_the_address_of_one_that_has_stopped(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new server can be started at once where another one, or a socket, has just been closed, every time."""
+    monkeypatch.setattr(server_module, "LAST_REQUESTS", 0.0)
+    sock = context.socket(zmq.ROUTER)
+    endpoint = f"tcp://127.0.0.1:{sock.bind_to_random_port('tcp://127.0.0.1')}"
+    for _ in range(20):
+        sock.close()
+        with Server(endpoint, _echo, deadline=LONG, context=context):
+            pass
+        sock = context.socket(zmq.ROUTER)
+        sock.bind(endpoint)
+
+
+def test_listener_that_libzmq_does_not_close(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An I/O thread that is stopped does not keep stop() for ever: it is logged that the address is not free yet."""
+    server = Server("tcp://127.0.0.1:0", _echo, deadline=LONG, context=context)
+    server.start()
+    monkeypatch.setattr(_binding, "LET_GO", 5 * MS)
+    monkeypatch.setattr(_binding._Listener, "is_open", True)
+    server.stop()
+    assert server.closed
+    assert f"{server.endpoint} is not free yet" in caplog.text
 
 
 def test_concurrent_and_out_of_order(context: zmq.Context) -> None:

@@ -153,7 +153,10 @@ class Binding:
             act(found[0].endpoint)
         else:
             # Another name of the same, perhaps, which libzmq resolves; and for that it asks for the interfaces.
-            require_descriptor()
+            try:
+                require_descriptor()
+            except OSError as error:
+                raise _as_zmq(error, address) from None
             act(address)
             found = [each for each in self._listeners if each.place == _place(address) != ""]
         self._leave(found)

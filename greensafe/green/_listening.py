@@ -9,7 +9,7 @@ it closes the descriptor.) Rules for the path of an ipc endpoint:
   is stale: the server that has bound it is gone, and nobody can reach it any more.
 * Looking and binding is done under a lock on the folder (flock), so that of two servers that start on one path one gets it.
 * The socket is bound under its real name. One that is renamed afterwards keeps its first name for all who ask, LAST_ENDPOINT
-  and `ss` included. So a path that is taken over is not there for some 40 microseconds; a client that connects just then tries
+  and `ss` included. So a path that is taken over is not there for some 25 microseconds; a client that connects just then tries
   again.
 * A path is deleted only by the server whose socket is still there.
 
@@ -179,9 +179,9 @@ def _interface(sock: Any, name: str) -> str:
 
     Asks by binding another socket to it, on a port that the system chooses.
     """
-    require_descriptor()
     asking: Any = Backend(sock.context, int(zmq.PAIR))
     try:
+        require_descriptor()  # one besides its own
         asking.set(int(zmq.IPV6), int(_get(sock, zmq.IPV6)))
         asking.bind(f"tcp://{name}:*")
         endpoint: str = asking.get(int(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
