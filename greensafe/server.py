@@ -239,9 +239,10 @@ class Server:
 
     @property
     def healthy(self) -> bool:
-        """Whether its loops work, the journal can be written, its ipc path is its own, and few handlers have survived a kill.
+        """Whether it can do its work.
 
-        (No more than max_zombies.)
+        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, and an ipc path still
+        leads to it.
         """
         if self._path_watch is not None and self._path_watch.trouble:
             return False
