@@ -241,8 +241,8 @@ class Server:
     def healthy(self) -> bool:
         """Whether it can do its work.
 
-        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, and an ipc path still
-        leads to it.
+        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, and its ipc path
+        still leads to it.
         """
         if self._path_watch is not None and self._path_watch.trouble:
             return False

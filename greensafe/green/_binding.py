@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
@@ -29,7 +28,7 @@ from zmq.backend import Socket as Backend
 
 from ..endpoints import explained
 from ._forks import generation
-from ._listening import PAUSE, Identity, identity, is_in_hub, listen, path_of, remove, require_descriptor
+from ._listening import PAUSE, Identity, Made, identity, is_in_hub, listen, path_of, remove, require_descriptor
 
 __all__ = ["Binding", "listeners"]
 
@@ -55,17 +54,17 @@ class _Listener:
         is_going: It was given back, and libzmq is about to close it.
     """
 
-    __slots__ = ("_file", "_generation", "_is_made_here", "_socket", "asked", "descriptor", "endpoint", "is_going", "path")
+    __slots__ = ("_file", "_generation", "_is_ours", "_socket", "asked", "descriptor", "endpoint", "is_going", "path")
 
-    def __init__(self, asked: str, endpoint: str, descriptor: int, *, is_made_here: bool) -> None:
+    def __init__(self, asked: str, endpoint: str, descriptor: int, file: Identity | None) -> None:
         self.asked = asked
         self.endpoint = endpoint
         self.descriptor = descriptor
         self.is_going = False
         self.path = path_of(endpoint)
-        self._is_made_here = is_made_here
+        self._is_ours = file is not None  # else libzmq's to remove, or that of the program that has made it
+        self._file = file if file is not None or self.path is None else _identity_at(self.path)
         self._socket = _identity_of(descriptor)
-        self._file = None if self.path is None else identity(self.path)
         self._generation = generation()
 
     @property
@@ -100,7 +99,7 @@ class _Listener:
         """The socket has unbound from it, or is about to be closed."""
         if self.is_inherited:
             return
-        if self.path is not None and self._file is not None and self._is_made_here:
+        if self.path is not None and self._file is not None and self._is_ours:
             remove(self.path, self._file)
         self.is_going = True
 
@@ -148,7 +147,8 @@ class Binding:
 
     def unbind(self, address: str, act: Callable[[str], Any]) -> None:
         """Unbind from an endpoint, by the name that it was bound with or by libzmq's."""
-        found = [each for each in self._listeners if address in (each.asked, each.endpoint)]
+        found = [each for each in self._listeners if each.endpoint == address]
+        found = found or [each for each in self._listeners if each.asked == address][:1]
         if found:
             act(found[0].endpoint)
         else:
@@ -195,13 +195,13 @@ class Binding:
                 require_descriptor()
         except OSError as error:
             raise _as_zmq(error, address) from None
-        with _without_linger(sock):
-            if made is None:
+        if made is None:
+            with _without_linger(sock):
                 result, descriptor = act(address), _get(sock, _USE_FD)
-            else:
-                result, descriptor = _hand_over(made, sock, address, act)
+        else:
+            result, descriptor = _hand_over(made, sock, address, act)
         endpoint = os.fsdecode(_get(sock, _LAST_ENDPOINT).rstrip(b"\0"))
-        listener = _Listener(address, endpoint, descriptor, is_made_here=made is not None)
+        listener = _Listener(address, endpoint, descriptor, None if made is None else made.file)
         self._listeners.append(listener)
         if descriptor != -1:
             _known[descriptor] = listener
@@ -227,11 +227,11 @@ def _is_going(address: str) -> bool:
 
 
 def _place(endpoint: str) -> str:
-    """The port of a tcp endpoint, or the name of an abstract ipc one; "" for what is free at once, or chosen by the system."""
+    """The port of a tcp endpoint, or an ipc endpoint; "" for what is free at once, or chosen by the system."""
     if endpoint.startswith("tcp:"):
         port = endpoint.rpartition(":")[2]
         return "" if port in ("0", "*") else port
-    return endpoint if endpoint.startswith("ipc://@") else ""
+    return endpoint if endpoint.startswith("ipc:") else ""
 
 
 def _identity_of(descriptor: int) -> Identity | None:
@@ -244,21 +244,29 @@ def _identity_of(descriptor: int) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
-def _hand_over(made: socket.socket, sock: Any, address: str, act: Callable[[str], Any]) -> tuple[Any, int]:
+def _identity_at(path: str) -> Identity | None:
+    try:
+        return identity(path)
+    except OSError:
+        return None
+
+
+def _hand_over(made: Made, sock: Any, address: str, act: Callable[[str], Any]) -> tuple[Any, int]:
     """Have libzmq listen by a socket that was made for it; closes that if it does not."""
     try:
-        _set(sock, _USE_FD, made.fileno())
-        try:
-            result = act(address)
-            return result, made.detach()
-        finally:
-            with contextlib.suppress(zmq.ContextTerminated):
-                _set(sock, _USE_FD, -1)
+        with _without_linger(sock):
+            _set(sock, _USE_FD, made.socket.fileno())
+            try:
+                result = act(address)
+                return result, made.socket.detach()
+            finally:
+                with contextlib.suppress(zmq.ContextTerminated):
+                    _set(sock, _USE_FD, -1)
     except BaseException:
         path = path_of(address)
-        if path is not None and made.getsockname():  # bound, unless the path was too long
-            remove(path, identity(path))
-        made.close()
+        if path is not None and made.file is not None:
+            remove(path, made.file)
+        made.socket.close()
         raise
 
 

@@ -29,7 +29,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import gevent
 import zmq
@@ -61,7 +61,14 @@ _get: Callable[[Any, int], Any] = Backend.get
 Identity = tuple[int, int]
 
 
-def listen(sock: Any, address: str, *, takes_over: bool = False) -> socket.socket | None:
+class Made(NamedTuple):
+    """A socket that listens, and what it has at its path, if it has one."""
+
+    socket: socket.socket
+    file: Identity | None = None
+
+
+def listen(sock: Any, address: str, *, takes_over: bool = False) -> Made | None:
     """Make a listening socket for `address`; None if that is left to libzmq.
 
     Waits for the lock of an ipc path's folder, except in the hub.
@@ -78,7 +85,8 @@ def listen(sock: Any, address: str, *, takes_over: bool = False) -> socket.socke
     if not _IS_OURS or _get(sock, zmq.USE_FD) != -1:
         return None
     if transport == "tcp":
-        return _listen_tcp(sock, place)
+        made = _listen_tcp(sock, place)
+        return None if made is None else Made(made)
     if transport == "ipc" and place not in ("", "@") and not place.startswith("*"):
         return _listen_ipc(sock, place, takes_over)
     return None
@@ -99,7 +107,7 @@ def identity(path: str) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
-def remove(path: str, whose: Identity | None) -> None:
+def remove(path: str, whose: Identity) -> None:
     """Delete the path of a listener that is about to close, if its socket is still there. Nothing is raised.
 
     It stays if that cannot be told for certain: the next server finds it stale.
@@ -113,7 +121,7 @@ def remove(path: str, whose: Identity | None) -> None:
                 _pause(PAUSE)
             else:
                 return
-            if whose is not None and identity(path) == whose:
+            if identity(path) == whose:
                 os.unlink(path)
         finally:
             _close(descriptor)
@@ -152,7 +160,7 @@ def _listen_tcp(sock: Any, place: str) -> socket.socket | None:
     try:
         _set_options(made, sock, is_ipv6)
         made.bind(address)
-        made.listen(_get(sock, zmq.BACKLOG))
+        made.listen(_backlog(sock))
     except BaseException:
         made.close()
         raise
@@ -182,6 +190,7 @@ def _interface(sock: Any, name: str) -> str:
     asking: Any = Backend(sock.context, int(zmq.PAIR))
     try:
         require_descriptor()  # one besides its own
+        asking.set(int(zmq.LINGER), 0)
         asking.set(int(zmq.IPV6), int(_get(sock, zmq.IPV6)))
         asking.bind(f"tcp://{name}:*")
         endpoint: str = asking.get(int(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
@@ -212,22 +221,28 @@ def _set_options(made: socket.socket, sock: Any, is_ipv6: bool) -> None:
 # ipc
 
 
-def _listen_ipc(sock: Any, place: str, takes_over: bool) -> socket.socket:
+def _listen_ipc(sock: Any, place: str, takes_over: bool) -> Made:
     made = _make(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         made.setblocking(False)
         if len(place.encode()) >= _PATH_SIZE:
-            return made  # libzmq says so, and deletes nothing meanwhile
+            return Made(made)  # libzmq says so, and deletes nothing meanwhile
         if place.startswith("@"):
             made.bind("\0" + place[1:])
-            made.listen(_get(sock, zmq.BACKLOG))
-        else:
-            with _alone(os.path.dirname(os.path.abspath(place))):
-                _bind_path(made, place, takes_over, _get(sock, zmq.BACKLOG))
+            made.listen(_backlog(sock))
+            return Made(made)
+        with _alone(os.path.dirname(os.path.abspath(place))):
+            _bind_path(made, place, takes_over, _backlog(sock))
+            return Made(made, identity(place))
     except BaseException:
         made.close()
         raise
-    return made
+
+
+def _backlog(sock: Any) -> int:
+    """How many connections may wait to be accepted; a negative number is the most that the system allows."""
+    backlog: int = _get(sock, zmq.BACKLOG)
+    return backlog if backlog >= 0 else socket.SOMAXCONN
 
 
 def _bind_path(made: socket.socket, path: str, takes_over: bool, backlog: int) -> None:

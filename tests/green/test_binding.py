@@ -146,6 +146,19 @@ def test_bind_at_once(context: zmq.Context, tmp_path: Path, transport: str, way:
             sock.unbind(address if way == "unbind" else _name(sock))
 
 
+def test_unbind_one_of_two(context: zmq.Context) -> None:
+    """Bound twice by one name, to two ports, a socket unbinds from one of them by that name, and from the other by its own."""
+    sock = context.socket(zmq.REP)
+    names = []
+    for _ in range(2):
+        sock.bind("tcp://127.0.0.1:*")
+        names.append(_name(sock))
+    sock.unbind("tcp://127.0.0.1:*")
+    with pytest.raises(zmq.ZMQError):
+        sock.unbind(names[0])
+    sock.unbind(names[1])
+
+
 def test_somebody_elses_address(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """An address that somebody else has is EADDRINUSE at once: nothing is waited for."""
     monkeypatch.setattr(_binding.gevent, "sleep", lambda *_: pytest.fail("it has waited"))

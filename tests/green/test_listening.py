@@ -149,6 +149,15 @@ def test_takeover_that_fails(path: Path, bind: Bind, monkeypatch: pytest.MonkeyP
     assert os.listdir(path.parent) == ["s"]
 
 
+def test_bind_that_fails_in_libzmq(path: Path) -> None:
+    """A bind that fails in libzmq leaves no path behind."""
+    with zmq.Context(io_threads=0) as context, context.socket(zmq.REP) as sock:
+        with pytest.raises(zmq.ZMQError) as caught:
+            sock.bind(f"ipc://{path}")
+        assert caught.value.errno == zmq.EMTHREAD
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("way", ["close", "unbind", "collected"])
 def test_own_path_is_removed(path: Path, bind: Bind, context: zmq.Context, way: str) -> None:
     """Whoever closes or unbinds removes the path."""
