@@ -282,13 +282,14 @@ class Server:
     def _open(self) -> None:
         context = self._context or Context.instance()
         sock = plain_socket(context, zmq.ROUTER)
+        self._binding = Binding()
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            self._binding = Binding()
             self._binding.bind(sock, self._bind_to, sock.bind, takes_over=self._takeover)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         except BaseException:
+            self._binding.close(sock)
             sock.close(0)
             raise
         try:

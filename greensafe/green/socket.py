@@ -322,8 +322,8 @@ class Socket(MonitoredSocket):
         Args:
             addr: The endpoint, such as "tcp://127.0.0.1:5555". Over ipc a path that nobody listens at any more is taken, and
                 deleted when this socket is closed or unbound.
-            takeover: Take an ipc path also from a server that listens there: who connects from now on comes here, and it
-                keeps those that it has.
+            takeover: Take an ipc path also from a server that listens there: who connects from now on comes here, and the
+                other server keeps the connections that it has.
 
         Raises:
             zmq.ZMQError: It cannot be bound; a note says what to try. EADDRINUSE also for an ipc path at which a server
