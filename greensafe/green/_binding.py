@@ -163,6 +163,8 @@ class Binding:
 
     def close(self, sock: Any) -> None:
         """Give all back; the socket is to be closed right behind it."""
+        if not self._listeners:
+            return
         for each in self._listeners:
             if each.endpoint.startswith("inproc:") and not each.is_inherited:
                 with contextlib.suppress(zmq.ZMQError):  # closed already, or its context is terminated
