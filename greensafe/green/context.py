@@ -21,6 +21,7 @@ from zmq.backend import Context as Backend
 
 from ..deadlines import to_seconds
 from ._forks import generation, own_loop
+from ._inheritance import noted
 from .socket import Socket
 
 __all__ = ["Context", "check_context", "close_first", "own", "plain_socket"]
@@ -152,7 +153,8 @@ def own(context: zmq.Context[Any]) -> zmq.Context[Any]:
 
 def plain_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
     """A socket for a pump, with the options that the context has for its sockets, such as CURVE keys, where they apply."""
-    sock = zmq.Socket(own(context), kind)
+    with noted(own(context)):
+        sock = zmq.Socket(context, kind)
     for option, value in context.sockopts.items():
         try:
             sock.setsockopt(option, value)
