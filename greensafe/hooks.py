@@ -40,6 +40,7 @@ __all__ = [
     "ConnectionFailed",
     "ConnectionLost",
     "ConnectionUp",
+    "DescriptorsExhausted",
     "HandlerStuck",
     "Hook",
     "Hooks",
@@ -176,6 +177,21 @@ class LoopFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DescriptorsExhausted:
+    """No file descriptor is left, so a server cannot accept; or it can again.
+
+    Attributes:
+        endpoint: The server's.
+        limit: How many descriptors the process may have; None if there is no such limit.
+        seconds: How long it was so, now that it is over, to a second; None when it begins.
+    """
+
+    endpoint: str
+    limit: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class CallStarted:
     """A client's request is about to be sent, or to wait for a server; told in the caller's greenlet.
 
@@ -301,6 +317,7 @@ Record = (
     | HandlerStuck
     | HubBlocked
     | LoopFailed
+    | DescriptorsExhausted
     | CallStarted
     | CallAnswered
     | CallFailed

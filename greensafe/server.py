@@ -32,6 +32,7 @@ from gevent.event import Event
 
 from . import systemd
 from .deadlines import move_on, preemptible, shield, to_seconds
+from .descriptors import DescriptorWatch
 from .endpoints import check_endpoint
 from .errors import RemoteError
 from .green._binding import Binding
@@ -162,6 +163,7 @@ class Server:
         self._pump: Pump | None = None
         self._watchdog: Watchdog | None = None
         self._watch: tuple[HubWatch, Wish] | None = None
+        self._descriptors: DescriptorWatch | None = None
         self._systemd: systemd.Notifier | None = None
         self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
         self._undelivered = (0, 0)
@@ -205,6 +207,7 @@ class Server:
             endpoint=endpoint,
             state=self.state,
             is_healthy=self.healthy,
+            is_accepting=self._is_accepting,
             received=counts.received,
             answered=counts.answered,
             failures=dict(watchdog.failures),
@@ -241,12 +244,14 @@ class Server:
     def healthy(self) -> bool:
         """Whether it can do its work.
 
-        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, and its ipc path
-        still leads to it.
+        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, its ipc path still
+        leads to it, and a descriptor is left for the next client.
         """
         if self._path_watch is not None and self._path_watch.trouble:
             return False
         if self._restarts.error is not None or (self._commits is not None and self._commits.error is not None):
+            return False
+        if not self._is_accepting:
             return False
         return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
 
@@ -339,6 +344,8 @@ class Server:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
         if self._binding.has_paths:
             self._path_watch = PathWatch(self.endpoint, lambda: self._binding.trouble, restarts.run)
+        if not self._bind_to.startswith("inproc:"):
+            self._descriptors = DescriptorWatch(self.endpoint, restarts.run, self._tell)
         self._pump.start()
 
     def _undo(self, sock: zmq.Socket[Any]) -> None:
@@ -440,6 +447,10 @@ class Server:
             f" cancelled={counts.cancelled} zombies={counts.zombies} malformed={counts.malformed}>"
         )
 
+    @property
+    def _is_accepting(self) -> bool:
+        return self._descriptors is None or not self._descriptors.is_exhausted
+
     def _running(self) -> set[bytes]:
         return self._watchdog.running() if isinstance(self._watchdog, Journaled) else set()
 
@@ -500,6 +511,7 @@ class Server:
         if self._pump is not None and self._pump.is_inherited:
             self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
             self._path_watch = None
+            self._descriptors = None
             self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
             self._stopping = False
             self._stopped.set()
@@ -568,6 +580,9 @@ class Server:
         if self._path_watch is not None:
             self._path_watch.close()
             self._path_watch = None
+        if self._descriptors is not None:
+            self._descriptors.close()
+            self._descriptors = None
 
     def _be_stopped(self, _: object = None) -> None:
         self._stopping = False

@@ -77,6 +77,7 @@ class ServerStats:
         endpoint: Where it is bound; where it is to be bound before the first start.
         state: "started", "stopping", "closed", or "failed": closed because a loop of its own had failed too often.
         is_healthy: As `Server.healthy`.
+        is_accepting: False while no file descriptor is left for a new connection.
         received: Requests that have arrived and were read.
         answered: Those that were answered, errors included.
         failures: Answers that were errors, by their code, such as {"DEADLINE_EXCEEDED": 3}; only codes that did occur.
@@ -107,6 +108,7 @@ class ServerStats:
     endpoint: str
     state: str
     is_healthy: bool = True
+    is_accepting: bool = True
     received: int = 0
     answered: int = 0
     failures: dict[str, int] = field(default_factory=dict)

@@ -20,6 +20,7 @@ import zmq
 from gevent.event import Event
 
 from .deadlines import DeadlineSignal
+from .descriptors import DescriptorWatch
 from .errors import RemoteError
 from .green._waits import Waiter
 from .green.socket import Socket
@@ -85,6 +86,7 @@ def supervise(
         restarts=restarts,
     )
     stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
+    descriptors = DescriptorWatch(repr(sock), restarts.run)
     try:
         while not sock.closed:
             frames = _receive(sock)
@@ -94,6 +96,7 @@ def supervise(
             while not sock.closed and (watchdog.responder.inflight if is_rep else watchdog.is_full):
                 _wait_for_room(sock, room)
     finally:
+        descriptors.close()
         restarts.close()
         for callback in ending:
             callback.stop()  # the caller is elsewhere soon

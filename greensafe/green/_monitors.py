@@ -42,6 +42,8 @@ class MonitoredSocket(ObjectSocket):
     def connection_events(self) -> ConnectionEvents:
         """Collect what happens to the socket's tcp and ipc connections from now on.
 
+        All events but ACCEPT_FAILED: while no descriptor is left, that one comes 100,000 times a second.
+
         Returns:
             An iterator and context manager: `for event in events`, `events.get(timeout=)`.
 
@@ -91,7 +93,8 @@ class MonitoredSocket(ObjectSocket):
     def get_monitor_socket(self, events: int | None = None, addr: str | None = None) -> Self:
         """Return a PAIR that receives this socket's events, as in pyzmq; the same one until it is closed or disabled.
 
-        What nobody reads is kept in memory. The monitor ends when either of the two sockets is closed.
+        What nobody reads is kept in memory. The monitor ends when either of the two sockets is closed. Of a socket that binds,
+        `events` should not include ACCEPT_FAILED; see `connection_events`.
         """
         known = self._monitor_socket
         if known is not None and not known.closed:

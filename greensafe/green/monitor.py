@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 __all__ = ["ConnectionEvent", "ConnectionEvents", "Listener", "Monitor", "Sharing"]
 
 _ALL = int(zmq.EVENT_ALL)
+
+#: Said for each try to accept, and while no descriptor is left libzmq tries without a pause: more than any hub can read.
+_ACCEPT_FAILED = int(zmq.EVENT_ACCEPT_FAILED)
 _STOPPED = int(zmq.EVENT_MONITOR_STOPPED)
 _EVENTS = int(zmq.EVENTS)
 _FD = int(zmq.FD)
@@ -342,7 +345,7 @@ class Sharing:
         # waits; what happens meanwhile is read at the socket's next use.
         hub = gevent.get_hub()
         in_background = hub.main_hub or "libuv" not in type(hub.loop).__module__
-        self.monitor = Monitor(sock, self._publish, in_background=in_background)
+        self.monitor = Monitor(sock, self._publish, _ALL & ~_ACCEPT_FAILED, in_background=in_background)
 
     def add(self, listener: Listener) -> None:
         """Have events handed to `listener` until it is removed or collected."""

@@ -84,7 +84,7 @@ LEFT = """
 import os, socket, sys
 import gevent, zmq
 import greensafe
-from greensafe.green import _binding, _inheritance
+from greensafe.green import _inheritance
 
 def sockets():
     found = {}
