@@ -17,8 +17,8 @@ in the child can use these descriptors, so the child closes them as its first ac
   that the parent accepted a moment before the fork appears in the second list, one that it closes meanwhile is in the first.
 
 Elsewhere than on Linux, without /proc or before Linux 4.13, nothing is known and nothing is closed. A fork while no descriptor
-is left cannot read the lists either. A connection that libzmq has accepted but does not poll yet when the child looks (some
-20 µs of its life) stays open in the child.
+is left cannot read the lists either. A connection that libzmq accepted just before the fork, and does not poll yet when the
+child reads the lists, stays open in the child.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _noted(context: zmq.Context[Any]) -> Iterator[None]:
     before = _descriptors()
     yield
     _seen.add(context)
-    if not _note(_descriptors() - before):  # a plain one, whose first socket the program has made
+    # Where none is new the program has made the context's first socket. Where nothing could be listed, all would look new.
+    if not before or not _note(_descriptors() - before):
         global _are_some_begun
         _are_some_begun = True
         _note(_waited_on())

@@ -315,6 +315,27 @@ def test_epolls_of_others(context: zmq.Context, monkeypatch: pytest.MonkeyPatch)
         assert gevent.get_hub().loop.fileno() not in marks
 
 
+def test_what_cannot_be_listed(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before is not taken for new because it could not be listed, but for libzmq's if its threads wait on it."""
+    marks: dict[int, bytes] = {}
+    monkeypatch.setattr(_inheritance, "_marks", marks)
+    monkeypatch.setattr(_inheritance, "_are_some_begun", False)
+    monkeypatch.setattr(_inheritance, "_waited_on", set)
+    listed = _inheritance._descriptors
+    monkeypatch.setattr(_inheritance, "_descriptors", set)
+    with _inheritance.noted(context):
+        context.socket(plain.DEALER)
+        monkeypatch.setattr(_inheritance, "_descriptors", listed)
+    assert not marks
+    monkeypatch.undo()
+    wait_until(_inheritance._waited_on)  # the thread has begun, and waits
+    monkeypatch.setattr(_inheritance, "_marks", marks)
+    monkeypatch.setattr(_inheritance, "_are_some_begun", True)
+    _inheritance._before_fork()
+    _inheritance._in_parent()
+    assert marks
+
+
 def test_an_epoll_that_has_ended() -> None:
     """What is polled by another epoll under the number of one of libzmq's that has ended is not taken for libzmq's."""
     made = zmq.Context()
