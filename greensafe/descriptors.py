@@ -36,7 +36,7 @@ __all__ = ["DescriptorWatch"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks.
+#: Seconds between two checks.
 PERIOD = 1.0
 
 #: What Linux says when the process's limit is reached, or the machine's.
@@ -51,10 +51,10 @@ class DescriptorWatch:
     Args:
         endpoint: The server's, for log lines and records.
         run: Does a turn of a loop; see `Restarts.run`.
-        tell: Told of the beginning and the end.
+        tell: Called with a record when it begins and when it is over.
 
     Attributes:
-        is_exhausted: No descriptor could be had at the last look.
+        is_exhausted: No descriptor could be had at the last check.
     """
 
     def __init__(self, endpoint: str, run: Run, tell: Tell | None = None) -> None:
@@ -64,13 +64,13 @@ class DescriptorWatch:
         self._generation = generation()
         self.is_exhausted = False
         self._timer = gevent.get_hub().loop.timer(PERIOD, PERIOD, ref=False)
-        self._timer.start(run, "descriptors", self.look, update=True)
+        self._timer.start(run, "descriptors", self.check, update=True)
 
     def __repr__(self) -> str:
         return f"<DescriptorWatch of {self._endpoint} {'exhausted' if self.is_exhausted else 'fine'}>"
 
-    def look(self) -> None:
-        """Look whether a descriptor can be had."""
+    def check(self) -> None:
+        """Check whether a descriptor can be had."""
         if self._generation != generation():
             self.close()
             return
@@ -98,7 +98,7 @@ class DescriptorWatch:
             self._told(None)
 
     def close(self) -> None:
-        """Look no more; once more does nothing."""
+        """Stop the checks; once more does nothing."""
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.stop()

@@ -51,6 +51,7 @@ _ALL = int(zmq.EVENT_ALL)
 
 #: Said for each try to accept, and while no descriptor is left libzmq tries without a pause: more than any hub can read.
 _ACCEPT_FAILED = int(zmq.EVENT_ACCEPT_FAILED)
+
 _STOPPED = int(zmq.EVENT_MONITOR_STOPPED)
 _EVENTS = int(zmq.EVENTS)
 _FD = int(zmq.FD)
