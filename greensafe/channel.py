@@ -14,6 +14,7 @@ Rules:
 * Signs of life of a TCP connection are counted in the kernel (see `sansio.liveness`); elsewhere libzmq's heartbeats are used,
   whose end looks like a lost connection. inproc has neither, and no monitor: there a peer that is gone cannot be sent to.
 * Never IMMEDIATE=1 or RECONNECT_IVL<=0: both throw replies away that have been received.
+* libzmq is never given a name to resolve (see `names`). While a name is resolved the DEALER stands, connected to nobody.
 
 It does not know which request goes to which channel, nor whether one is sent again.
 """
@@ -24,6 +25,7 @@ import errno
 import logging
 import random
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
@@ -32,12 +34,14 @@ import zmq
 
 from .counts import is_counted, sample, unread
 from .deadlines import start_timer
-from .endpoints import explained
-from .errors import PeerSilent, Refused
+from .endpoints import explained, not_begun
+from .errors import PeerSilent, Refused, Unreachable
+from .green._byname import ByName, reconnect
 from .green._forks import generation
 from .green._pump import Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
+from .names import host_in
 from .restarts import Restarts
 from .sansio.backoff import LONGEST, delay
 from .sansio.envelope import NO_JOURNAL
@@ -133,12 +137,16 @@ class Channel:
 
     __slots__ = (
         "__weakref__",
+        "_by_name",
         "_context",
         "_counts",
         "_descriptor",
         "_failing_since",
         "_generation",
         "_has_failed",
+        "_has_tried",
+        "_has_warned",
+        "_ipv6",
         "_is_closed",
         "_is_connected",
         "_is_dying",
@@ -183,6 +191,9 @@ class Channel:
         self._monitor: Monitor | None = None
         self._settle: Any = None
         self._reopen: Any = None
+        host = host_in(endpoint)
+        self._by_name = None if host is None else ByName(host, self._on_no_address)
+        self._has_warned = False
         self._losses = 0
         self._failing_since: float | None = None
         self._was_silent = False
@@ -195,6 +206,14 @@ class Channel:
         self.failed_attempts = 0
         self.trouble: Trouble | None
         self._open()
+
+    @property
+    def why_not_up(self) -> str:
+        """What stands in the way of a request, for people; "" if nothing is known to."""
+        if self.trouble is not None:
+            return self.trouble.message
+        is_asking = self._by_name is not None and self._by_name.number is None and not self.is_up
+        return "its name is still being resolved" if is_asking else ""
 
     @property
     def load(self) -> int:
@@ -260,6 +279,8 @@ class Channel:
             self.trouble = None  # libzmq tries again, and that is worth waiting for
         elif kind is Refused and self._pump is not None and monotonic() - self._opened_at > SHORT_LIVED:
             self._shut(0)  # libzmq does not try again by itself
+        if self._by_name is not None and self._by_name.wake():
+            self.trouble = None  # likewise
         if self._pump is None:
             self._connect_again()
         if self._pump is not None:
@@ -269,6 +290,8 @@ class Channel:
         """Nobody waits any more: nothing here keeps the loop running."""
         if self._pump is not None:
             self._pump.stop()
+        if self._by_name is not None:
+            self._by_name.rest()
         self._stop_reopening()
 
     def drain(self) -> None:
@@ -338,6 +361,7 @@ class Channel:
         self._is_connected = False
         self._is_mute = False  # of ZMTP 2, which knows no PING
         self._has_failed = False
+        self._has_tried = False  # libzmq has: it could begin
         self._descriptor = -1
         self._taken = 0
         self._opened_at = monotonic()
@@ -346,8 +370,9 @@ class Channel:
             self._set_options(sock)
             is_inproc = self.endpoint.startswith("inproc:")
             self._monitor = None if is_inproc else self._watch(sock)
-            with explained(self.endpoint):
-                sock.connect(self.endpoint)
+            if self._by_name is None:
+                with explained(self.endpoint):
+                    sock.connect(self.endpoint)
             self._pump = Pump(
                 sock,
                 self._on_message,
@@ -361,6 +386,9 @@ class Channel:
                 self._monitor.close()
             sock.close(0)
             raise
+        self._ipv6 = bool(sock.getsockopt(zmq.IPV6))
+        if self._by_name is not None:
+            self._by_name.begin(self._ipv6, partial(reconnect, sock))
         if self._monitor is None:
             self.is_up = True  # nobody tells: libzmq keeps what is sent until somebody is there
 
@@ -394,6 +422,8 @@ class Channel:
     def _shut(self, linger: int) -> None:
         self._second.end()
         self._unwatch()
+        if self._by_name is not None:
+            self._by_name.end()
         if self._pump is not None and not self.is_inherited:
             self._pump.close(linger)
         self._pump = None
@@ -401,6 +431,7 @@ class Channel:
     def _set_up(self) -> None:
         if not self.is_up:
             self.is_up = True
+            self._has_warned = False
             self.trouble = self._failing_since = None
             log.debug("%s: up", self.endpoint, extra={"endpoint": self.endpoint})
             self._owner.on_up(self)
@@ -425,10 +456,13 @@ class Channel:
         elif kind == zmq.EVENT_CONNECTED:
             self._descriptor = event.value
             self._is_connected = True
+            if self._by_name is not None:
+                self._by_name.on_connected()
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._was_silent = self._is_mute = False  # a slow handshake looks like ZMTP 2's until it is done
             self._set_up()
         elif kind == zmq.EVENT_DISCONNECTED:
+            self._has_tried = True
             self._on_disconnected()
         elif kind in _FINAL:
             self._fail(refusal(event))
@@ -438,8 +472,13 @@ class Channel:
             self._has_failed = True
             self._fail(self._bad_handshake(event))
         elif kind == zmq.EVENT_CLOSED:
+            self._has_tried = True
             self._failing_since = None
-            self._fail(NOBODY)
+            self._on_closed(event.endpoint)
+        elif kind == zmq.EVENT_CONNECT_RETRIED:
+            has_tried, self._has_tried = self._has_tried, False
+            if not has_tried:
+                self._on_not_begun()
 
     def _unmask(self, event: ConnectionEvent) -> None:
         """End a connection that was taken for one to a peer of ZMTP 2, of whose end libzmq says the same."""
@@ -462,7 +501,10 @@ class Channel:
             self._is_dying = True
             self.is_up = False  # what comes now waits for the next connection
             self._settle = start_timer(gevent.get_hub(), SETTLE, lambda: self._guarded(self._on_settled))
-        elif self._has_failed:
+            return  # nothing is done to the socket before all is read that has arrived
+        if self._by_name is not None:
+            self._by_name.on_failed()
+        if self._has_failed:
             self._has_failed = False
         elif self.trouble is None or self.trouble.kind is not Refused:
             self._fail(WRONG_TYPE)  # neither up nor failed: libzmq does not say so, nor try again
@@ -470,6 +512,37 @@ class Channel:
     def _on_settled(self) -> None:
         self._settle = None
         self._lose(LOST)
+
+    def _on_closed(self, endpoint: str) -> None:
+        if self._by_name is None:
+            self._fail(NOBODY)
+        elif self._by_name.was_at(endpoint):
+            pass  # the name has another address now
+        elif self._by_name.on_failed():
+            self.failed_attempts += 1  # at one of several addresses
+        else:
+            self._fail(NOBODY)
+
+    def _on_not_begun(self) -> None:
+        """libzmq has had no socket to connect, so it says neither CONNECTED nor CLOSED."""
+        by_name = self._by_name
+        if by_name is not None and by_name.on_failed():
+            self.failed_attempts += 1
+        else:
+            self._fail_aloud(not_begun((by_name and by_name.number) or self.endpoint, self._ipv6))
+
+    def _on_no_address(self, what: str) -> None:
+        """The name has none that anybody knows."""
+        self._guarded(lambda: self._fail_aloud(what))
+
+    def _fail_aloud(self, what: str) -> None:
+        """There is nothing to connect to, which may well be somebody's mistake: say so, once."""
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("%s: %s", self.endpoint, what, extra={"endpoint": self.endpoint})
+        self._fail(Trouble(Unreachable, what))
+        if self._by_name is not None and self._owner.is_wanted(self):
+            self._by_name.ask_later()
 
     def _fail(self, trouble: Trouble) -> None:
         self.trouble = trouble
@@ -550,6 +623,8 @@ class Channel:
         is_old = now - self._opened_at > LONGEST
         if is_old and self._pump is not None and self.trouble is not None and self.trouble.kind is Refused:
             self._shut(0)
+        if self._by_name is not None:
+            self._by_name.wake()
         if self._pump is None and not self._is_closed and self._reopen is None and (is_old or self._losses <= 1):
             self._open_again()
 

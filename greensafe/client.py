@@ -374,8 +374,8 @@ class Client:
     def _timeout_of(self, call: Call, limit: float | None) -> OperationTimeout:
         channel = call.channel or self._channels[0]
         error = OperationTimeout(limit, "request", channel.endpoint)
-        if call.asked.connection is None and channel.trouble is not None:
-            error.add_note(f"it was not sent: {channel.trouble.message}")
+        if call.asked.connection is None and (why := channel.why_not_up):
+            error.add_note(f"it was not sent: {why}")
         return error
 
     def _wake(self, call: Call) -> None:

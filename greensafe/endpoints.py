@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import zmq
 
-__all__ = ["check_endpoint", "explained"]
+__all__ = ["check_endpoint", "explained", "not_begun"]
 
 _ADVICE = {
     errno.EADDRINUSE: "something else is bound there: stop it, take another port, or let the system choose one with port 0",
@@ -62,3 +62,15 @@ def explained(endpoint: str) -> Iterator[None]:
         advice = _ADVICE.get(error.errno or 0)
         error.add_note(f"{endpoint}: {advice}" if advice else str(endpoint))
         raise
+
+
+def not_begun(endpoint: str, ipv6: bool) -> str:
+    """What is probably wrong with an endpoint that libzmq cannot even begin to connect to, of which it says nothing."""
+    source, _, target = endpoint.partition("://")[2].rpartition(";")
+    if target.count(":") > 1 and not ipv6:
+        advice = "an IPv6 address needs IPV6 set, on the Context or on the socket"
+    elif source:
+        advice = f"the source, {source.rpartition(':')[0] or source}, has to be an address or an interface of this machine"
+    else:
+        advice = "the process may have no descriptor left, or the machine no such network"
+    return f"libzmq cannot begin to connect: {advice}"

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import LONG, MS
 from leaks import census, left_behind
+from naming import NameService, name_service
 
 import greensafe
 
@@ -78,6 +79,13 @@ def context() -> Iterator[greensafe.Context]:
     yield made
     made.destroy(linger=0)
     made.__dict__.pop("kept", None)
+
+
+@pytest.fixture
+def resolver() -> Iterator[NameService]:
+    """What resolves names in this test: no question leaves the machine."""
+    with name_service() as made:
+        yield made
 
 
 @pytest.fixture
