@@ -27,7 +27,6 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import gevent
-import gevent.socket
 from gevent.hub import Hub
 
 __all__ = ["AT_ONCE", "FRESH", "LATE", "LIMIT", "Answer", "Host", "Question", "ask", "host_in"]
@@ -199,7 +198,8 @@ def _look_up(name: str, ipv6: bool) -> Answer:
 
 
 def _addresses(name: str, family: int) -> tuple[str, ...]:
-    found = gevent.socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)
+    # Not by gevent.socket, which does the same and is imported only by programs that need it.
+    found = gevent.get_hub().resolver.getaddrinfo(name, None, family, socket.SOCK_STREAM)
     texts = (_text(each[4]) for each in found)
     return tuple(dict.fromkeys(texts))
 

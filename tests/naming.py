@@ -1,4 +1,4 @@
-"""A name service for tests: a resolver for gevent's hub that knows what the test tells it, so no question leaves the machine."""
+"""A name service for tests: a resolver for gevent's hub that knows what the test tells it. No question leaves the machine."""
 
 from __future__ import annotations
 

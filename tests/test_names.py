@@ -107,7 +107,7 @@ def test_what_stands_in_the_way(resolver: NameService, found: Any, text: str, is
 
 
 def test_one_lookup_for_all(resolver: NameService) -> None:
-    """However many ask for a name, and however they spell it, it is looked up once; who comes soon after gets the answer, too."""
+    """However many ask for a name, and however they spell it, it is looked up once, also for those that come soon after."""
     resolver.table["a"] = ["10.0.0.1"]
     resolver.hang("a")
     answers: list[Answer] = []

@@ -29,7 +29,8 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
-from ..errors import Disconnected, PeerError, PeerSilent, Refused
+from ..endpoints import not_begun
+from ..errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
 from ._connections import Connections, Loss
 from ._waits import POLLIN, POLLOUT, events_of
 from .monitor import ConnectionEvent, Monitor
@@ -49,6 +50,7 @@ SETTLE = 0.02
 PROBE_MIN, PROBE_MAX = 0.05, 1.0
 
 _EVENTS = int(zmq.EVENTS)
+_IPV6 = int(zmq.IPV6)
 _HEARTBEAT_IVL = int(zmq.HEARTBEAT_IVL)
 _HEARTBEAT_TIMEOUT = int(zmq.HEARTBEAT_TIMEOUT)
 _REQ_RELAXED = int(zmq.REQ_RELAXED)
@@ -208,8 +210,22 @@ class Carrier:
         if self._connections.is_unsettled and self._timer is None:
             self._start_timer(SETTLE)
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether what became of the request is being found out: until then the socket has to stay as it is."""
+        return self._probe is not None or self._connections.is_unsettled
+
+    def lose(self, error: PeerError) -> None:
+        """The request that is open is lost, for a reason that no event tells."""
+        self._is_open = True
+        self._fail(error)
+
     def _on_loss(self, loss: Loss) -> None:
-        if not loss.was_delivered:
+        if not loss.has_begun:
+            sock = self._sock()
+            what = not_begun(loss.endpoint, sock is not None and bool(_get(sock, _IPV6)))
+            self._fail(Unreachable(f"{loss.endpoint}: {what}", endpoint=loss.endpoint or None))
+        elif not loss.was_delivered:
             self._fail(
                 Refused(
                     f"{loss.endpoint or 'the peer'} refused the connection: authentication, or not a REP or ROUTER",

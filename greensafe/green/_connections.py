@@ -9,6 +9,8 @@ Fed with the events of its monitor, with what it sends and receives, and with th
   comes after. So the loss counts (`loss`) only from the next event on, or by `settle` where none follows.
 * With one endpoint, a new CONNECTED stands for the connection before it as well: disconnect + connect emits no DISCONNECTED,
   and an old CONNECTED may be read late. DISCONNECTED of an unknown descriptor means nothing.
+* CONNECT_RETRIED that follows neither CLOSED nor DISCONNECTED is all that libzmq says of an endpoint that it cannot begin to
+  connect to (a name without an address, IPv6 without IPV6, an unknown source). What waits for such endpoints only is lost.
 * Failed authentication, another mechanism and the wrong socket type end a session for good; libzmq tries no more.
 * A ZMTP 2 peer never finishes a handshake, as libzmq reports it, and its end looks like a failed one. So does a peer that
   accepts and hangs up, such as a load balancer with nobody behind it, but that does so at once: hence `YOUNG`.
@@ -35,6 +37,7 @@ _DISCONNECTED = zmq.Event.DISCONNECTED
 _RETRIED = zmq.Event.CONNECT_RETRIED
 _SUCCEEDED = zmq.Event.HANDSHAKE_SUCCEEDED
 _NO_DETAIL = zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+_TRIED = frozenset({zmq.Event.CLOSED, _DISCONNECTED})
 _FINAL = frozenset({zmq.Event.HANDSHAKE_FAILED_AUTH, zmq.Event.HANDSHAKE_FAILED_PROTOCOL})
 _FAILED = _FINAL | {_NO_DETAIL}
 
@@ -47,11 +50,13 @@ class Loss:
         endpoint: The one whose end settled it.
         was_delivered: It may have reached the peer; if not, the peer refused the connection.
         age: Seconds that the connection had lasted.
+        has_begun: libzmq has tried to connect; if not, it could not even begin to.
     """
 
     endpoint: str
     was_delivered: bool
     age: float
+    has_begun: bool = True
 
 
 class _Connection:
@@ -84,7 +89,10 @@ class Connections:
         is_unsettled: A connection was lost, and whether replies are on their way is told by the next event, or by nothing.
     """
 
-    __slots__ = ("_early", "_ended", "_in_order", "_is_open", "_live", "_pending", "_spent", "_unsettled", "loss", "total")
+    __slots__ = (
+        "_early", "_ended", "_in_order", "_is_open", "_live", "_pending", "_spent", "_stuck", "_tried", "_unsettled",
+        "loss", "total",
+    )  # fmt: skip
 
     def __init__(self, in_order: bool) -> None:
         self._in_order = in_order
@@ -97,6 +105,8 @@ class Connections:
         self._ended: set[str] = set()
         self._spent: set[str] = set()
         self._unsettled: dict[str, bool] = {}  # endpoint: it had been up
+        self._tried: set[str] = set()  # CLOSED or DISCONNECTED, so the next CONNECT_RETRIED tells nothing
+        self._stuck: set[str] = set()  # libzmq could not begin to connect
 
     def __repr__(self) -> str:
         up = sum(connection.is_up for connection in self._live.values())
@@ -135,16 +145,20 @@ class Connections:
         """All endpoints are disconnected, and the request that was open is given up."""
         self._is_open = False
         self.loss = self._pending = None
-        for known in (self._live, self._early, self._ended, self._spent, self._unsettled):
-            known.clear()
+        for known in (self._live, self._early, self._ended, self._spent, self._unsettled, self._stuck):
+            known.clear()  # not what was tried: what follows that may still come
 
     def on_event(self, event: ConnectionEvent, now: float) -> None:
         """Something happened to a connection at the monotonic time `now`."""
         kind, endpoint = event.kind, event.endpoint
         if self._unsettled and (self._in_order or (self.total == 1 and kind == _RETRIED)):
             self.settle(will_retry=True)
+        if kind in _TRIED:
+            self._tried.add(endpoint)
+            self._remove(self._stuck, endpoint)
         if kind == _CONNECTED:
             self._remove(self._ended, endpoint)
+            self._remove(self._stuck, endpoint)
             carries = not self._is_open or not self._has(self._spent, endpoint)
             self._live[event.value] = _Connection(endpoint, now, carries, self._has(self._early, endpoint))
             self._remove(self._early, endpoint)
@@ -156,6 +170,8 @@ class Connections:
                 connection.failure = event
         elif kind == _DISCONNECTED:
             self._on_disconnected(event, now)
+        elif kind == _RETRIED:
+            self._on_retried(endpoint)
 
     def settle(self, will_retry: bool = False) -> None:
         """No reply is on its way any more from the connections that were lost; `will_retry`: libzmq connects again."""
@@ -210,6 +226,14 @@ class Connections:
         self._unsettled[endpoint] = was_up
         if self._is_open and self._spent and not any(each.carries for each in self._live.values()):
             self._pending = Loss(endpoint, True, now - connection.since)
+
+    def _on_retried(self, endpoint: str) -> None:
+        if self._has(self._tried, endpoint):
+            self._remove(self._tried, endpoint)
+            return
+        self._stuck.add(endpoint)
+        if self._is_open and self.loss is None and self._pending is None and self.total <= len(self._stuck | self._ended):
+            self.loss = Loss(endpoint, False, 0.0, has_begun=False)
 
     def _look_for_end(self, endpoint: str, was_up: bool) -> None:
         """A request that is open while nobody will ever be there is lost as well."""

@@ -21,15 +21,18 @@ import errno
 import weakref
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 from gevent import getcurrent
 from zmq.backend import Socket as Backend
 
 from ..deadlines import deadline
-from ..errors import PeerError, RemoteError
+from ..errors import PeerError, RemoteError, Unreachable
 from ._carrier import Carrier
+
+if TYPE_CHECKING:
+    from ._hosts import Hosts
 
 __all__ = ["Lockstep"]
 
@@ -38,6 +41,7 @@ __all__ = ["Lockstep"]
 RECENT = 0.001
 
 _NOBLOCK = int(zmq.NOBLOCK)
+_SNDMORE = int(zmq.SNDMORE)
 _LINGER = int(zmq.LINGER)
 _RCVMORE = int(zmq.RCVMORE)
 _REQ_RELAXED = int(zmq.REQ_RELAXED)
@@ -61,11 +65,12 @@ class Lockstep:
         relaxed: The program has set REQ_RELAXED, so that is what it is put back to.
         waited_at: The monotonic time at which an operation was last woken, so the loop had a turn.
         carrier: What a REQ that is connected knows of its peers.
+        hosts: Told of resets, if the socket is connected to names.
     """
 
     __slots__ = (
         "__weakref__", "_bound", "_connects", "_relaxed", "_scope", "_sender",
-        "carrier", "is_half_sent", "is_interrupted", "is_open", "is_req", "relaxed", "waited_at",
+        "carrier", "hosts", "is_half_sent", "is_interrupted", "is_open", "is_req", "relaxed", "waited_at",
     )  # fmt: skip
 
     def __init__(self, is_req: bool) -> None:
@@ -81,6 +86,7 @@ class Lockstep:
         self._sender: weakref.ref[Any] | None = None
         self._scope: deadline | None = None
         self.carrier: Carrier | None = None
+        self.hosts: Hosts | None = None
 
     # What happened to the socket.
 
@@ -182,8 +188,13 @@ class Lockstep:
         else:
             self.reset_req(sock)
 
-    def reset_req(self, sock: Sock) -> None:
-        """Steps 1 to 5 of the module's head. The socket can send afterwards, and no old reply can reach it."""
+    def reset_req(self, sock: Sock, old: str = "", new: str = "") -> None:
+        """Steps 1 to 5 of the module's head. The socket can send afterwards, and no old reply can reach it.
+
+        Args:
+            sock: The REQ.
+            old, new: An endpoint that is not connected to again, and the one that is instead of it.
+        """
         _read_rest(sock)
         if self.is_half_sent:
             _send(sock, b"", _NOBLOCK)
@@ -198,12 +209,44 @@ class Lockstep:
             for address, _ in self._connects:
                 _drop(sock, address)
             self._connects, addresses = [], [address for address, _ in self._connects]
-            for address in addresses:
+            for each in addresses:
+                address = new if each == old else each
                 Backend.connect(sock, address)
                 self.on_connect(sock, address)
         finally:
             _set(sock, _LINGER, linger)
         self.is_open = self.is_half_sent = self.is_interrupted = False
+        if self.hosts is not None:
+            self.hosts.on_reset(sock)  # type: ignore[arg-type]  # a green one has them
+
+    def move(self, sock: Sock, old: str, new: str, kept: list[list[Any]]) -> list[list[Any]]:
+        """Connect a REQ to `new` instead of `old`; the program does not notice.
+
+        Args:
+            sock: The REQ, between two frames.
+            old, new: Endpoints.
+            kept: The request that is open, if it was not sent yet.
+
+        Returns:
+            What has to be kept for the next time.
+        """
+        is_open, is_interrupted = self.is_open, self.is_interrupted
+        error = None if self.carrier is None else self.carrier.error
+        self.reset_req(sock, old, new)
+        self.is_open, self.is_interrupted = is_open, is_interrupted
+        if not is_open or self.carrier is None:
+            return []
+        if error is not None or not kept:
+            self.carrier.lose(error or Unreachable(f"{old} was left for {new}, and the request with it", endpoint=new))
+            return []
+        for frame in kept[0][:-1]:
+            _send(sock, frame, _NOBLOCK | _SNDMORE)
+        _send(sock, kept[0][-1], _NOBLOCK)
+        if self._relaxed:
+            _set(sock, _REQ_RELAXED, int(self.relaxed))
+            self._relaxed = False
+        self.carrier.on_request()
+        return kept
 
     def reset_rep(self, sock: Sock) -> None:
         """Answer the pending request with an error: that alone frees a REP without losing the requests queued behind it."""

@@ -19,7 +19,9 @@ from typing import Any, Self
 
 import zmq
 
+from ..names import Host, host_in
 from ._carrier import Carrier
+from ._hosts import Hosts
 from ._objects import ObjectSocket
 from .monitor import ConnectionEvents, Listener, Sharing
 
@@ -64,6 +66,32 @@ class MonitoredSocket(ObjectSocket):
                 lockstep.carrier = Carrier(self._origin, lockstep)
                 self._waits.look = lockstep.carrier.look
             lockstep.carrier.before_connect(self._origin, address)
+
+    def _connect_to(self, host: Host) -> None:
+        waits = self._waits
+        waits.check_owner()
+        if waits.hosts is None:
+            waits.hosts = Hosts(self._origin)
+            if self._lockstep is not None:
+                self._lockstep.hosts = waits.hosts
+        waits.hosts.connect(self._origin, host)
+
+    def _count_ways(self, more: int) -> None:
+        self._waits.ways += more
+        if self._waits.hosts is not None:
+            self._waits.hosts.on_ways(self._origin)
+
+    def _disconnect_from(self, address: str) -> bool:
+        """Disconnect from a name, or from the number that it has; False if the address is libzmq's alone.
+
+        libzmq would resolve a name that it does not know, here and now.
+        """
+        hosts = self._waits.hosts
+        if hosts is not None and hosts.disconnect(self._origin, address):
+            return True
+        if host_in(str(address)) is not None:
+            raise zmq.ZMQError(errno.ENOENT, f"the socket is not connected to {address}")
+        return False
 
     def _share_monitor(self) -> Sharing:
         if self._has_own_monitor:

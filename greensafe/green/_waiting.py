@@ -131,8 +131,14 @@ class WaitingSocket(zmq.Socket[bytes]):
 
         What it returns is what the interrupted call returns. The default raises OperationTimeout.
         """
-        op, seconds = self._last_limit
-        raise OperationTimeout(seconds, op, self._endpoint())
+        raise self._timed_out(*self._last_limit)
+
+    def _timed_out(self, op: str, seconds: float) -> OperationTimeout:
+        hosts = self._waits.hosts
+        error = OperationTimeout(seconds, op, self._endpoint() or (hosts and hosts.endpoint))
+        if hosts is not None and hosts.trouble:
+            error.add_note(f"nothing can be sent: {hosts.trouble}")
+        return error
 
     def on_disconnect(self, error: PeerError) -> Any:
         """Decide what happens when the request that a REQ waits for is lost; called once per call, as `on_timeout` is.
@@ -211,6 +217,8 @@ class WaitingSocket(zmq.Socket[bytes]):
         if result is not EXPIRED:
             more = bool(nonblocking & _SNDMORE)
             waits.note_sent(more)
+            if waits.keeps:
+                waits.hosts.on_sent(data, more)
             if lockstep is not None:
                 lockstep.on_sent(self, more)
         return result
@@ -238,6 +246,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
         more = bool(flags & _SNDMORE)
         self._waits.note_sent(more)
+        if self._waits.keeps:
+            for index, frame in enumerate(frames[1:], 2):
+                self._waits.hosts.on_sent(frame, more or index < len(frames))
         if self._lockstep is not None:
             self._lockstep.on_sent(self, more)
         self._recheck()
@@ -314,6 +325,14 @@ class WaitingSocket(zmq.Socket[bytes]):
             self._waits.announce(POLLIN)
             return EXPIRED
 
+    def _has_no_address(self) -> bool:
+        """Whether a REQ waits for names that have no address: it is told so, as when its request is lost."""
+        hosts = self._waits.hosts
+        if hosts is None or self._lockstep is None or not self._lockstep.is_req:
+            return False
+        self._lost = hosts.unreachable(self)
+        return self._lost is not None
+
     def _is_inside(self, mask: int) -> bool:
         """Whether the next frame belongs to a message that was begun: nobody else may come in between."""
         return self._waits.is_half_sent if mask == POLLOUT else bool(_get(self, _RCVMORE))
@@ -348,6 +367,8 @@ class WaitingSocket(zmq.Socket[bytes]):
             if mask == POLLOUT and self._lockstep is not None and self._lockstep.before_send(self):
                 with contextlib.suppress(zmq.Again):  # libzmq had given up connecting meanwhile
                     return self._attempt(attempt, mask)
+            if mask == POLLOUT and self._has_no_address():
+                return EXPIRED
             try:
                 check(at is not None)
                 self._waits.wait(self, mask, at, stubborn)

@@ -107,10 +107,12 @@ class Waits:
     __slots__ = (
         "__weakref__",
         "fair",
+        "hosts",
         "hub",
         "is_half_sent",
         "is_inherited",
         "is_lockstep",
+        "keeps",
         "look",
         "looks_first",
         "monitor",
@@ -120,6 +122,7 @@ class Waits:
         "straight_in",
         "straight_out",
         "watcher",
+        "ways",
     )
 
     def __init__(self) -> None:
@@ -148,6 +151,12 @@ class Waits:
         self.look: Callable[[zmq.Socket[Any]], object | None] | None = None
         #: Of a REQ: the monitor of its connections, which has to run while somebody waits.
         self.monitor: Keeper | None = None
+        #: Of a socket that is connected to names: the `Hosts` that resolves them.
+        self.hosts: Any = None
+        #: What is sent is handed to `hosts`, too; so every send goes the long way.
+        self.keeps = False
+        #: How often the socket was connected or bound.
+        self.ways = 0
         forbid_in_child(self)
 
     def set_lockstep(self) -> None:
@@ -171,7 +180,14 @@ class Waits:
         """A frame went out the long way; `more`: with SNDMORE, and then the next one goes that way, too."""
         if more is not self.is_half_sent:
             self.is_half_sent = more
-            self.straight_out = LOOK if more or self.queue or self.is_lockstep else self.fair
+            self.straight_out = LOOK if more or self.queue or self.is_lockstep or self.keeps else self.fair
+
+    def set_keeps(self, keeps: bool) -> None:
+        """Have what is sent from now on handed to `hosts`, too, or no longer."""
+        if keeps is not self.keeps:
+            self.keeps = keeps
+            if not self.is_lockstep and not self.is_inherited:
+                self.straight_out = LOOK if keeps or self.is_half_sent or self.queue else self.fair
 
     def is_spent(self, mask: int) -> bool:
         """Count an operation that goes the long way; True if the socket should give way before it."""
@@ -250,7 +266,7 @@ class Waits:
             return
         if not self.is_lockstep and not self.is_inherited:
             self.straight_in = LOOK if self.looks_first else self.fair
-            self.straight_out = LOOK if self.is_half_sent else self.fair
+            self.straight_out = LOOK if self.is_half_sent or self.keeps else self.fair
         if self.watcher is not None:
             self.watcher.stop()
             if self.hub is not None and not self.hub.main_hub:
@@ -275,6 +291,11 @@ class Waits:
             raise RuntimeError("this socket was made before a fork: the child has to make its own")
         if self.queue and self.hub is not gevent.get_hub():
             raise RuntimeError("greenlets of another thread wait on this socket; use one socket per thread")
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the socket is in use in another thread, or another process."""
+        return self.is_inherited or (bool(self.queue) and self.hub is not gevent.get_hub())
 
     def is_anyone_first(self, mask: int) -> bool:
         """Whether who wants one of these events has to queue, since others wait for them."""

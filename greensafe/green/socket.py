@@ -15,6 +15,7 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import check
 from ..endpoints import explained
+from ..names import host_in
 from ._monitors import MonitoredSocket
 from ._turns import let_others_run
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
@@ -259,6 +260,8 @@ class Socket(MonitoredSocket):
         waits = self.__dict__.get("_waits")
         if waits is not None:
             waits.abort()  # first: libuv aborts the process if it finds a descriptor closed that it watches
+            if waits.hosts is not None:
+                waits.hosts.close()
         self._end_monitors()
         if waits is not None:
             self._binding.close(self)
@@ -287,13 +290,27 @@ class Socket(MonitoredSocket):
     setsockopt = set  # noqa: A003
 
     def connect(self, addr: str | bytes) -> Any:
-        """Connect to an endpoint, as in pyzmq; an error's note says what to try."""
+        """Connect to an endpoint, as in pyzmq; an error's note says what to try.
+
+        A host name in a tcp endpoint is resolved by gevent's resolver. This waits for it up to a second (not in the hub, which
+        cannot wait). A name that has no address then is no error: it is resolved in the background, again and again, and logged
+        once as a WARNING. Until it has an address nothing can be sent: a send waits, within its limit, or raises Again with
+        NOBLOCK; a REQ's raises Unreachable with what the resolver says. A name is resolved anew after each attempt to connect
+        that fails and each connection that is lost, and the socket follows it to another address. LAST_ENDPOINT has the number.
+
+        A deadline, a Timeout or a kill that ends the wait leaves the socket as it was.
+        """
         try:
             if isinstance(addr, bytes):
                 addr = addr.decode()
+            host = host_in(addr) if isinstance(addr, str) else None
             self._before_connect(addr)
+            if host is not None:
+                self._connect_to(host)
+                return self._connect_cm(addr)
             with explained(addr):
                 result = super().connect(addr)
+            self._count_ways(1)
             if self._lockstep is not None:
                 self._lockstep.on_connect(self, addr)
             return result
@@ -301,14 +318,17 @@ class Socket(MonitoredSocket):
             self._recheck()
 
     def disconnect(self, addr: str | bytes) -> None:
-        """Disconnect from an endpoint, as in pyzmq.
+        """Disconnect from an endpoint, as it was connected to, or with the number that its name has.
 
         What is queued for it is kept for the LINGER that holds now, by default 30 s: so long libzmq tries to connect and to
         send it, and a context that is terminated waits for that. A LINGER that is set later, that of `close(linger)` or of
         `destroy(linger)` too, does not reach it. To drop it at once set LINGER 0 first.
         """
         try:
+            if self._disconnect_from(addr.decode() if isinstance(addr, bytes) else addr):
+                return
             super().disconnect(addr)
+            self._count_ways(-1)
             if self._lockstep is not None:
                 self._lockstep.on_disconnect(self, addr.decode() if isinstance(addr, bytes) else addr)
         finally:
@@ -333,6 +353,7 @@ class Socket(MonitoredSocket):
             if isinstance(addr, bytes):
                 addr = addr.decode()
             result = self._binding.bind(self, addr, super().bind, takes_over=takeover)
+            self._count_ways(1)
             if self._lockstep is not None:
                 self._lockstep.on_bind()
             return result
@@ -349,6 +370,7 @@ class Socket(MonitoredSocket):
             if isinstance(addr, bytes):
                 addr = addr.decode()
             self._binding.unbind(addr, super().unbind)
+            self._count_ways(-1)
             if self._lockstep is not None:
                 self._lockstep.on_unbind()
         finally:
