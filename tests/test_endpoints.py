@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import zmq
 
-from greensafe.endpoints import check_endpoint, explained
+from greensafe.endpoints import check_endpoint, explained, not_begun
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,18 @@ def test_errors_of_libzmq_are_explained(number: int, advice: str) -> None:
     assert caught.value is error
     assert error.__notes__[0].startswith("inproc://x")
     assert advice in error.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "ipv6", "advice"),
+    [
+        ("tcp://[::1]:5555", False, "IPV6"),
+        ("tcp://[::1]:5555", True, "descriptor"),
+        ("tcp://eth9:0;127.0.0.1:5555", False, "the source, eth9,"),
+        ("tcp://127.0.0.1:5555", False, "descriptor"),
+        ("ipc:///tmp/s", False, "descriptor"),
+    ],
+)
+def test_what_cannot_be_begun(endpoint: str, ipv6: bool, advice: str) -> None:
+    """libzmq does not say why; what is probable is said instead."""
+    assert advice in not_begun(endpoint, ipv6)

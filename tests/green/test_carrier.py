@@ -21,7 +21,7 @@ from gevent.monkey import get_original
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import Disconnected, OperationTimeout, PeerError, PeerSilent, Refused
+from greensafe import Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Unreachable
 from greensafe.green._carrier import Carrier
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -619,3 +619,28 @@ def test_a_dropped_req_is_collected_at_once(context: zmq.Context, wire: str) -> 
         assert monitor.is_closed
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "advice"), [("tcp://[::1]:5555", "IPV6"), ("tcp://nosuch0:0;127.0.0.1:5555", "source, nosuch0,")]
+)
+@pytest.mark.parametrize("how", ["recv", "NOBLOCK", "poll"])
+def test_what_libzmq_cannot_begin_to_connect_to(req: Any, endpoint: str, advice: str, how: str) -> None:
+    """The request is Unreachable, with advice, each time; nothing was delivered."""
+    req.connect(endpoint)
+    for _ in range(2):
+        req.send(b"x")
+        if how == "recv":
+            with pytest.raises(Unreachable, match=advice) as caught:
+                req.recv()
+            error: PeerError = caught.value
+        elif how == "poll":
+            assert req.poll() == zmq.POLLIN
+            with pytest.raises(Unreachable, match=advice) as caught:
+                req.recv(timeout=0)
+            error = caught.value
+        else:
+            error = wait_until(lambda: _nonblocking(req))
+        assert type(error) is Unreachable
+        assert not error.maybe_executed
+        assert error.endpoint == endpoint

@@ -204,3 +204,50 @@ def test_disconnected_by_the_program() -> None:
     fed.feed("disconnected", "retried")
     assert fed.loss is not None
     assert "up of 0" in repr(fed)
+
+
+# What libzmq cannot begin to connect to.
+
+
+def test_what_cannot_be_begun_is_lost() -> None:
+    """CONNECT_RETRIED without CLOSED or DISCONNECTED before it: nobody will ever get the request that waits."""
+    fed = Fed().feed("retried")
+    assert fed.loss is None
+    fed.on_request()
+    fed.feed("retried")
+    assert fed.loss == Loss(A, False, 0.0, has_begun=False)
+    fed.on_reset()
+    fed.on_request()
+    assert fed.loss is None
+    fed.feed("retried")
+    assert fed.loss is not None
+
+
+def test_what_was_begun_once_may_be_begun_again() -> None:
+    """An endpoint that was stuck and is refused, or connected to, is one like any other."""
+    fed = Fed(total=2)
+    fed.on_request()
+    fed.feed("retried").feed("closed", "retried")
+    fed.feed("retried", endpoint=B).feed("connected", "up", endpoint=B)
+    assert fed.loss is None
+
+
+def test_only_when_nothing_else_is_left() -> None:
+    """With several endpoints, all of them."""
+    fed = Fed(total=2)
+    fed.on_request()
+    fed.feed("retried")
+    assert fed.loss is None
+    fed.feed("retried", endpoint=B)
+    assert fed.loss == Loss(B, False, 0.0, has_begun=False)
+
+
+def test_what_follows_a_reset_is_about_what_was_before() -> None:
+    """CLOSED was read before the reset and its CONNECT_RETRIED comes after: that tells nothing of the new attempt."""
+    fed = Fed()
+    fed.on_request()
+    fed.feed("closed")
+    fed.on_reset()
+    fed.on_request()
+    fed.feed("retried", "connect_delayed", "closed", "retried")
+    assert fed.loss is None
