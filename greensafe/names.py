@@ -8,7 +8,7 @@ socket of that context sends, receives or accepts. So libzmq is given numbers on
   within `FRESH` seconds.
 * At most `AT_ONCE` lookups are under way in a hub; the next ones wait. gevent's default resolver takes a thread of the hub's
   pool for each, and the pool is the program's too. Of names whose last lookup was not over within `LIMIT`, at most `LATE` are
-  under way, so that they leave room for the others.
+  under way; and one more may be, of those whose last lookup was. So what is known to work is not held up by what hangs.
 * A lookup cannot be broken off: a thread in getaddrinfo cannot be stopped. Whoever asks sets a limit of its own, and cancels.
 
 It does not know sockets, nor what an asker does when the address has changed; see `green._byname`.
@@ -147,7 +147,8 @@ class _Lookups:
     def __init__(self) -> None:
         self._asked: dict[_Key, list[Question]] = {}
         self._running: set[_Key] = set()
-        self._late: set[_Key] = set()
+        #: Whether a name's last lookup was over within `LIMIT`.
+        self._in_time: dict[_Key, bool] = {}
         self._answers: dict[_Key, Answer] = {}
 
     def ask(self, key: _Key, question: Question) -> None:
@@ -162,23 +163,22 @@ class _Lookups:
     def _start(self) -> None:
         """Begin the lookups that there is room for."""
         for key in list(self._asked):
-            is_late = key in self._late
-            if key in self._running or (is_late and len(self._running & self._late) >= LATE):
+            if key in self._running or not self._has_room(self._in_time.get(key)):
                 continue
-            if len(self._running) >= AT_ONCE:
-                return
             self._running.add(key)
             gevent.spawn(_look_up, *key).link(partial(self._on_over, key, monotonic()))
+
+    def _has_room(self, was_in_time: bool | None) -> bool:
+        if was_in_time is False and sum(self._in_time.get(each) is False for each in self._running) >= LATE:
+            return False
+        return len(self._running) < AT_ONCE + bool(was_in_time)
 
     def _on_over(self, key: _Key, began: float, lookup: gevent.Greenlet) -> None:
         now, answer = monotonic(), lookup.value
         if not isinstance(answer, Answer):
             answer = Answer((), f"the name {key[0]} was not looked up: the lookup was killed", False, now)
         self._running.discard(key)
-        if now - began > LIMIT:
-            self._late.add(key)
-        else:
-            self._late.discard(key)
+        self._in_time[key] = now - began <= LIMIT
         self._answers[key] = answer
         for question in self._asked.pop(key, ()):
             question.answer(answer)

@@ -9,6 +9,7 @@ from typing import Any
 
 import gevent
 from gevent.event import Event
+from helpers import wait_until
 
 from greensafe import names
 
@@ -73,5 +74,7 @@ def name_service() -> Iterator[NameService]:
         yield hub.resolver
     finally:
         hub.resolver.close()
+        # Those that wait for their turn must not go to the real one.
+        wait_until(lambda: not any(each._asked or each._running for each in names._lookups.values()))
         hub.resolver = resolver
         names._lookups.clear()

@@ -159,6 +159,19 @@ def test_names_that_were_late_leave_room(resolver: NameService, monkeypatch: pyt
     assert resolver.under_way == LATE
 
 
+def test_a_name_that_is_known_to_work_has_room(resolver: NameService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that hang for the first time cannot hold it up."""
+    monkeypatch.setattr(names, "FRESH", 0.0)
+    resolver.table["a"] = ["10.0.0.1"]
+    _answers(resolver, "a")
+    for number in range(20):
+        resolver.hang(f"dead{number}")
+        ask(_host(f"dead{number}"), False, lambda answer: None)
+    wait_until(lambda: resolver.under_way == AT_ONCE)
+    assert _answers(resolver, "a")[0].addresses == ("10.0.0.1",)
+    assert resolver.under_way == AT_ONCE
+
+
 def test_who_cancels_is_not_called(resolver: NameService) -> None:
     """The lookup goes on for the others; one that raises does not keep them from it."""
     resolver.hang("a")
