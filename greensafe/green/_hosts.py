@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 #: Seconds that connect() waits for a name's first address, at most. It is looked for in the background after that.
 PATIENCE = 1.0
 
+#: Messages that are kept before the monitor is asked whether they still have to be.
+ASK_EVERY = 100
+
 #: Types of sockets that may send before anybody is there, each message to one peer.
 KEEPING = frozenset({zmq.REQ, zmq.DEALER, zmq.PUSH})
 
@@ -73,6 +76,7 @@ class Hosts:
         "__weakref__",
         "_by_names",
         "_is_blind",
+        "_is_moving",
         "_is_told",
         "_kept",
         "_since",
@@ -90,6 +94,8 @@ class Hosts:
         self._waiters: list[Waiter] = []
         #: No monitor tells anything.
         self._is_blind = False
+        #: What comes to light while the socket is moved has to wait.
+        self._is_moving = False
         #: An event is being handled: those before it are known.
         self._is_told = False
         #: When the connections that stand were made, and which have finished their handshake.
@@ -199,6 +205,8 @@ class Hosts:
             if self._torn is not None:
                 self._kept.append(self._torn)
             self._torn = []
+            if len(self._kept) % ASK_EVERY == 0:
+                self._drain()  # in a thread with libuv's loop the monitor is read by those that wait, and nobody may
 
     def on_reset(self, sock: MonitoredSocket) -> None:
         """A REQ has given its request up, and all its endpoints are connected anew."""
@@ -285,7 +293,8 @@ class Hosts:
         for by_name in self._by_names:
             if by_name.trouble and by_name not in self._warned:
                 self._warned.add(by_name)
-                log.warning("%s: %s", by_name.host.endpoint, trouble, extra={"endpoint": by_name.host.endpoint})
+                endpoint = by_name.host.endpoint
+                log.warning("%s: %s", endpoint, by_name.trouble, extra={"endpoint": endpoint})
             if by_name.number is None and by_name.trouble:
                 by_name.ask_later()
         self._wake_all()
@@ -295,8 +304,20 @@ class Hosts:
     def move(self, number: str, old: str | None) -> bool:
         """Connect the socket to `number` instead of `old`; False if it has to stay as it is."""
         sock = self._sock()
-        if sock is None or sock.closed or sock._waits.is_elsewhere:
+        if sock is None or sock.closed or sock._waits.is_elsewhere or self._is_moving:
             return False
+        self._is_moving = True
+        try:
+            if not self._connect(sock, number, old):
+                return False
+        finally:
+            self._is_moving = False
+        self.on_ways(sock)
+        self._wake_all()
+        sock._recheck()
+        return True
+
+    def _connect(self, sock: MonitoredSocket, number: str, old: str | None) -> bool:
         if old is None:
             Backend.connect(sock, number)
             if sock._lockstep is not None:
@@ -306,14 +327,11 @@ class Hosts:
             return False
         else:
             self._move(sock, number, old)
-        self.on_ways(sock)
-        self._wake_all()
-        sock._recheck()
         return True
 
     def _may_move(self, sock: MonitoredSocket, old: str) -> bool:
-        if not self._is_told and sock._sharing is not None:
-            sock._sharing.monitor.drain()
+        if not self._is_told:
+            self._drain()
         is_connected = any(each.number == old and each in self._since for each in self._by_names)
         is_torn = sock._waits.is_half_sent or Backend.get(sock, _RCVMORE)
         carrier = None if sock._lockstep is None else sock._lockstep.carrier
@@ -338,6 +356,12 @@ class Hosts:
                     Backend.send(sock, frame, _NOBLOCK | _SNDMORE)
                 Backend.send(sock, frames[-1], _NOBLOCK)
                 self._kept.append(frames)
+
+    def _drain(self) -> None:
+        """Be told what has happened up to now."""
+        sock = self._sock()
+        if sock is not None and sock._sharing is not None:
+            sock._sharing.monitor.drain()
 
     # What is kept.
 

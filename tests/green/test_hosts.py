@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
 import socket as net
+import threading
 import warnings
 import weakref
 from contextlib import closing
@@ -14,8 +16,8 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, MS, wait_until
-from naming import NameService
+from helpers import LONG, MS, run_python, wait_until
+from naming import NameService, name_service
 
 import greensafe as zmq
 from greensafe import OperationTimeout, Unreachable, deadline
@@ -480,3 +482,92 @@ def test_a_patched_program(context: zmq.Context, known: NameService) -> None:
     sock.disconnect(_named(peer))
     assert not shadow.poll(0, zmq.POLLOUT)
     sock.close()
+
+
+def test_what_is_kept_is_bounded(context: zmq.Context, known: NameService) -> None:
+    """Whoever sends without a wait finds out by itself that the connection stands, so that nothing has to be kept."""
+    peer = _bound(context, zmq.PULL)
+    sock = context.socket(zmq.PUSH)
+    sock.connect(_named(peer))
+    sharing = sock._sharing
+    sharing.monitor._watcher.stop()  # as in a thread with libuv's loop
+    sock.send(b"x")
+    assert peer.recv() == b"x"
+    for _ in range(_hosts.ASK_EVERY):
+        sock.send(b"x", zmq.NOBLOCK)
+    assert not sock._waits.keeps
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child(context: zmq.Context, known: NameService) -> None:
+    """It leaves the parent's sockets, lookups and timers alone, and resolves names for its own."""
+    peer = _bound(context, zmq.PULL)
+    known.hang("slow")
+    sock, waiting = context.socket(zmq.PUSH), context.socket(zmq.PUSH)
+    sock.connect(_named(peer))
+    connecting = gevent.spawn(waiting.connect, "tcp://slow:5555")
+    wait_until(lambda: known.under_way)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            own = zmq.Context()
+            known.close()  # the parent's lookup ends here as well
+            gevent.sleep(20 * MS)
+            mine = own.socket(zmq.PUSH)
+            mine.connect(_named(peer))
+            mine.send(b"child")
+            own.destroy(linger=int(LONG * 1000))
+            code = 0
+        finally:
+            os._exit(code)
+    assert peer.recv() == b"child"
+    ended: list[tuple[int, int]] = []
+    wait_until(lambda: ended.append(os.waitpid(child, os.WNOHANG)) or ended[-1][0])
+    assert ended[-1] == (child, 0)
+    sock.send(b"parent")
+    assert peer.recv() == b"parent"
+    known.table["slow"] = ["127.0.0.1"]
+    known.answer("slow")
+    connecting.get()
+    assert waiting.last_endpoint == b"tcp://127.0.0.1:5555"
+
+
+def test_in_another_thread(context: zmq.Context) -> None:
+    """A thread has a hub of its own, and lookups of its own; it ends with them."""
+    peer = _bound(context, zmq.PULL)
+
+    def send() -> None:
+        with name_service() as known, zmq.Context() as own, own.socket(zmq.PUSH) as sock:
+            known.table["peer"] = ["127.0.0.1"]
+            sock.connect(_named(peer))
+            sock.send(b"x")
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert peer.recv() == b"x"
+    wait_until(lambda: not thread.is_alive())
+
+
+def test_a_program_that_ends() -> None:
+    """A name that has no address, and is asked for again and again, keeps no loop running and no program from its end."""
+    program = """
+import gevent, socket
+import greensafe as zmq
+
+class Resolver:
+    def getaddrinfo(self, *args):
+        raise socket.gaierror(socket.EAI_NONAME, "not known")
+    def close(self):
+        pass
+
+gevent.get_hub().resolver = Resolver()
+sock = zmq.Context().socket(zmq.PUSH)
+sock.connect("tcp://peer:5555")
+client = zmq.Client("tcp://peer:5555")
+assert gevent.wait(timeout=20)
+print("idle")
+"""
+    done = run_python(program)
+    assert (done.code, done.out) == (0, "idle\n"), done.err
