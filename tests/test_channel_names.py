@@ -15,8 +15,9 @@ from helpers import LONG, MS, wait_until
 from naming import NO_NAME, NOT_NOW, NameService
 
 import greensafe as zmq
-from greensafe import Client, OperationTimeout, Request, Server, Unreachable
+from greensafe import Client, OperationTimeout, Request, Server, Unreachable, names
 from greensafe.green import _byname
+from greensafe.green.monitor import ConnectionEvent
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -193,6 +194,29 @@ def test_an_idle_client_asks_no_name_service(context: zmq.Context, resolver: Nam
         wait_until(asks)
 
 
+def test_an_idle_client_is_not_told_what_was_wrong_long_ago(
+    context: zmq.Context, server: Server, resolver: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wait=False: the first request after a while waits for the name service's answer."""
+    monkeypatch.setattr(names, "FRESH", 0.0)
+    with Client(_named(server), context=context, wait=False) as client:
+        _unreachable(client, "not known")
+        resolver.table["server"] = ["127.0.0.1"]
+        monkeypatch.setattr(_byname, "delay", lambda tries, chance: 0.0)
+        assert client.request(b"x") == b"x"
+
+
+def test_what_happens_at_an_address_that_was_left(context: zmq.Context, server: Server, resolver: NameService) -> None:
+    """It is no failed attempt: the name has another address now."""
+    resolver.table["server"] = ["127.0.0.2", "127.0.0.1"]
+    with Client(_named(server), context=context) as client:
+        assert client.request(b"x") == b"x"
+        known = client.stats.endpoints[0].failed_attempts
+        left = server.endpoint.replace("127.0.0.1", "127.0.0.2")
+        client._channels[0]._on_event(ConnectionEvent(plain.Event.CLOSED, 0, left))
+        assert client.stats.endpoints[0].failed_attempts == known
+
+
 def test_names_keep_nobody_alive(context: zmq.Context, resolver: NameService) -> None:
     """A client that is dropped while its name is resolved is gone at once, and its socket closed."""
     resolver.hang("server")
@@ -212,15 +236,17 @@ def test_a_closed_client_and_a_late_answer(context: zmq.Context, server: Server,
     resolver.hang("server")
     with Client(_named(server), context=context) as client:
         wait_until(lambda: resolver.under_way)
+    by_name = client._channels[0]._by_name
+    assert "rests" in repr(by_name)
     resolver.answer("server")
     wait_until(lambda: not resolver.under_way)
-    assert client._channels[0]._by_name is not None
-    assert client._channels[0]._by_name.number is None
+    assert by_name is not None
+    assert by_name.number is None
 
 
 def test_a_name_among_several_endpoints(context: zmq.Context, server: Server, resolver: NameService) -> None:
     """An endpoint whose name is not known keeps no request from the others, and is found while those do the work."""
-    with Client(_named(server), server.endpoint, context=context, heartbeat=200 * MS) as client:
+    with Client(_named(server), server.endpoint, context=context, heartbeat=1000 * MS) as client:
         assert client.request(b"x") == b"x"
         resolver.table["server"] = ["127.0.0.1"]
 

@@ -13,7 +13,7 @@ from naming import NO_NAME, NOT_NOW, NameService
 from greensafe import names
 from greensafe.green import _byname
 from greensafe.green._byname import ByName
-from greensafe.names import host_in
+from greensafe.names import Answer, ask, host_in
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -84,8 +84,10 @@ def test_an_address_that_changes(owner: Owner, resolver: NameService) -> None:
     assert by_name.was_at("tcp://10.0.0.2:5555")
     resolver.table["peer"] = ["10.0.0.4"]
     by_name.on_lost()
+    answers: list[Answer] = []
+    ask(by_name.host, False, answers.append)
     by_name.on_connected()
-    wait_until(lambda: resolver.under_way == 0)
+    wait_until(lambda: answers)
     assert owner.moves[-1] == "10.0.0.3"
     by_name.end()
 
