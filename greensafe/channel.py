@@ -36,7 +36,7 @@ from .counts import is_counted, sample, unread
 from .deadlines import start_timer
 from .endpoints import explained, not_begun
 from .errors import PeerSilent, Refused, Unreachable
-from .green._byname import ByName, reconnect
+from .green._byname import ByName, has_proxy, reconnect
 from .green._forks import generation
 from .green._pump import Pump
 from .green.context import plain_socket
@@ -370,6 +370,8 @@ class Channel:
             self._set_options(sock)
             is_inproc = self.endpoint.startswith("inproc:")
             self._monitor = None if is_inproc else self._watch(sock)
+            if self._by_name is not None and has_proxy(sock):
+                self._by_name = None
             if self._by_name is None:
                 with explained(self.endpoint):
                     sock.connect(self.endpoint)

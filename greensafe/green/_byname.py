@@ -32,7 +32,7 @@ from ..names import LIMIT, Answer, Host, Question, ask
 from ..sansio.backoff import delay
 from ._forks import generation
 
-__all__ = ["ByName", "leave", "reconnect"]
+__all__ = ["ByName", "has_proxy", "leave", "reconnect"]
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +248,11 @@ class ByName:
             self._timer = None
             if self._generation == generation():
                 act(self)
+
+
+def has_proxy(sock: zmq.Socket[Any]) -> bool:
+    """Whether a SOCKS proxy resolves the names that this socket connects to: it may know names that nobody here does."""
+    return bool(sock.getsockopt(zmq.SOCKS_PROXY))
 
 
 def reconnect(sock: zmq.Socket[Any], number: str, old: str | None) -> bool:

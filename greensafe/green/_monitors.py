@@ -20,6 +20,7 @@ from typing import Any, Self
 import zmq
 
 from ..names import Host, host_in
+from ._byname import has_proxy
 from ._carrier import Carrier
 from ._hosts import Hosts
 from ._objects import ObjectSocket
@@ -89,7 +90,7 @@ class MonitoredSocket(ObjectSocket):
         hosts = self._waits.hosts
         if hosts is not None and hosts.disconnect(self._origin, address):
             return True
-        if host_in(str(address)) is not None:
+        if host_in(str(address)) is not None and not has_proxy(self):
             raise zmq.ZMQError(errno.ENOENT, f"the socket is not connected to {address}")
         return False
 

@@ -16,6 +16,7 @@ from zmq.backend import Socket as Backend
 from ..deadlines import check
 from ..endpoints import explained
 from ..names import host_in
+from ._byname import has_proxy
 from ._monitors import MonitoredSocket
 from ._turns import let_others_run
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
@@ -297,6 +298,7 @@ class Socket(MonitoredSocket):
         once as a WARNING. Until it has an address nothing can be sent: a send waits, within its limit, or raises Again with
         NOBLOCK; a REQ's raises Unreachable with what the resolver says. A name is resolved anew after each attempt to connect
         that fails and each connection that is lost, and the socket follows it to another address. LAST_ENDPOINT has the number.
+        (Where SOCKS_PROXY is set the proxy resolves the name.)
 
         A deadline, a Timeout or a kill that ends the wait leaves the socket as it was.
         """
@@ -305,7 +307,7 @@ class Socket(MonitoredSocket):
                 addr = addr.decode()
             host = host_in(addr) if isinstance(addr, str) else None
             self._before_connect(addr)
-            if host is not None:
+            if host is not None and not has_proxy(self):
                 self._connect_to(host)
                 return self._connect_cm(addr)
             with explained(addr):

@@ -468,6 +468,17 @@ def test_a_program_with_a_monitor_of_its_own(context: zmq.Context, known: NameSe
     assert monitor.poll(int(LONG * 1000))
 
 
+def test_a_socks_proxy(resolver: NameService) -> None:
+    """It resolves names itself: libzmq hands them on."""
+    with closing(net.create_server(("127.0.0.1", 0))) as proxy, zmq.Context() as own:  # libzmq aborts if its proxy goes first
+        own.sockopts[zmq.SOCKS_PROXY] = f"127.0.0.1:{proxy.getsockname()[1]}".encode()
+        with zmq.Client("tcp://peer:5555", context=own), own.socket(zmq.PUSH) as sock:
+            sock.connect("tcp://peer:5555")
+            assert sock.last_endpoint == b"tcp://peer:5555"
+            sock.disconnect("tcp://peer:5555")
+    assert not resolver.asked
+
+
 def test_a_patched_program(context: zmq.Context, known: NameService) -> None:
     """A subclass, and a shadow, are no different."""
 
