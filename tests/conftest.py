@@ -83,7 +83,7 @@ def context() -> Iterator[greensafe.Context]:
 @pytest.fixture
 def resolver() -> Iterator[Any]:
     """What resolves names in this test, a naming.NameService: no question leaves the machine."""
-    from naming import name_service  # noqa: PLC0415 - only here
+    from naming import name_service
 
     with name_service() as made:
         yield made

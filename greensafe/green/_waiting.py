@@ -137,7 +137,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         hosts = self._waits.hosts
         error = OperationTimeout(seconds, op, self._endpoint() or (hosts and hosts.endpoint))
         if hosts is not None and hosts.trouble:
-            error.add_note(f"nothing can be sent: {hosts.trouble}")
+            error.add_note(f"the socket is not connected: {hosts.trouble}")
         return error
 
     def on_disconnect(self, error: PeerError) -> Any:
