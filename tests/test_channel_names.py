@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket as net
 import warnings
 import weakref
+from contextlib import closing
 from typing import Any
 
 import gevent
@@ -40,6 +42,12 @@ def _echo(request: Request) -> bytes:
 
 def _named(server: Server, name: str = "server") -> str:
     return server.endpoint.replace("127.0.0.1", name)
+
+
+def _nobody(host: str) -> str:
+    """An endpoint where nobody is, and nobody was a moment ago: a server that has just closed may still accept."""
+    with closing(net.create_server(("127.0.0.1", 0))) as taken:
+        return f"tcp://{host}:{taken.getsockname()[1]}"
 
 
 def _unreachable(client: Client, text: str) -> None:
@@ -132,11 +140,11 @@ def test_a_server_that_moves(context: zmq.Context, resolver: NameService) -> Non
     server = Server("tcp://127.0.0.1:0", lambda request: b"127.0.0.1", deadline=LONG, context=context)
     server.start()
     named = _named(server)
-    with Client(named, context=context) as client:
+    with Client(named, context=context, retries=1000) as client:
         assert client.request(b"x") == b"127.0.0.1"
         for address in ("127.0.0.2", "127.0.0.1"):
             server.stop(0)
-            waiting = gevent.spawn(client.request, b"x")
+            waiting = gevent.spawn(client.request, b"x", idempotent=True)  # it may meet the one that closes
             wait_until(lambda: client.stats.endpoints[0].trouble)
             server = Server(named.replace("server", address), lambda request, at=address: at.encode(), deadline=LONG)
             wait_until(lambda: _is_started(server))  # noqa: B023 - waited for here
@@ -159,8 +167,7 @@ def test_of_several_addresses_the_one_that_answers(context: zmq.Context, server:
     with Client(_named(server), context=context, wait=False) as client:
         assert client.request(b"x") == b"x"
         assert client.stats.endpoints[0].failed_attempts == 2
-    server.stop(0)
-    with Client(_named(server), context=context, wait=False) as client:
+    with Client(_nobody("server"), context=context, wait=False) as client:
         _unreachable(client, "nobody")
         assert client.stats.endpoints[0].failed_attempts >= 3
 
@@ -168,13 +175,13 @@ def test_of_several_addresses_the_one_that_answers(context: zmq.Context, server:
 def test_a_name_service_that_is_gone(context: zmq.Context, server: Server, resolver: NameService) -> None:
     """While it says that it cannot tell now, the last known address is connected to."""
     resolver.table["server"] = ["127.0.0.1"]
-    with Client(_named(server), context=context) as client:
+    with Client(_named(server), context=context, retries=1000) as client:
         assert client.request(b"x") == b"x"
         resolver.table["server"] = NOT_NOW
         server.stop(0)
         again = Server(server.endpoint, _echo, deadline=LONG, context=context)
         wait_until(lambda: _is_started(again))
-        assert client.request(b"x", timeout=LONG) == b"x"
+        assert client.request(b"x", timeout=LONG, idempotent=True) == b"x"
         again.stop(0)
 
 
@@ -258,17 +265,15 @@ def test_a_name_among_several_endpoints(context: zmq.Context, server: Server, re
 
 
 @pytest.mark.parametrize("error", [NO_NAME, NOT_NOW])
-def test_an_address_that_refuses_while_the_name_is_gone(
-    context: zmq.Context, server: Server, resolver: NameService, error: Exception
-) -> None:
+def test_an_address_that_refuses_while_the_name_is_gone(context: zmq.Context, resolver: NameService, error: Exception) -> None:
     """What is connected to stays so: the next server there is found, whatever the name service says meanwhile."""
     resolver.table["server"] = ["127.0.0.1"]
-    server.stop(0)
-    with Client(_named(server), context=context) as client:
+    named = _nobody("server")
+    with Client(named, context=context) as client:
         asked = gevent.spawn(client.request, b"x")
         wait_until(lambda: "nobody" in client.stats.endpoints[0].trouble)
         resolver.table["server"] = error
-        again = Server(server.endpoint, _echo, deadline=LONG, context=context)
+        again = Server(named.replace("server", "127.0.0.1"), _echo, deadline=LONG, context=context)
         wait_until(lambda: _is_started(again))
         assert asked.get() == b"x"
         again.stop(0)
@@ -304,15 +309,11 @@ def test_waiting_for_what_libzmq_cannot_begin_to_connect_to(context: zmq.Context
         assert advice in _note_of_a_timeout(client)
 
 
-def test_what_libzmq_begins_is_not_taken_for_that(context: zmq.Context, server: Server, tmp_path: Any) -> None:
-    """Refused and lost connections are nobody's mistake, on tcp and ipc."""
-    server.stop(0)
-    with Client(server.endpoint, f"ipc://{tmp_path}/s", context=context) as client:
+def test_what_libzmq_begins_is_not_taken_for_that(context: zmq.Context, tmp_path: Any) -> None:
+    """Refused connections are nobody's mistake, on tcp and ipc."""
+    with Client(_nobody("127.0.0.1"), f"ipc://{tmp_path}/s", context=context) as client:
         asked = gevent.spawn(client.request, b"x", timeout=LONG)
         wait_until(lambda: all(each.failed_attempts > 2 for each in client.stats.endpoints))
         assert {each.trouble for each in client.stats.endpoints} == {"nobody can be reached there"}
         with Server(f"ipc://{tmp_path}/s", _echo, deadline=LONG, context=context):
             assert asked.get() == b"x"
-        with pytest.raises(OperationTimeout) as caught:
-            client.request(b"x", timeout=400 * MS)
-        assert "nobody" in "".join(caught.value.__notes__)
