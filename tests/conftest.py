@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from typing import Any
 import gevent
 import gevent.monkey
 import pytest
+import pytest_timeout
 import zmq
+from greenlet import greenlet
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import LONG, MS
+from helpers import HANG, MS, Patience
 from leaks import census, left_behind
 
 import greensafe
@@ -24,8 +28,8 @@ import greensafe
 # A worker that leaves its pool after five idle seconds would be missed, and its successor reported.
 gevent.config.threadpool_idle_task_timeout = 86_400.0
 
-#: How long, in seconds of a turning hub, what a test started may take to end.
-RELEASE = 5_000 * MS
+#: How long, in seconds of patience, what a test started may take to end.
+RELEASE = 10_000 * MS
 
 #: Context.instance() is made at the first use in the process and is nobody's to close: it ends with the test that made it.
 _GLOBAL = (zmq.Context, greensafe.Context)
@@ -91,9 +95,54 @@ def resolver() -> Iterator[Any]:
 
 @pytest.fixture
 def limit() -> Iterator[None]:
-    """End the test when a wait in it does not end."""
-    with gevent.Timeout(LONG, AssertionError("a wait did not end")):
-        yield
+    """End the test when a wait in it does not end: after HANG seconds of patience, which is looked at only then."""
+    patience, waiter, loop = Patience(HANG), gevent.getcurrent(), gevent.get_hub().loop
+    timers = []
+
+    def look(left: float) -> None:
+        if left:
+            timers.append(loop.timer(left))
+            timers[-1].start(lambda: look(patience.left()))
+        else:
+            waiter.throw(AssertionError("a wait did not end"))
+
+    look(HANG)
+    yield
+    for timer in timers:
+        timer.close()
+
+
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
+    """Have pytest-timeout count patience, natively: where no other guard reaches, show all stacks and end the process."""
+    patience, over, runner = Patience(settings.timeout), threading.Event(), gevent.getcurrent()
+
+    def watch() -> None:
+        while left := patience.left():
+            if over.wait(left):
+                return
+        if not pytest_timeout.is_debugging():
+            _give_up(item, runner)
+
+    def cancel() -> None:
+        over.set()
+        thread.join()
+
+    thread = threading.Thread(target=watch, name=f"guard of {item.nodeid}", daemon=True)
+    thread.start()
+    item.cancel_timeout = cancel  # type: ignore[attr-defined]  # pytest-timeout calls it
+    return True
+
+
+def _give_up(item: pytest.Item, runner: greenlet) -> None:
+    capture: Any = item.config.pluginmanager.getplugin("capturemanager")
+    capture.suspend_global_capture(in_=True)
+    print(*capture.read_global_capture(), f"\n{item.nodeid} hangs. Threads and greenlets:", sep="\n", file=sys.stderr)
+    greenlets = [runner, *(thing for thing in gc.get_objects() if isinstance(thing, greenlet))]
+    for frame in (*sys._current_frames().values(), *(each.gr_frame for each in greenlets)):
+        if frame is not None:
+            print("", *traceback.format_stack(frame), file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def pytest_report_header() -> list[str]:

@@ -1,4 +1,4 @@
-"""What tests share: one scaled unit of time, waiting for a condition, and running programs."""
+"""What tests share: one scaled unit of time, patience, waiting for a condition, and running programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -19,18 +19,57 @@ ROOT = Path(__file__).resolve().parent.parent
 #: The unit of every duration in a test, in seconds; a slow machine stretches it.
 MS = 0.001 * float(os.environ.get("GREENSAFE_TEST_SCALE", "1"))
 
-#: Longer than anything that works takes: only a hang reaches it.
-LONG = 30_000 * MS
+#: A limit that is not to be reached: a guard ends a test that hangs long before.
+LONG = 900_000 * MS
+
+#: Seconds of patience after which a wait hangs.
+HANG = 60_000 * MS
+
+_PROC = Path("/proc")
 
 
-def wait_until(predicate: Callable[[], Any], limit: float = LONG) -> Any:
-    """Turn the hub until `predicate()` is true; AssertionError after `limit` seconds."""
-    end = monotonic() + limit
+class Patience:
+    """Counts the seconds in which a test had the processor that it asked for.
+
+    A second in which one of the process's threads, or of a process that it has started, stood in the queue for a core
+    does not count: on a busy machine that is the whole second, and nothing that takes long for it has hung. Where the kernel
+    does not tell, every second counts.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._start = monotonic()
+        self._queued = _queued()
+
+    def left(self) -> float:
+        """Return how many seconds are left, at the soonest; 0.0 when patience is over."""
+        left = self.seconds - (monotonic() - self._start)
+        if left > 0:
+            return left
+        return max(0.0, left + max(0.0, _queued() - self._queued))
+
+
+def _queued() -> float:
+    """Count the seconds that this process's threads, and those of its descendants, have stood in the queue for a core."""
+    total, processes = 0, ["self"]
+    for process in processes:
+        with suppress(OSError):  # not Linux; or it has just ended
+            for thread in (_PROC / process / "task").iterdir():
+                with suppress(OSError):
+                    total += int((thread / "schedstat").read_text().split()[1])
+                    processes += (thread / "children").read_text().split()
+    return total / 1e9
+
+
+def wait_until(predicate: Callable[[], Any], limit: float = HANG) -> Any:
+    """Turn the hub until `predicate()` is true; AssertionError after `limit` seconds of patience."""
+    patience = None
     while True:
         value = predicate()
         if value:
             return value
-        assert monotonic() < end, f"{predicate} did not come true within {limit} s"
+        patience = patience or Patience(limit)
+        assert patience.left(), f"{predicate} did not come true within {limit} s"
         gevent.sleep(MS)
 
 
@@ -44,23 +83,45 @@ class Result:
     seconds: float
 
 
-def run_python(program: str | Path, *args: str, limit: float = LONG, env: dict[str, str] | None = None) -> Result:
-    """Run a Python program (a Path, or source text) to its end; AssertionError if it takes longer than `limit` seconds."""
-    command: Sequence[str]
-    command = [sys.executable, str(program), *args] if isinstance(program, Path) else [sys.executable, "-c", program, *args]
-    start = monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"{command} did not end within {limit} s: {error.stdout!r} {error.stderr!r}") from None
-    return Result(done.returncode, done.stdout, done.stderr, monotonic() - start)
+def run_python(program: str | Path, *args: str, limit: float = HANG, env: dict[str, str] | None = None) -> Result:
+    """Run a Python program (a Path, or source text) to its end; AssertionError after `limit` seconds of patience."""
+    return run([sys.executable, *([program] if isinstance(program, Path) else ["-c", program]), *args], limit=limit, env=env)
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    limit: float = HANG,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str = "",
+) -> Result:
+    """Run a program to its end, without turning the hub; AssertionError after `limit` seconds of patience."""
+    start, patience = monotonic(), Patience(limit)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        cwd=cwd,
+    )
+    with process:
+        given: str | None = stdin
+        while True:
+            try:
+                out, err = process.communicate(given, timeout=patience.left())
+                return Result(process.returncode, out, err, monotonic() - start)
+            except subprocess.TimeoutExpired:
+                given = None
+                if not patience.left():
+                    process.kill()
+                    out, err = process.communicate()
+                    raise AssertionError(f"{command} did not end within {limit} s: {out!r} {err!r}") from None
+            except BaseException:
+                process.kill()
+                raise
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -24,7 +23,7 @@ import gevent
 import zmq
 from gevent.hub import Hub
 from greenlet import greenlet
-from helpers import MS
+from helpers import MS, Patience
 
 _PROC = Path("/proc")
 _GEVENT = str(Path(gevent.__file__).parent)
@@ -68,15 +67,16 @@ def census() -> Census:
 
 
 def left_behind(before: Census, limit: float) -> list[str]:
-    """Give what is new since `before` up to `limit` seconds to end; the hub turns meanwhile.
+    """Give what is new since `before` up to `limit` seconds of patience to end; the hub turns meanwhile.
 
     Returns:
         A line for each thing that is still there, empty if none is.
     """
-    end = monotonic() + limit
     gevent.sleep(0)
+    patience = None
     while found := census().since(before):
-        if monotonic() >= end:
+        patience = patience or Patience(limit)
+        if not patience.left():
             break
         gc.collect()
         gevent.sleep(MS)

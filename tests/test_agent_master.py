@@ -18,12 +18,12 @@ from pathlib import Path
 
 import gevent
 import pytest
-from helpers import LONG, MS, ROOT, run_python, wait_until
+from helpers import HANG, LONG, MS, ROOT, run_python, wait_until
 
 EXAMPLE = ROOT / "examples" / "agent_master"
 DOOMED = ROOT / "tests" / "doomed_master.py"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.check, pytest.mark.timeout(300)]
 
 #: What each request writes between its Begin and its Finish. Those with a star are effects.
 _STORY = {
@@ -194,7 +194,7 @@ def _slow_but(points: Sequence[str], every: int) -> list[object]:
 
 def test_story() -> None:
     """`python examples/agent_master` shows an agent that is authorised while its master is killed, and nobody touches it."""
-    result = run_python(EXAMPLE / "__main__.py", limit=3 * LONG)
+    result = run_python(EXAMPLE / "__main__.py", limit=3 * HANG)
     assert result.code == 0, result.out + result.err
     assert result.out.count("KILLED") == 7
     assert "asked, accepted, session; sessions: 1\nAs promised" in result.out

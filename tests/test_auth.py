@@ -229,7 +229,11 @@ def test_callback_that_is_a_coroutine(context: zmq.Context, auth: Authenticator,
 
 
 @needs_curve
-@pytest.mark.parametrize("error", [ValueError("gone"), StopIteration(), gevent.Timeout(1), gevent.GreenletExit()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("gone"), StopIteration(), gevent.Timeout(1), gevent.GreenletExit()],
+    ids=lambda error: type(error).__name__,
+)
 def test_callback_raises(
     context: zmq.Context, auth: Authenticator, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:

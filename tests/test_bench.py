@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
-from helpers import LONG, ROOT
+from helpers import HANG, ROOT, run
 
 
+@pytest.mark.check
 @pytest.mark.timeout(400)
 def test_quick_run() -> None:
     """`python -m benchmarks --quick` prints a row for every measurement."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=10 * LONG,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run([sys.executable, "-m", "benchmarks", "--quick"], cwd=ROOT, limit=5 * HANG)
+    assert done.code == 0, done.err
     for row in (
         "send",
         "ready recv",
@@ -43,4 +36,4 @@ def test_quick_run() -> None:
         "of 200 requests in flight",
         "a handler that waits",
     ):
-        assert f"\n  {row}" in done.stdout
+        assert f"\n  {row}" in done.out

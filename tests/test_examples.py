@@ -13,14 +13,14 @@ from typing import Any
 
 import gevent
 import pytest
-from helpers import LONG, MS, ROOT, run_python, running
+from helpers import HANG, LONG, MS, ROOT, run_python, running
 
 import greensafe as zmq
 from greensafe import Client, Server
 
 EXAMPLES = ROOT / "examples"
 
-pytestmark = pytest.mark.usefixtures("limit")
+pytestmark = [pytest.mark.check, pytest.mark.usefixtures("limit")]
 
 
 def _running(name: str, *args: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
@@ -93,7 +93,7 @@ def test_spinning_handler_ends_its_process() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGTERM")
 def test_rolling_restart() -> None:
     """Six restarts of two servers' processes, each of which exits with 0, and none of the client's requests fails."""
-    result = run_python(EXAMPLES / "rolling_restart.py", limit=3 * LONG)
+    result = run_python(EXAMPLES / "rolling_restart.py", limit=3 * HANG)
     assert result.code == 0, result.out + result.err
     assert result.err == ""
     assert result.out.count("gets SIGTERM") == result.out.count("has exited with code 0;") == 6
@@ -129,7 +129,7 @@ def test_overload_rejects() -> None:
 
 
 def _overload(mode: str) -> list[str]:
-    result = run_python(EXAMPLES / "overload.py", mode, limit=2 * LONG)
+    result = run_python(EXAMPLES / "overload.py", mode, limit=2 * HANG)
     assert result.code == 0, result.out + result.err
     assert result.err == ""
     return result.out.splitlines()
@@ -165,7 +165,7 @@ def _fetch(url: str) -> tuple[int, bytes]:
 
 def test_demo() -> None:
     """`make demo` shows every case and finds greensafe's side as promised."""
-    result = run_python(EXAMPLES / "demo.py", limit=9 * LONG)
+    result = run_python(EXAMPLES / "demo.py", limit=9 * HANG)
     assert result.code == 0, result.out + result.err
     assert result.out.count("stuck, given up on") == 8
     assert "As promised" in result.out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 import pytest
-from helpers import LONG, run_python
+from helpers import HANG, run_python
 
 #: Takes away what the platform lacks, before anything of ours or of pyzmq's is imported.
 ELSEWHERE = """
@@ -45,7 +45,7 @@ with zmq.Context() as context, context.socket(zmq.REP) as rep, context.socket(zm
 @pytest.mark.parametrize(("platform", "os_name"), [("win32", "nt"), ("darwin", "posix"), ("linux", "posix")])
 def test_import_where_there_are_no_signals_nor_forks(platform: str, os_name: str) -> None:
     """Windows and macOS lack signals, fork, ipc and modules that Linux has: importing greensafe fails on none, and it works."""
-    result = run_python(ELSEWHERE + USE, platform, os_name, limit=3 * LONG, env={"PYTHONWARNINGS": "error"})
+    result = run_python(ELSEWHERE + USE, platform, os_name, limit=3 * HANG, env={"PYTHONWARNINGS": "error"})
     assert (result.code, result.out) == (0, "fine\n"), result.err
 
 
@@ -109,7 +109,7 @@ zmq.Context.instance().term()
 def test_import_before_patch_all_gives_the_same() -> None:
     """Sockets, servers, clients, threads, limits and zero-copy sends do the same, and nothing warns."""
     first, second = (
-        run_python(textwrap.dedent(PATCHED), when, limit=3 * LONG, env={"PYTHONWARNINGS": "error"})
+        run_python(textwrap.dedent(PATCHED), when, limit=3 * HANG, env={"PYTHONWARNINGS": "error"})
         for when in ("before", "after")
     )
     assert (first.code, first.err) == (second.code, second.err) == (0, "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gevent
 import pytest
-from helpers import LONG, run_python
+from helpers import HANG, run_python
 
 HERE = Path(__file__).parent
 
@@ -28,6 +28,7 @@ TESTS = [
 LOOPLESS = HERE / "testing" / "test_conformance.py"
 
 
+@pytest.mark.check
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("tests", ["green", "testing", *(f"test_{name}.py" for name in TESTS)])
@@ -41,7 +42,7 @@ def test_on_libuv(tests: str) -> None:
         "--rootdir",
         str(HERE.parent),
         str(HERE / tests),
-        limit=10 * LONG,
+        limit=10 * HANG,
         env={"GEVENT_LOOP": "libuv-cffi", "PATH": os.environ["PATH"]},
     )
     assert result.code == 0, result.out + result.err

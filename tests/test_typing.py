@@ -104,6 +104,7 @@ sock.recv(timeout="soon")
 """
 
 
+@pytest.mark.check
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed (extra: dev)")
 @pytest.mark.parametrize(("program", "errors"), [(PROGRAM, 0), (WRONG, 2)])
 def test_a_users_program_under_mypy_strict(tmp_path: Path, program: str, errors: int) -> None:

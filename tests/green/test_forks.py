@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import LONG, run_python
+from helpers import HANG, run_python
 
 PROGRAM = """
 import os, sys
@@ -192,5 +192,5 @@ def test_a_fork_out_of_a_callback(patch: str, switched_by: str) -> None:
 
     libzmq says EINTR there and pyzmq asks again, for ever: the child never came back.
     """
-    result = run_python(FORK_IN_A_CALLBACK.replace("PATCH", patch), switched_by, limit=3 * LONG)
+    result = run_python(FORK_IN_A_CALLBACK.replace("PATCH", patch), switched_by, limit=3 * HANG)
     assert (result.code, result.out) == (0, "fine\n"), result.err

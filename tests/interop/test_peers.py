@@ -24,7 +24,7 @@ from helpers import LONG, MS, running
 import greensafe as zmq
 from greensafe import Client, Request, Server, supervise, supervised
 
-pytestmark = [pytest.mark.usefixtures("limit"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.check, pytest.mark.usefixtures("limit"), pytest.mark.timeout(300)]
 
 SOURCES = Path(__file__).parent / "peers"
 ANY_PORT = "tcp://127.0.0.1:*"

@@ -272,6 +272,7 @@ def forge() -> Iterator[Forge]:
     made.close()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("act", ACTS)
 def test_some_points(context: zmq.Context, tmp_path: Path, forge: Forge, act: str) -> None:
     """Killed at some points, each client gets its one answer, no finished step runs again, and effects happen exactly once."""

@@ -32,7 +32,7 @@ from helpers import LONG, ROOT
 
 from greensafe.journal import Begin, Finish, Known, SqliteJournal, State
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.check, pytest.mark.timeout(600)]
 
 SOURCE = Path(__file__).parent / "powerloss" / "recorder.c"
 

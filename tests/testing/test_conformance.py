@@ -559,6 +559,7 @@ class _SavesHalves(_Broken):
     kind = SavesHalves
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("kind", "test"), BROKEN, ids=lambda value: value.__name__)
 def test_a_broken_rule_is_found(kind: type[Any], test: Any, tmp_path: Path) -> None:
     """A backend that breaks a rule fails the test of that rule; a process is not killed at the right moment each time."""

@@ -6,7 +6,7 @@ import inspect
 import re
 from pathlib import Path
 
-from helpers import LONG, ROOT, run_python
+from helpers import HANG, ROOT, run_python
 
 from greensafe import testing
 
@@ -30,7 +30,7 @@ def test_its_python_is_a_test_file_that_passes(tmp_path: Path) -> None:
         "--rootdir",
         str(tmp_path),
         str(file),
-        limit=6 * LONG,
+        limit=6 * HANG,
     )
     assert result.code == 0, result.out + result.err
     assert "6 passed" in result.out
