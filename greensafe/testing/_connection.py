@@ -31,7 +31,7 @@ from gevent.event import Event
 
 from ..deadlines import TICK
 from ._faults import Faults
-from ._sockets import reset
+from ._sockets import close, reset
 
 __all__ = ["Connection", "Mark", "Pipe"]
 
@@ -276,7 +276,7 @@ class Connection:
         for pipe in self.pipes:
             pipe.state = State.OVER
             if pipe.sink is not None:
-                reset(pipe.sink) if is_reset else pipe.sink.close()
+                (reset if is_reset else close)(pipe.sink)
         self._on_close(self)
 
 

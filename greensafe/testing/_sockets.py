@@ -12,11 +12,12 @@ import os
 import struct
 from typing import Any
 
+import gevent
 from gevent import socket
 
 from ..endpoints import check_endpoint
 
-__all__ = ["Entrance", "check_target", "dial", "reset"]
+__all__ = ["Entrance", "check_target", "close", "dial", "reset"]
 
 #: SO_LINGER on, for 0 seconds: close() then sends RST instead of FIN (RFC 9293, 3.10.5). Windows takes two shorts.
 _ABORT = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
@@ -75,7 +76,17 @@ def reset(sock: Any) -> None:
     """Close a socket with RST; a Unix socket, which has none, the ordinary way."""
     with contextlib.suppress(OSError):  # closed already, or its peer was first
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+    close(sock)
+
+
+def close(sock: Any) -> None:
+    """Close a socket soon, also if some greenlet waits for its descriptor.
+
+    gevent then leaves the descriptor open until the loop has polled once more, and a loop with nothing else to do polls for ever.
+    """
     sock.close()
+    loop = gevent.get_hub().loop
+    loop.run_callback(loop.run_callback_threadsafe, int)  # behind what close() had to do, something that ends the poll
 
 
 class Entrance:

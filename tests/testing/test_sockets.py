@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gevent
 import pytest
 from gevent import socket
 
-from greensafe.testing._sockets import Entrance, check_target, dial
+from greensafe.testing._sockets import Entrance, check_target, close, dial, reset
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:1", "tcp://localhost:1", "tcp://[::1]:1", "ipc:///tmp/x", "ipc://@x"])
@@ -62,6 +64,18 @@ def test_an_address_that_is_closed_and_opened(form: str, tmp_path: Path) -> None
     finally:
         entrance.close()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("end", [close, reset])
+def test_closed_while_somebody_waits_for_its_descriptor(end: Callable[[Any], None], limit: None) -> None:
+    """The other side learns of it, though nothing else turns the loop."""
+    ours, theirs = socket.socketpair()
+    waiting = gevent.spawn(socket.wait_read, ours.fileno())
+    gevent.sleep(0)
+    end(ours)
+    assert theirs.recv(1) == b""
+    waiting.join()
+    theirs.close()
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="the port cannot be held here")
