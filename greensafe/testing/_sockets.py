@@ -82,7 +82,7 @@ def reset(sock: Any) -> None:
 def close(sock: Any) -> None:
     """Close a socket soon, also if some greenlet waits for its descriptor.
 
-    gevent then leaves the descriptor open until the loop has polled once more, and a loop with nothing else to do polls for ever.
+    gevent then leaves the descriptor open until the loop has polled once more; a loop with nothing else to do polls for ever.
     """
     sock.close()
     loop = gevent.get_hub().loop

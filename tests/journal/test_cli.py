@@ -6,15 +6,17 @@ import fcntl
 import json
 import os
 import sqlite3
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import gevent
 import pytest
-from helpers import LONG, ROOT, Result, run_python
+from helpers import LONG, ROOT, Result
 
 import greensafe
 from greensafe.journal import Ack, Begin, Finish, SqliteJournal, Step, _lock
@@ -26,11 +28,49 @@ pytestmark = pytest.mark.usefixtures("limit")
 OPEN, DONE, ACKED = (bytes(15) + bytes([number]) for number in (0xA1, 0xB2, 0xC3))
 
 
-def command(*args: str | Path) -> Result:
-    """`greensafe journal ...`, in a thread, so that a server in this process goes on."""
-    program = "import sys; from greensafe.__main__ import main; sys.argv[0] = 'greensafe'; sys.exit(main())"
-    result: Result = gevent.get_hub().threadpool.apply(run_python, (program, "journal", *map(str, args)))
-    return result
+#: Has imported everything, and forks for each command: a process of its own for each, without the half second of a start.
+FORGE = """
+import json, os, sys
+from greensafe.__main__ import main
+for line in sys.stdin:
+    arguments, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        sys.argv = ["greensafe", *arguments]
+        for descriptor, name in (0, os.devnull), (1, out), (2, err):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+sys.exit(main())
+"""
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def forge() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", FORGE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def command(forge: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """`greensafe journal ...`, waited for in a thread, so that a server in this process goes on."""
+    out, err = (tmp_path_factory.mktemp("said") / name for name in ("out", "err"))
+
+    def run(*args: str | Path) -> Result:
+        start = monotonic()
+        assert forge.stdin is not None and forge.stdout is not None
+        print(json.dumps([["journal", *map(str, args)], str(out), str(err)]), file=forge.stdin, flush=True)
+        code = int(gevent.get_hub().threadpool.apply(forge.stdout.readline))
+        return Result(code, out.read_text(), err.read_text(), monotonic() - start)
+
+    return run
 
 
 def fill(path: Path) -> SqliteJournal:
@@ -68,7 +108,7 @@ def journal(path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     made.close()
 
 
-def test_ls(path: Path, journal: str) -> None:
+def test_ls(command: Command, path: Path, journal: str) -> None:
     """What is unfinished, the rest in numbers, and who holds the file."""
     result = command("ls", path)
     assert (result.code, result.err) == (0, "")
@@ -81,14 +121,14 @@ def test_ls(path: Path, journal: str) -> None:
     assert (f"process {os.getpid()}" in rest[1]) == (journal == "live")
 
 
-def test_ls_of_all(path: Path, journal: str) -> None:
+def test_ls_of_all(command: Command, path: Path, journal: str) -> None:
     """In each state as many as are asked for."""
     states = [line.split()[1] for line in command("ls", "--state", "all", path).out.splitlines()[:3]]
     assert states == ["open", "done", "acked"]
     assert command("ls", "--state", "done", "--most", "0", path).out.startswith("1 open, 1 done")
 
 
-def test_json(path: Path, journal: str) -> None:
+def test_json(command: Command, path: Path, journal: str) -> None:
     """A line for each request, and one for the whole; bytes as latin-1."""
     *entries, summary = map(json.loads, command("ls", "--json", "--state", "all", path).out.splitlines())
     assert [entry["state"] for entry in entries] == ["open", "done", "acked"]
@@ -98,7 +138,7 @@ def test_json(path: Path, journal: str) -> None:
     assert json.loads(command("show", "--json", "b2", path).out)["frames"] == ["answer"]
 
 
-def test_show(path: Path, journal: str) -> None:
+def test_show(command: Command, path: Path, journal: str) -> None:
     """One request, by the beginning or the end of its id: when it came, how often it ran, its steps, its body or answer."""
     result = command("show", "00A1", path)
     assert (result.code, result.err) == (0, "")
@@ -127,14 +167,14 @@ def test_show(path: Path, journal: str) -> None:
         ("%", "hexadecimal"),
     ],
 )
-def test_an_id_that_is_none(path: Path, journal: str, part: str, text: str) -> None:
+def test_an_id_that_is_none(command: Command, path: Path, journal: str, part: str, text: str) -> None:
     """Is told, with code 1."""
     result = command("show", part, path)
     assert (result.code, result.out) == (1, "")
     assert text in result.err
 
 
-def test_forget(path: Path, journal: str) -> None:
+def test_forget(command: Command, path: Path, journal: str) -> None:
     """What is answered goes at once; what is open only if no server holds the file."""
     result = command("forget", "b2", path)
     assert result.code == 0
@@ -154,7 +194,7 @@ def test_forget(path: Path, journal: str) -> None:
         assert list(reading.faults()) == []
 
 
-def test_verify(path: Path, journal: str) -> None:
+def test_verify(command: Command, path: Path, journal: str) -> None:
     """A file that is whole is said to be."""
     result = command("verify", path)
     assert (result.code, result.out) == (0, "whole: 3 requests\n")
@@ -174,7 +214,7 @@ def test_verify(path: Path, journal: str) -> None:
         ("UPDATE greensafe_requests SET state = 1, kind = 129 WHERE state = 0", "has steps and is not open"),
     ],
 )
-def test_verify_finds_what_is_wrong(path: Path, sql: str, text: str) -> None:
+def test_verify_finds_what_is_wrong(command: Command, path: Path, sql: str, text: str) -> None:
     """Each rule of a row, and what sqlite itself sees."""
     fill(path).close()
     with closing(sqlite3.connect(path)) as connection:
@@ -199,7 +239,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("change", "text"), ODD)
-def test_what_a_flipped_bit_leaves(path: Path, change: str, text: str) -> None:
+def test_what_a_flipped_bit_leaves(command: Command, path: Path, change: str, text: str) -> None:
     """sqlite does not see that a column is of another type. `verify` names it, and nothing else fails with a traceback."""
     fill(path).close()
     with closing(sqlite3.connect(path)) as connection:
@@ -211,7 +251,7 @@ def test_what_a_flipped_bit_leaves(path: Path, change: str, text: str) -> None:
         assert "Traceback" not in command(*arguments, path).err
 
 
-def test_damage_in_the_text_of_an_error(path: Path) -> None:
+def test_damage_in_the_text_of_an_error(command: Command, path: Path) -> None:
     """Of a schema that is damaged sqlite says where, in bytes that are no text any more."""
     fill(path).close()
     path.write_bytes(path.read_bytes().replace(b"ON greensafe_requests", b"ON greensafe\xa0requests"))
@@ -220,7 +260,7 @@ def test_damage_in_the_text_of_an_error(path: Path) -> None:
         assert (result.code, "is damaged" in result.err, "Traceback" in result.err) == (1, True, False)
 
 
-def test_verify_finds_damage(path: Path) -> None:
+def test_verify_finds_damage(command: Command, path: Path) -> None:
     """A page that was overwritten."""
     fill(path).close()
     data = bytearray(path.read_bytes())
@@ -231,7 +271,7 @@ def test_verify_finds_damage(path: Path) -> None:
     assert result.out or result.err
 
 
-def test_vacuum(path: Path, journal: str) -> None:
+def test_vacuum(command: Command, path: Path, journal: str) -> None:
     """Not under a server; otherwise the free pages go back to the disk, and what is in it stays."""
     if journal == "dead":
         made = SqliteJournal(path)
@@ -252,7 +292,7 @@ def test_vacuum(path: Path, journal: str) -> None:
 
 @pytest.mark.parametrize("what", ["missing", "folder", "text", "foreign", "newer"])
 @pytest.mark.parametrize("name", ["ls", "show", "forget", "verify", "vacuum"])
-def test_what_is_no_journal(tmp_path: Path, path: Path, what: str, name: str) -> None:
+def test_what_is_no_journal(command: Command, tmp_path: Path, path: Path, what: str, name: str) -> None:
     """Is told in one line, with code 1, and is not touched."""
     if what == "folder":
         path.mkdir()
@@ -275,14 +315,14 @@ def test_what_is_no_journal(tmp_path: Path, path: Path, what: str, name: str) ->
 
 
 @pytest.mark.parametrize("args", [(), ("ls",), ("show", "x"), ("burn", "x"), ("ls", "--state", "half", "x")])
-def test_wrong_arguments(args: Sequence[str]) -> None:
+def test_wrong_arguments(command: Command, args: Sequence[str]) -> None:
     """Are answered with how it is used, and code 2."""
     result = command(*args)
     assert result.code == 2
     assert "usage: greensafe journal" in result.err
 
 
-def test_next_to_a_server_that_works(path: Path) -> None:
+def test_next_to_a_server_that_works(command: Command, path: Path) -> None:
     """Looking holds up nobody, and sees what is there at that moment."""
     served: list[Any] = []
     with (
@@ -351,8 +391,6 @@ def _look(path: Path) -> None:
 
 def test_installed_and_as_a_module() -> None:
     """`greensafe` and `python -m greensafe` are the same."""
-    import subprocess
-
     installed = Path(sys.executable).with_name("greensafe")
     for start in ([str(installed)], [sys.executable, "-m", "greensafe"]):
         done = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True, cwd=ROOT, timeout=LONG)
