@@ -11,15 +11,15 @@ RUN := $(VENV)/.run
 DEV := $(VENV)/.dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# The tests run side by side, one worker a core, and who has finished takes over from who has not.
-WORKERS ?= auto
+# The tests run side by side, a worker more than there are cores, since many wait; who has finished takes over from who has not.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: help demo test check format test-all slow compat compat-all bench clean
 
 help:
-	@echo "make demo        what a client sees when its server goes wrong, with plain pyzmq and with greensafe: a minute and a half"
-	@echo "make test        the tests of every module: three minutes on two cores"
+	@echo "make demo        what a client sees when its server goes wrong, with plain pyzmq and with greensafe: a minute with the set-up"
+	@echo "make test        the tests of every module: less than three minutes on two cores"
 	@echo "make check       format, lint, types, layers and all tests: before a commit, and what .ci/run calls; up to 25 minutes"
 	@echo "make format      put the code into the format that make check wants"
 	@echo "make test-all    all tests, on every Python from 3.11 on that is installed"

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ DEADLINE = 1.0
 #: How long the slow but legitimate reply takes: three times the heartbeat.
 SLOW = 2.4
 #: Seconds on top of each of these that a busy machine may take.
-SPARE = 1.5
+SPARE = 5.0
+#: How many cases are played at the same time: most of each is a plain client's wait.
+AT_ONCE = 2
 
 
 # The servers. Each prints its endpoint, and "got it" when a request has arrived.
@@ -120,7 +123,7 @@ def plain_client(endpoint: str, body: str) -> None:
     socket.connect(endpoint)
     start = time.monotonic()
     socket.send(body.encode())
-    if socket.poll(PATIENCE * 1000):
+    if socket.poll((PATIENCE if body != "slow" else PATIENCE + SPARE) * 1000):
         report(f"reply {shown(socket.recv())}", start, True)
     else:
         report("stuck, given up on", start, True)
@@ -201,12 +204,17 @@ class Processes:
     def __init__(self) -> None:
         self.running: list[subprocess.Popen[str]] = []
         self.folder = tempfile.TemporaryDirectory()
+        self._is_over = False
+        self._starting = threading.Lock()
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, __file__, *args]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        self.running.append(process)
+        with self._starting:
+            if self._is_over:
+                raise RuntimeError("the demo was interrupted")
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            self.running.append(process)
         return process
 
     def end(self, process: subprocess.Popen[str]) -> None:
@@ -218,6 +226,8 @@ class Processes:
         self.running.remove(process)
 
     def end_all(self) -> None:
+        with self._starting:
+            self._is_over = True
         for process in list(self.running):
             with contextlib.suppress(ValueError):
                 self.end(process)
@@ -225,9 +235,9 @@ class Processes:
 
 
 def line(process: subprocess.Popen[str]) -> str:
-    """The next line that a process prints; empty if it dies or says nothing for three times PATIENCE."""
+    """The next line that a process prints; empty if it dies or says nothing for ten times PATIENCE."""
     assert process.stdout is not None
-    overdue = threading.Timer(3 * PATIENCE, process.kill)
+    overdue = threading.Timer(10 * PATIENCE, process.kill)
     overdue.start()
     try:
         return process.stdout.readline().strip()
@@ -248,12 +258,12 @@ def play(processes: Processes, side: str, case: Case) -> dict[str, Any]:
     server = processes.start("server", side, "0", case.body, processes.folder.name)
     endpoint = line(server)
     port = endpoint.rpartition(":")[2]
-    link = processes.start("link", endpoint)
-    client = processes.start("client", side, line(link) if case.body == "cut" else endpoint, case.body)
+    link = processes.start("link", endpoint) if case.body == "cut" else None
+    client = processes.start("client", side, line(link) if link else endpoint, case.body)
     line(server)  # the request has arrived
     if case.body == "frozen":
         os.kill(server.pid, signal.SIGSTOP)
-    elif case.body == "cut":
+    elif link:
         cut(link)
     elif case.body in ("killed", "restarted", "journal") or (side == "plain" and case.body in ("raise", "{not json")):
         # SIGKILL; or the exception has ended it, and its operator starts it again
@@ -265,46 +275,45 @@ def play(processes: Processes, side: str, case: Case) -> dict[str, Any]:
     except ValueError:
         seen = {"saw": "nothing: the client died or hung", "seconds": 0.0, "as_promised": False}
     for process in (client, link, server):
-        processes.end(process)
+        if process:
+            processes.end(process)
     return seen
 
 
 def both(processes: Processes, case: Case) -> dict[str, dict[str, Any]]:
     """One case, both sides at the same time."""
-    seen: dict[str, dict[str, Any]] = {}
-
-    def run(side: str) -> None:
-        seen[side] = play(processes, side, case)
-
-    threads = [threading.Thread(target=run, args=(side,), daemon=True) for side in ("plain", "greensafe")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return seen
+    with ThreadPoolExecutor(2) as sides:
+        seen = {side: sides.submit(play, processes, side, case) for side in ("plain", "greensafe")}
+    return {side: result.result() for side, result in seen.items()}
 
 
-def show(case: Case, seen: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield f"{case.title}"
-    for side, result in seen.items():
-        yield f"    {side:<10} after {result['seconds']:5.3f} s: {result['saw']}"
+def shown_while_it_runs(title: str, running: Future[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Print the title, and a dot for each half second until the case is over; returns what was seen."""
+    print(title, end=" ", flush=True)
+    while wait([running], 0.5).not_done:
+        print(".", end="", flush=True)
+    print()
+    return running.result()
 
 
 def main() -> int:
     processes = Processes()
     failed = []
     print(f"{len(CASES)} cases, each with plain pyzmq and with greensafe, over TCP, with real processes\n", flush=True)
+    cases = ThreadPoolExecutor(AT_ONCE)
     try:
-        for number, case in enumerate(CASES, 1):
-            print(f"[{number}/{len(CASES)}] ", end="", flush=True)
-            seen = both(processes, case)
-            print("\n".join(show(case, {side: seen[side] for side in ("plain", "greensafe")})), flush=True)
+        played = [cases.submit(both, processes, case) for case in CASES]
+        for number, (case, running) in enumerate(zip(CASES, played), 1):
+            seen = shown_while_it_runs(f"[{number}/{len(CASES)}] {case.title}", running)
+            for side, result in seen.items():
+                print(f"    {side:<10} after {result['seconds']:5.3f} s: {result['saw']}", flush=True)
             if not seen["greensafe"]["as_promised"]:
                 failed.append(case.title)
             stuck = "stuck" in seen["plain"]["saw"]
             if stuck == (case.body == "slow"):
                 failed.append(f"{case.title} (plain pyzmq did not behave as described)")
     finally:
+        cases.shutdown(wait=False, cancel_futures=True)
         processes.end_all()
     if failed:
         print(f"\nNOT AS PROMISED: {'; '.join(failed)}")

@@ -2,7 +2,7 @@
 # Run all tests but the slow ones (what `make check` runs) on every Python from 3.11 on that is on the PATH or under pyenv, each in a venv of its own.
 # A Python for which gevent or pyzmq has no wheel is named and skipped; anything else that goes wrong is a failure.
 set -u
-[ $# -gt 0 ] || set -- -q -n auto --maxprocesses 8 --dist worksteal
+[ $# -gt 0 ] || set -- -q -n "$(expr "$(getconf _NPROCESSORS_ONLN)" + 1)" --maxprocesses 8 --dist worksteal
 pip="-m pip install --quiet --disable-pip-version-check"
 ran="" skipped="" failed=""
 
