@@ -17,6 +17,7 @@ import pytest
 import pytest_timeout
 import zmq
 from greenlet import greenlet
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,6 +25,10 @@ from helpers import HANG, MS, Patience
 from leaks import census, left_behind
 
 import greensafe
+
+# How long an example takes is the machine's business.
+settings.register_profile("greensafe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("greensafe")
 
 # A worker that leaves its pool after five idle seconds would be missed, and its successor reported.
 gevent.config.threadpool_idle_task_timeout = 86_400.0

@@ -713,11 +713,11 @@ import os, sys, gevent
 import greensafe as zmq
 
 parent_endpoint, is_lost = sys.argv[1], sys.argv[2] == "lost"
-client = zmq.Client(parent_endpoint, heartbeat=0.5, timeout=30)
+client = zmq.Client(parent_endpoint, heartbeat=0.5, timeout=300)
 if is_lost:
     server = zmq.Server("ipc://" + sys.argv[3], lambda request: request.body, deadline=None)
     server.start()
-    client = zmq.Client("ipc://" + sys.argv[3], heartbeat=0.5, timeout=30)
+    client = zmq.Client("ipc://" + sys.argv[3], heartbeat=0.5, timeout=300)
     client.request(b"x")
     server.stop(0)
     while "up=1" in repr(client):
@@ -769,7 +769,7 @@ from greensafe.trouble import LOST
 
 endpoint, pause = sys.argv[1:]
 failover.delay = channels.delay = lambda attempt, fraction: 0.3
-client = zmq.Client(endpoint, heartbeat=0.5, timeout=30, retries=1)
+client = zmq.Client(endpoint, heartbeat=0.5, timeout=300, retries=1)
 assert client.request(b"x") == b"x"
 waiting = gevent.spawn(client.request, b"sleep 0.2", idempotent=True)
 gevent.sleep(0.05)

@@ -352,9 +352,9 @@ def test_greensafe_itself_goes_on() -> None:
     """Server, Client, a green REP and its Poller work in a patched process, and the pumps' sockets are plain."""
     run("""
         import zmq
-        server = greensafe.Server("tcp://127.0.0.1:*", lambda request: b"re: " + request.body, deadline=5)
+        server = greensafe.Server("tcp://127.0.0.1:*", lambda request: b"re: " + request.body, deadline=300)
         server.start()
-        with greensafe.Client(server.endpoint, timeout=5) as client:
+        with greensafe.Client(server.endpoint, timeout=300) as client:
             assert [client.request(b"%d" % i) for i in range(100)] == [b"re: %d" % i for i in range(100)]
         assert type(server._socket) is greensafe.monkey.get_original("Socket")
         with zmq.Context() as context, context.socket(zmq.REQ) as req, greensafe.deadline(5):
@@ -379,9 +379,9 @@ def test_server_and_client_started_before_the_patch() -> None:
         """,
         before="""
         import greensafe
-        server = greensafe.Server("tcp://127.0.0.1:*", lambda request: request.body + b"!", deadline=5)
+        server = greensafe.Server("tcp://127.0.0.1:*", lambda request: request.body + b"!", deadline=300)
         server.start()
-        client = greensafe.Client(server.endpoint, timeout=5)
+        client = greensafe.Client(server.endpoint, timeout=300)
         assert client.request(b"x") == b"x!"
         """,
     )
@@ -453,7 +453,7 @@ def test_zero_copy_sends(threads: str) -> None:
             one.bind("inproc://x"), other.connect("inproc://x")
             tracker = one.send(b"x" * 1000000, copy=False, track=True)
             assert len(other.recv()) == 1000000
-            tracker.wait(5)
+            tracker.wait(300)
         assert not isinstance(zmq.utils.garbage.gc.context, greensafe.Context)
         """,
         before=threads,
@@ -502,7 +502,7 @@ def echo(device, context):
     req, rep = context.socket(zmq.REQ), context.socket(zmq.REP)
     req.connect(f"ipc://{FOLDER}/in"), rep.connect(f"ipc://{FOLDER}/out")
     server = gevent.spawn(lambda: rep.send(rep.recv() + b"!"))
-    with gevent.Timeout(5):
+    with gevent.Timeout(300):
         req.send(b"x")
         assert req.recv() == b"x!"
     server.get()
@@ -520,9 +520,9 @@ def test_thread_device(threads: str, tmp_path: Path) -> None:
         device = zmq.devices.ThreadDevice(zmq.QUEUE, zmq.ROUTER, zmq.DEALER)
         echo(device, zmq.Context())
         assert device._context is zmq.Context.instance() and not device.done
-        with gevent.Timeout(5):
+        with gevent.Timeout(300):
             zmq.Context.instance().term()
-        device.join(5)
+        device.join(300)
         assert device.done
         """),
         before=threads,
@@ -542,7 +542,7 @@ def test_process_device(tmp_path: Path) -> None:
             warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
             echo(device, zmq.Context())
         device.launcher.terminate()
-        device.join(5)
+        device.join(300)
         """)
     )
 
@@ -559,7 +559,7 @@ def test_log_handler() -> None:
         sub.connect("inproc://log")
         logging.getLogger("x").addHandler(handler)
         gevent.spawn_later(0.02, logging.getLogger("x").warning, "hello")
-        with gevent.Timeout(5):
+        with gevent.Timeout(300):
             assert b"hello" in sub.recv_multipart()[1]
         assert ticks
         handler.ctx.destroy(0)
@@ -582,7 +582,7 @@ def test_thread_authenticator(threads: str) -> None:
         client.plain_username, client.plain_password = b"me", b"secret"
         client.connect(f"tcp://127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}")
         answering = gevent.spawn(lambda: server.send(server.recv()))
-        with gevent.Timeout(5):
+        with gevent.Timeout(300):
             client.send(b"x")
             assert client.recv() == b"x"
         answering.get()
@@ -624,7 +624,7 @@ def test_third_party_program() -> None:
         client = zeroless.Client()
         client.connect_local(port)
         request, replies = client.request()
-        with gevent.Timeout(5):
+        with gevent.Timeout(300):
             for number in range(3):
                 request(b"%d" % number)
                 assert next(replies) == b"%d!" % number

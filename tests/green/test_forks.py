@@ -16,10 +16,10 @@ import greensafe as zmq
 def reply(request):
     return b"%d: " % os.getpid() + request.body
 
-server = zmq.Server("ipc://FOLDER/s", reply, deadline=30)
-client = zmq.Client("ipc://FOLDER/s", timeout=10)
+server = zmq.Server("ipc://FOLDER/s", reply, deadline=300)
+client = zmq.Client("ipc://FOLDER/s", timeout=300)
 context = zmq.Context()
-context.default_timeout = 10
+context.default_timeout = 300
 inherited = context.socket(zmq.REQ)
 inherited.connect("ipc://FOLDER/s")
 if "started" in sys.argv:
@@ -47,8 +47,8 @@ for number in range(2):
                 assert error.errno == zmq.EFSM
             else:
                 raise AssertionError("the parent's socket was used")
-            own = zmq.Server("ipc://FOLDER/%d" % os.getpid(), reply, deadline=30)
-            with own, zmq.Client(own.endpoint, timeout=10) as mine:
+            own = zmq.Server("ipc://FOLDER/%d" % os.getpid(), reply, deadline=300)
+            with own, zmq.Client(own.endpoint, timeout=300) as mine:
                 assert mine.request(b"own") == b"%d: own" % os.getpid()
             req.close()
             client.close()
@@ -86,12 +86,12 @@ zmq.Context().term()  # the hub's threadpool has a thread, which stays in the pa
 if child := os.fork():
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 else:
-    signal.alarm(30)  # a child that hangs ends itself
+    signal.alarm(600)  # a child that hangs ends itself
     status = 1
     try:
         context = plain.Context() if "plain" in sys.argv else zmq.Context.instance()
-        with zmq.Server("ipc://FOLDER/s", lambda request: request.body, deadline=30, context=context) as server:
-            with zmq.Client(server.endpoint, timeout=10, context=context) as client:
+        with zmq.Server("ipc://FOLDER/s", lambda request: request.body, deadline=300, context=context) as server:
+            with zmq.Client(server.endpoint, timeout=300, context=context) as client:
                 assert client.request(b"x") == b"x"
         assert gevent.get_hub().threadpool.apply(int) == 0
         context.term()
@@ -133,9 +133,9 @@ poller = zmq.Poller()
 poller.register(a)
 waiter = gevent.spawn(a.recv)
 gevent.sleep(0)
-server = zmq.Server("tcp://127.0.0.1:0", lambda request: request.body, deadline=30)
+server = zmq.Server("tcp://127.0.0.1:0", lambda request: request.body, deadline=300)
 server.start()
-client = zmq.Client(server.endpoint, timeout=10)
+client = zmq.Client(server.endpoint, timeout=300)
 if "client" in sys.argv:
     client.request(b"1")  # is switched to by the client's pump, in the middle of reading
 else:
@@ -163,10 +163,10 @@ if not child:
         x.bind("tcp://127.0.0.1:*")
         y.connect(x.last_endpoint)
         y.send_multipart([b"own", bytes(100_000)], copy=False)
-        assert x.recv(timeout=10) == b"own"
+        assert x.recv(timeout=300) == b"own"
     a.close()  # the child's copy of the waiter ends
     try:
-        waiter.get(timeout=10)
+        waiter.get(timeout=300)
     except RuntimeError as error:
         assert "fork" in str(error)
     assert client.request(b"child") == b"child"
@@ -179,7 +179,7 @@ while True:
     gevent.sleep(0.005)
 assert status == 0, status
 b.send(b"parent")
-assert waiter.get(timeout=10) == b"parent"
+assert waiter.get(timeout=300) == b"parent"
 print("fine")
 client.close(), server.stop(), a.close(), b.close(), context.term()
 """

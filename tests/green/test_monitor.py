@@ -394,11 +394,10 @@ dealer.connect("ipc:///nowhere/greensafe")
 print(events.get().kind.name)
 req = context.socket(zmq.REQ)
 req.connect("ipc:///nowhere/greensafe")
-gevent.wait(timeout=5)
+gevent.wait()
 """,
     )
     assert (result.code, result.out) == (0, "CLOSED\n"), result.err
-    assert result.seconds < 5
 
 
 @pytest.mark.parametrize("loop", ["libev", "libuv-cffi"])
@@ -425,7 +424,7 @@ if not child:
     os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 router.close(0)
-print(events.get(timeout=5).kind.name)
+print(events.get(timeout=300).kind.name)
 context.destroy(0)
 """,
         env={"GEVENT_LOOP": loop} if loop != "libev" else None,
