@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import HANG, MS, Patience
+from helpers import HANG, MS, Patience, kept_port
 from leaks import census, left_behind
 
 import greensafe
@@ -96,6 +96,13 @@ def resolver() -> Iterator[Any]:
 
     with name_service() as made:
         yield made
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port for a server that comes and goes."""
+    with kept_port() as number:
+        yield number
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,21 @@ def wait_until(predicate: Callable[[], Any], limit: float = HANG) -> Any:
         patience = patience or Patience(limit)
         assert patience.left(), f"{predicate} did not come true within {limit} s"
         gevent.sleep(MS)
+
+
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """A port of 127.0.0.1 for a server that comes and goes: the system gives it to nobody else meanwhile.
+
+    Linux lets a server listen on a port to which another socket is bound that does not. Elsewhere it is merely free at first.
+    """
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        if sys.platform != "linux":
+            sock.close()
+        yield port
 
 
 @dataclass

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import gevent
 import pytest
-from helpers import HANG, LONG, MS, ROOT, run_python, wait_until
+from helpers import HANG, LONG, MS, ROOT, kept_port, run_python, wait_until
 
 EXAMPLE = ROOT / "examples" / "agent_master"
 DOOMED = ROOT / "tests" / "doomed_master.py"
@@ -165,19 +164,14 @@ class Story:
 
 @contextmanager
 def _story(folder: Path, *ends: str, is_tcp: bool = False, is_eager: bool = False) -> Iterator[Story]:
-    story = Story(folder, _free_endpoint() if is_tcp else f"ipc://{folder}/m", ends, is_eager)
-    try:
-        yield story
-    finally:
-        for process in story.processes:
-            process.kill()
-            process.wait()
-
-
-def _free_endpoint() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    with kept_port() as port:
+        story = Story(folder, f"tcp://127.0.0.1:{port}" if is_tcp else f"ipc://{folder}/m", ends, is_eager)
+        try:
+            yield story
+        finally:
+            for process in story.processes:
+                process.kill()
+                process.wait()
 
 
 def _check_killed(folder: Path, *ends: str, is_eager: bool = False) -> None:

@@ -434,11 +434,11 @@ server.serve_forever()
 """
 
 
-def test_a_server_that_was_restarted_while_the_hub_did_not_turn(context: zmq.Context) -> None:
+def test_a_server_that_was_restarted_while_the_hub_did_not_turn(context: zmq.Context, port: int) -> None:
     """The next request does not go to the connection that is gone."""
     command = [sys.executable, "-c", SERVER]
     with ExitStack() as stack:
-        process, endpoint = stack.enter_context(running([*command, ANY_PORT]))
+        process, endpoint = stack.enter_context(running([*command, f"tcp://127.0.0.1:{port}"]))
         client = stack.enter_context(Client(endpoint, context=context))
         assert client.request(b"x") == b"x"
         process.kill()
@@ -458,7 +458,7 @@ def start(endpoint):
     process = subprocess.Popen([sys.executable, "-c", SERVER, endpoint], stdout=subprocess.PIPE, text=True)
     return process, process.stdout.readline().strip()
 
-process, endpoint = start("tcp://127.0.0.1:0")
+process, endpoint = start(sys.argv[2])
 client = greensafe.Client(endpoint)
 client.request(b"x")
 try:
@@ -489,7 +489,7 @@ finally:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
-def test_no_descriptor_to_connect_again() -> None:
+def test_no_descriptor_to_connect_again(port: int) -> None:
     """A request waits until there is one, although nothing else keeps the loop running."""
-    result = run_python(NO_DESCRIPTOR, SERVER)
+    result = run_python(NO_DESCRIPTOR, SERVER, f"tcp://127.0.0.1:{port}")
     assert result.out == "b'x'\n", result.err

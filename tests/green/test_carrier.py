@@ -86,6 +86,12 @@ def wire(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return {"tcp": "tcp://127.0.0.1:*", "ipc": f"ipc://{tmp_path}/s"}[request.param]
 
 
+@pytest.fixture(params=["tcp", "ipc"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, port: int) -> str:
+    """An endpoint for a server that comes and goes."""
+    return {"tcp": f"tcp://127.0.0.1:{port}", "ipc": f"ipc://{tmp_path}/s"}[request.param]
+
+
 @pytest.fixture
 def req(context: zmq.Context) -> Any:
     """A REQ."""
@@ -100,9 +106,9 @@ def _bound(context: zmq.Context, kind: int, endpoint: str) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("how", ["recv", "recv_multipart", "recv_json", "recv_into", "poll", "Poller", "select"])
-def test_killed_while_the_reply_is_waited_for(start: Callable[[str], Process], wire: str, req: Any, how: str) -> None:
+def test_killed_while_the_reply_is_waited_for(start: Callable[[str], Process], place: str, req: Any, how: str) -> None:
     """Every way to wait ends with Disconnected, and the same socket asks the restarted server."""
-    server = start(wire)
+    server = start(place)
     req.connect(server.endpoint)
     for number in range(2):
         req.send(b"hold")
@@ -292,19 +298,16 @@ def test_several_endpoints(context: zmq.Context, req: Any) -> None:
         assert isinstance(waiter.get(), Disconnected)
 
 
-def test_a_request_waits_for_who_is_not_there_yet(context: zmq.Context, wire: str, req: Any) -> None:
+def test_a_request_waits_for_who_is_not_there_yet(context: zmq.Context, place: str, req: Any) -> None:
     """Nobody being there, or hanging up before the handshake, is not an error: the request waits."""
-    with net.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = wire.replace("*", str(free.getsockname()[1]))
     req.setsockopt(zmq.RECONNECT_IVL, 1)
     with req.connection_events() as events:
-        req.connect(address)
+        req.connect(place)
         req.send(b"early")
         waiter = gevent.spawn(req.recv)
         while events.get(timeout=LONG).kind != zmq.Event.CONNECT_RETRIED:
             pass
-    wait_until(lambda: _rebound(context, address))
+    wait_until(lambda: _rebound(context, place))
     rep = context.kept[-1]
     rep.send(b"re:" + rep.recv())
     assert waiter.get() == b"re:early"
@@ -510,9 +513,9 @@ def test_a_peer_that_talks_garbage_after_the_handshake(context: zmq.Context, req
             req.recv()
 
 
-def test_frozen(start: Callable[[str], Process], wire: str, req: Any) -> None:
+def test_frozen(start: Callable[[str], Process], place: str, req: Any) -> None:
     """With HEARTBEAT_IVL a stopped process is PeerSilent; a killed one stays Disconnected; without it the wait goes on."""
-    server = start(wire)
+    server = start(place)
     req.setsockopt(zmq.HEARTBEAT_IVL, IVL)
     req.setsockopt(zmq.HEARTBEAT_TIMEOUT, TIMEOUT)
     req.connect(server.endpoint)
