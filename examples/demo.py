@@ -289,9 +289,11 @@ def both(processes: Processes, case: Case) -> dict[str, dict[str, Any]]:
 
 def shown_while_it_runs(title: str, running: Future[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Print the title, and a dot for each half second until the case is over; returns what was seen."""
-    print(title, end=" ", flush=True)
+    print(title, end="", flush=True)
+    dot = " ."
     while wait([running], 0.5).not_done:
-        print(".", end="", flush=True)
+        print(dot, end="", flush=True)
+        dot = "."
     print()
     return running.result()
 
