@@ -113,7 +113,7 @@ def limit() -> Iterator[None]:
 
     def look(left: float) -> None:
         if left:
-            timers.append(loop.timer(left))
+            timers.append(loop.timer(max(left, 10 * MS)))  # libuv warns of less than 1 ms
             timers[-1].start(lambda: look(patience.left()))
         else:
             waiter.throw(AssertionError("a wait did not end"))

@@ -30,11 +30,11 @@ _PROC = Path("/proc")
 
 
 class Patience:
-    """Counts the seconds in which a test had the processor that it asked for.
+    """Counts seconds, but not those which a busy machine took.
 
-    A second in which one of the process's threads, or of a process that it has started, stood in the queue for a core
-    does not count: on a busy machine that is the whole second, and nothing that takes long for it has hung. Where the kernel
-    does not tell, every second counts.
+    The time that the threads of this process, and of those it has started, stood in the queue for a core is taken off: who gets
+    a tenth of a core has ten times as long, and who waits in vain stands in no queue. It ends at ten times the seconds, or
+    several threads that spin would make it last for ever. Where the kernel does not tell, every second counts.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -44,10 +44,11 @@ class Patience:
 
     def left(self) -> float:
         """Return how many seconds are left, at the soonest; 0.0 when patience is over."""
-        left = self.seconds - (monotonic() - self._start)
-        if left > 0:
-            return left
-        return max(0.0, left + max(0.0, _queued() - self._queued))
+        elapsed = monotonic() - self._start
+        if elapsed < self.seconds:
+            return self.seconds - elapsed
+        queued = max(0.0, _queued() - self._queued)  # less than nothing if a process has ended that had stood there for long
+        return max(0.0, min(self.seconds + queued, 10 * self.seconds) - elapsed)
 
 
 def _queued() -> float:

@@ -30,12 +30,18 @@ def test_patience_is_over(queued: list[float]) -> None:
 
 
 def test_who_waits_for_a_core_is_given_more(queued: list[float]) -> None:
-    """What was spent in the queue does not count; when a process ends, and its part is not known any more, nothing is lost."""
-    patience = Patience(0.0)
-    queued[0] += 1000.0
-    assert 900 < patience.left() <= 1000
-    queued[0] = 0.0
+    """What was spent in the queue does not count, up to ten times the seconds."""
+    patience = Patience(HANG)
+    patience._start -= 2 * HANG
     assert patience.left() == 0.0
+    queued[0] += 2 * HANG
+    assert 0.9 * HANG < patience.left() <= HANG
+    queued[0] += 1000 * HANG
+    assert 7.9 * HANG < patience.left() <= 8 * HANG
+    patience._start -= 10 * HANG
+    assert patience.left() == 0.0
+    queued[0] = 0.0
+    assert 0 < Patience(HANG).left() <= HANG
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the system does not tell")
