@@ -81,6 +81,13 @@ def leaks() -> Iterator[None]:
 
 
 @pytest.fixture
+def port() -> Iterator[int]:
+    """A port for a server that comes and goes."""
+    with kept_port() as number:
+        yield number
+
+
+@pytest.fixture
 def context() -> Iterator[greensafe.Context]:
     """A green context that is terminated afterwards, with whatever sockets are left in it."""
     made = _Keeping()
@@ -96,13 +103,6 @@ def resolver() -> Iterator[Any]:
 
     with name_service() as made:
         yield made
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A port for a server that comes and goes."""
-    with kept_port() as number:
-        yield number
 
 
 @pytest.fixture

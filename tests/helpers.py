@@ -75,21 +75,6 @@ def wait_until(predicate: Callable[[], Any], limit: float = HANG) -> Any:
         gevent.sleep(MS)
 
 
-@contextmanager
-def kept_port() -> Iterator[int]:
-    """A port of 127.0.0.1 for a server that comes and goes: the system gives it to nobody else meanwhile.
-
-    Linux lets a server listen on a port to which another socket is bound that does not. Elsewhere it is merely free at first.
-    """
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-        if sys.platform != "linux":
-            sock.close()
-        yield port
-
-
 @dataclass
 class Result:
     """How a program ended."""
@@ -162,3 +147,18 @@ def running(command: Sequence[str | Path]) -> Iterator[tuple[subprocess.Popen[st
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """A port of 127.0.0.1 for a server that comes and goes: the system gives it to nobody else meanwhile.
+
+    Linux lets a server listen on a port to which another socket is bound that does not. Elsewhere it is merely free at first.
+    """
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        if sys.platform != "linux":
+            sock.close()
+        yield port
