@@ -11,6 +11,7 @@
       ProtocolError
         LocalProtocolError, RemoteProtocolError
       JournalError
+        JournalUnavailable                     the journal's place cannot be written to, whatever is written
 
 Every one is also what code written for gevent, pyzmq or the standard library catches already; that is the only reason why
 this module imports the two. errno is never EPIPE, ECONNRESET or ENOTCONN: WSGI servers take those for their own client's
@@ -33,6 +34,7 @@ __all__ = [
     "Disconnected",
     "GreensafeError",
     "JournalError",
+    "JournalUnavailable",
     "LocalProtocolError",
     "OperationTimeout",
     "PeerError",
@@ -289,3 +291,7 @@ class RemoteProtocolError(ProtocolError):
 
 class JournalError(GreensafeError):
     """Raised when a journal cannot be read or written."""
+
+
+class JournalUnavailable(JournalError):
+    """Raised when a journal cannot be written to, whatever is written: its file is locked, or its disk is full."""

@@ -173,7 +173,7 @@ def _told(error: BaseException) -> RemoteError:
     if isinstance(error, Cancelled):
         return RemoteError("CANCELLED", str(error), kind)
     if isinstance(error, JournalError):
-        return RemoteError("UNAVAILABLE", str(error), kind)  # the request stays open, and runs when it is sent again
+        return RemoteError("UNAVAILABLE", str(error), "JournalError")  # the request stays open, and runs when it is sent again
     if isinstance(error, MemoryError):
         return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
     return RemoteError("INTERNAL", str(error), kind)

@@ -52,7 +52,7 @@ class JournalStats:
         commits: Batches of writes that were made durable, or tried to.
         pending: Writes that are not durable yet.
         failures: Writes that have failed.
-        error: What the last batch has failed with; "" if it has not.
+        error: What the last try of a batch has failed with, also while it is tried again; "" if it has not.
         joined: Requests that have come again while they were owed their answer.
         replayed: Those that were answered with what was stored.
         rerun: Those that were begun again after an interruption.

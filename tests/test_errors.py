@@ -19,6 +19,7 @@ from greensafe.errors import (
     Disconnected,
     GreensafeError,
     JournalError,
+    JournalUnavailable,
     LocalProtocolError,
     OperationTimeout,
     PeerError,
@@ -46,6 +47,7 @@ EXAMPLES: list[GreensafeError] = [
     LocalProtocolError("what"),
     RemoteProtocolError("what"),
     JournalError("what"),
+    JournalUnavailable("what"),
 ]
 
 

@@ -16,10 +16,10 @@ import zmq as plain
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, JournalError, RemoteError, Request, Server
+from greensafe import LATER, Client, JournalError, JournalUnavailable, RemoteError, Request, Server
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
 from greensafe.journal import SqliteJournal, State, Step, Write, in_transaction
-from greensafe.sansio.envelope import GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
+from greensafe.sansio.envelope import CALLER_LIMIT, GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -29,19 +29,20 @@ Native = gevent.monkey.get_original("threading", "Event")
 
 
 class Disk(SqliteJournal):
-    """A journal whose commits wait for `gate`, and fail while `fails` says so; `seen` is what was written."""
+    """A journal whose commits wait for `gate`, and fail with `fault` while `fails` says so; `seen` is what was written."""
 
     def __init__(self, path: Path, **options: Any) -> None:
         super().__init__(path, **options)
         self.gate = Native()
         self.gate.set()
         self.fails: Callable[[Write], bool] = lambda write: False
+        self.fault = JournalError("the disk is full")
         self.seen: list[Write] = []
 
     def commit(self, writes: Sequence[Write]) -> list[Any]:
         self.gate.wait(LONG)
         if any(map(self.fails, writes)):
-            raise JournalError("the disk is full")
+            raise self.fault
         results = super().commit(writes)
         self.seen.extend(writes)
         return results
@@ -407,6 +408,57 @@ def test_an_answer_that_cannot_be_stored_does_not_leave(build: Build) -> None:
     assert site.peer.hear() == (Kind.REPLY, b"re: body")
     assert site.runs == [("body", 1), ("body", 2)]
     assert site.server.stats.inflight == 0
+
+
+@pytest.mark.parametrize("kind", ["Begin", "Finish"])
+def test_a_journal_that_is_out_of_reach_for_a_while(build: Build, kind: str) -> None:
+    """The server says so at once, its client waits, and has its answer when the journal is back: one run, one answer."""
+    site = build(_echo)
+    site.disk.fault = JournalUnavailable("the file is locked")
+    site.disk.fails = lambda write: type(write).__name__ == kind
+    site.peer.ask()
+    wait_until(lambda: not site.server.healthy)
+    assert (site.journal.error, site.journal.failures) == ("the file is locked", 0)
+    assert site.server.stats.inflight == 1
+    site.disk.fails = lambda write: False
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert (site.server.healthy, site.runs, site.disk.kinds()) == (True, [("body", 1)], ["Begin", "Finish"])
+
+
+def test_a_journal_that_stays_out_of_reach(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that wait are told together; the caller's limit is its own."""
+    site = build(_echo)
+    site.disk.fault = JournalUnavailable("the file is locked")
+    site.disk.fails = lambda write: True
+    site.peer.ask(1, limit_ms=1)
+    assert site.peer.error() == (Kind.ERROR, "DEADLINE_EXCEEDED", CALLER_LIMIT)
+    for number in (2, 3, 4):
+        site.peer.ask(number)
+    wait_until(lambda: site.server.stats.inflight == 3 and not site.server.healthy)
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", 0.0)
+    for _ in range(3):
+        assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    assert (site.runs, site.server.healthy) == ([], False)
+
+
+def test_stop_does_not_wait_for_a_journal_that_is_out_of_reach(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held for it is answered UNAVAILABLE; its answer is tried once more, and else the next server runs it again."""
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", 2 * LONG)
+    monkeypatch.setattr("greensafe.server.FLUSH", MS)
+    site = build(_echo)
+    site.disk.fault = JournalUnavailable("the file is locked")
+    site.disk.fails = lambda write: type(write).__name__ == "Finish"
+    site.peer.ask()
+    wait_until(lambda: not site.server.healthy)
+    site.server.stop(MS)
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    wait_until(lambda: not Path(site.disk.path + ".lock").exists())
+    site.disk.fails = lambda write: False
+    site.server.start()
+    site.peer = site.connect()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert site.runs == [("body", 1), ("body", 2)]
 
 
 def test_a_rerun_that_cannot_be_counted_is_not_run(build: Build) -> None:

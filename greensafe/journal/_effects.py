@@ -42,8 +42,9 @@ def run(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | 
     connection.execute(f"SAVEPOINT {_SAVEPOINT}")
     outcome = _call(connection, act)
     if not connection.in_transaction:
-        cause = f": {outcome.error}" if isinstance(outcome, Failed) else ""
-        raise JournalError(f"sqlite has rolled back the batch with the effect of a step{cause}")
+        cause = outcome.error if isinstance(outcome, Failed) else None
+        text = "" if cause is None else f": {cause}"
+        raise JournalError(f"sqlite has rolled back the batch with the effect of a step{text}") from cause
     if isinstance(outcome, Failed):
         connection.execute(f"ROLLBACK TO {_SAVEPOINT}")
     connection.execute(f"RELEASE {_SAVEPOINT}")

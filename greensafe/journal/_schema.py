@@ -28,6 +28,7 @@ from ._clock import Moment, Stored, offset
 
 __all__ = [
     "APPLICATION",
+    "BUSY",
     "MIGRATIONS",
     "SQLITE_ERRORS",
     "TABLES",
@@ -38,6 +39,7 @@ __all__ = [
     "create",
     "explain",
     "head",
+    "is_files_fault",
     "migrate",
 ]
 
@@ -76,7 +78,7 @@ _APPLICATION_AT = 68
 _SQLITE = (3, 35, 0)
 
 #: Seconds to wait for another program that writes to the file: not a server, those are refused.
-_BUSY = 5.0
+BUSY = 5.0
 
 #: How a write-ahead log begins, by the order of its checksums' bytes.
 _LOG_MAGIC = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
@@ -100,21 +102,48 @@ _ADVICE = {
     sqlite3.SQLITE_TOOBIG: "a request, a step's result or an answer is larger than sqlite can store",
 }
 
+#: Of the file alone, whatever is written to it.
+_UNAVAILABLE = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_NOTADB,
+}
+
+#: Of the file, or of one write: it is too large for the room that is left, or touches the page that is damaged.
+_DOUBTFUL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT}
+
 
 def explain(path: str, error: Exception) -> JournalError:
     """What to raise, from `error`, for what sqlite has raised."""
-    # The lowest byte is the error, the others say more.
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    code = _code(error)
     advice = _DAMAGED if isinstance(error, UnicodeDecodeError) else _ADVICE.get(code)
     return JournalError(f"the journal {path}: {error}" + (f"; {advice}" if advice else ""))
 
 
-def connect(path: str, mode: str) -> sqlite3.Connection:
-    """Open the file without looking at it; `mode` is "ro", "rw" or "rwc". Transactions are the caller's."""
+def is_files_fault(error: BaseException | None) -> bool | None:
+    """Whether what sqlite has raised is the file's fault, whatever was written; None: only another write can tell."""
+    code = _code(error)
+    return None if code in _DOUBTFUL else code in _UNAVAILABLE
+
+
+def _code(error: BaseException | None) -> int:
+    # The lowest byte is the error, the others say more.
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def connect(path: str, mode: str, busy: float = BUSY) -> sqlite3.Connection:
+    """Open the file without looking at it; `mode` is "ro", "rw" or "rwc". Transactions are the caller's.
+
+    Whatever finds the file locked by another program waits for `busy` seconds at most.
+    """
     return sqlite3.connect(
         f"{Path(path).absolute().as_uri()}?mode={mode}",
         uri=True,
-        timeout=_BUSY,
+        timeout=busy,
         isolation_level=None,
         check_same_thread=False,
         cached_statements=256,

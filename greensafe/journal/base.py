@@ -10,6 +10,11 @@ A `Journal` stores requests, the results of their finished steps and their answe
 * It is called by one thread at a time, which may be another one each time and is never the hub's. `id`, `now` and `dropped`
   are asked by any.
 * It raises JournalError, and nothing else, for whatever goes wrong with the place.
+* `commit` raises JournalUnavailable, which is one, if and only if no write of the batch is to blame: the place is locked, full,
+  read-only or out of reach, and would not store one small write either. Then the next call of `commit` has the very same writes
+  again, as long as `_patience` lasts. Any other JournalError may be one write's fault, and the batch comes again in halves.
+* So a batch must not be stored twice because it comes twice. Where a commit may have taken effect although nobody knows (its
+  connection was lost just then), the backend finds out, at the latest when it is called next.
 
 The *journal's time* is in seconds. It is counted by the monotonic clock as long as the machine runs, by the time of day across
 a reboot, and never goes backwards; so a limit that was stored before a crash means the same after it.
@@ -58,9 +63,13 @@ class Journal(abc.ABC):
     def commit(self, writes: Sequence[Write]) -> list[Any]:
         """Do all of them, or none; returns their results, which are what each of the classes says.
 
+        No writes at all are a question, asked while the place is known to be ill: an error says that it still is. So it should
+        try what a write would, and change nothing that anybody sees.
+
         Raises:
             JournalError: None of it is stored. One of the writes may be the cause (a step of a request that is not OPEN, a
                 body that is too large): the others may be tried again without it.
+            JournalUnavailable: None of it is stored, and none of the writes is the cause; see the module's head.
         """
 
     @abc.abstractmethod
@@ -72,7 +81,7 @@ class Journal(abc.ABC):
         It takes a bounded time. Called after commits, and now and then.
 
         Raises:
-            JournalError: Nothing was dropped in this call.
+            JournalError: Nothing was dropped in this call. JournalUnavailable: since the place cannot be written to.
         """
 
     @property

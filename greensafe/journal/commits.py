@@ -7,7 +7,11 @@ Group commit: what is written while one commit is under way is the next one's ba
 * The next batch is started before those are told whose writes the last one was: the disk works while the hub does. (Not from
   the thread itself, which would spare the way through the hub: smaller batches cost more than that.)
 * A write that nobody waits for starts no batch: it goes with the next one, or when the timer comes.
-* A batch that fails is tried again in halves, so that a write which cannot be stored fails alone.
+* A batch that fails by what may be one write's fault is tried again in halves, so that a write which cannot be stored fails
+  alone. If the place is at fault (JournalUnavailable) halves would not help, and each may wait as long as the whole: then the
+  batch is tried again as a whole, for as long as `_patience` says, and what comes meanwhile waits. After that, all are told.
+* That the place cannot be written to is logged, and `error` says so, from the first try on. While nothing is to be written an
+  empty batch asks now and then whether that is over: a server that is not well may be asked nothing any more.
 * Between commits, however many there are, and now and then while nothing happens, the journal may tidy up.
 
 It does not know what is written.
@@ -18,7 +22,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -27,9 +32,11 @@ from gevent.event import Event
 from gevent.hub import Hub
 from gevent.threadpool import ThreadPool
 
-from ..deadlines import move_on
-from ..errors import JournalError
+from ..deadlines import move_on, start_timer
+from ..errors import JournalError, JournalUnavailable
 from ..sansio.records import Write
+from ._acts import ask, commit as _commit, finish, open_it, tidy
+from ._patience import LIMIT, Patience
 from .base import Journal
 
 __all__ = ["Commits", "Then"]
@@ -46,6 +53,9 @@ _Entry = tuple[Write, "Then | None", "Write | None"]
 #: that nobody waits for.
 TIDY = 5.0
 
+#: Seconds between two questions whether a journal that could not be written can be.
+ASK = 1.0
+
 
 class Commits:
     """The writes to one journal, for one server.
@@ -55,9 +65,9 @@ class Commits:
         running: The ids of the requests that must not be dropped.
 
     Attributes:
-        count: Batches that were committed.
+        count: Batches that were committed, or tried to.
         failures: Writes that have failed.
-        error: What the last batch has failed with, None if it has not.
+        error: What the last try of a batch has failed with, None if it has not.
     """
 
     def __init__(self, journal: Journal, running: Callable[[], Collection[bytes]]) -> None:
@@ -77,8 +87,13 @@ class Commits:
         self._closed = Event()
         #: What is to be stored before the journal is closed, as long as that is to be done.
         self._last: list[Write] | None = None
-        #: What undoes the writes of the batch under way, when they come too late.
-        self._late: list[Write | None] = []
+        #: The batch that was under way when this was closed.
+        self._late: Sequence[_Entry] = ()
+        self._patience = Patience()
+        #: When the thread was last given something to do.
+        self._began = 0.0
+        #: The timer of the pause before a batch is tried again. That is busy, too.
+        self._pause: Any = None
         self._tidy_at = 0.0
         self._timer: Any = None
         self.count = 0
@@ -98,19 +113,18 @@ class Commits:
 
         Whoever ends the wait has it closed again as soon as it is open.
         """
-        opening = self._pool.spawn(_open, self._journal)
+        opening = self._pool.spawn(open_it, self._journal)
         try:
             error = opening.get()
         except BaseException:
             self._last, self._is_busy = [], True
-            opening.rawlink(self._on_done)
+            opening.rawlink(partial(self._on_done, None))
             raise
         if error is not None:
             self._end()
             raise error
         self._is_open = True
-        self._timer = self._hub.loop.timer(TIDY, TIDY, ref=False)
-        self._timer.start(self._on_timer)
+        self._set_timer(TIDY)
 
     def write(self, write: Write, then: Then | None = None, undo: Write | None = None) -> None:
         """Store something. From any greenlet of the server's thread, the hub included; for `then` see above.
@@ -146,18 +160,23 @@ class Commits:
     def close(self) -> None:
         """Store what is pending, then close the journal; does not wait for either.
 
-        Whoever waits is told that nobody knows whether it is stored.
+        Whoever waits is told that nobody knows whether it is stored. A place that cannot be written to is tried once more.
         """
         if not self._is_open:
             return
         self._is_open = False
-        self._timer.stop()
-        self._timer.close()
-        self._last = [write for write, _, undo in self._waiting if undo is None]
-        self._late = [undo for _, _, undo in self._batch]
-        pending = (*self._batch, *self._waiting)
+        self._set_timer(None)
+        batch, waiting = self._batch, self._waiting
         self._waiting, self._batch = [], ()
-        self._tell_all(pending, [JournalError("the server was stopped before this was known to be stored")] * len(pending))
+        if self._pause is None:
+            self._late = batch
+        else:
+            self._end_pause()
+            waiting = [*batch, *waiting]
+            batch = ()
+        self._last = [write for write, _, undo in waiting if undo is None]
+        pending = (*batch, *waiting)
+        self._tell_all(zip(pending, [JournalError("the server was stopped before this was known to be stored")] * len(pending)))
         self._done.set()
         if not self._is_busy:
             self._end()
@@ -171,7 +190,7 @@ class Commits:
     def _end(self) -> None:
         last, self._last = self._last, None
         if last is not None:
-            self._call(_finish, self._journal, last)
+            self._call(None, finish, self._journal, last)
         else:
             self._pool.kill()
             self._closed.set()
@@ -182,40 +201,90 @@ class Commits:
             return
         self._is_due = False
         self._batch, self._waiting = self._waiting, []
-        self._call(_commit, self._journal, [write for write, _, _ in self._batch])
+        self._try()
 
-    def _call(self, act: Callable[..., Any], *args: Any) -> None:
-        self._is_busy = True
-        self._pool.spawn(act, *args).rawlink(self._on_done)
+    def _try(self) -> None:
+        self._call(self._on_committed, _commit, self._journal, [write for write, _, _ in self._batch])
 
-    def _on_done(self, done: Any) -> None:
+    def _call(self, then: Callable[[Any], None] | None, act: Callable[..., Any], *args: Any) -> None:
+        """Have the thread do something; `then` is called with what it returns, unless this is closed meanwhile."""
+        self._is_busy, self._began = True, monotonic()
+        self._pool.spawn(act, *args).rawlink(partial(self._on_done, then))
+
+    def _on_done(self, then: Callable[[Any], None] | None, done: Any) -> None:
         self._is_busy = False
-        batch, self._batch = self._batch, ()
-        if self._is_open and batch:
-            self._guarded(self._go_on)
-            self._guarded(self._tell, batch, done)
-        elif self._is_open:
-            self._guarded(self._on_tidied, done)
-        if not self._is_busy:
-            if self._is_open:
-                self._guarded(self._go_on, not batch)
-            else:
-                self._guarded(self._undo_late, done)
-                self._guarded(self._end)
+        if self._is_open:
+            if then is not None:
+                self._guarded(then, done.get())
+        else:
+            self._guarded(self._see_to_late, done)
+            self._guarded(self._end)
         if not self.pending:
             self._done.set()
 
-    def _undo_late(self, done: Any) -> None:
-        late, self._late = self._late, []
-        if late and self._last is not None:
-            undone = [undo for undo, result in zip(late, done.get(), strict=True) if undo is not None and result is None]
-            self._last = undone + self._last
+    def _see_to_late(self, done: Any) -> None:
+        """The batch under way when this was closed has ended: undo or store, with the last, what needs it."""
+        late, self._late = self._late, ()
+        if not late or self._last is None:
+            return
+        first = []
+        for (write, _, undo), result in zip(late, done.get(), strict=True):
+            if isinstance(result, JournalUnavailable):
+                first += [write] if undo is None else []
+            elif undo is not None and result is None:
+                first.append(undo)
+        self._last = first + self._last
+
+    def _on_committed(self, results: list[Any]) -> None:
+        batch, self._batch = self._batch, ()
+        self.count += 1
+        told: Iterable[tuple[_Entry, Any]] = zip(batch, results, strict=True)
+        failures = [result for result in results if isinstance(result, JournalError)]
+        if failures:
+            told = self._try_again(list(told))
+            self.failures += sum(isinstance(result, JournalError) for _, result in told)
+        else:
+            self._patience.ended()
+        self._note(failures[-1] if failures else None)
+        self._guarded(self._go_on)
+        self._tell_all(told)
+        self._guarded(self._go_on)
+
+    def _try_again(self, told: list[tuple[_Entry, Any]]) -> list[tuple[_Entry, Any]]:
+        """Keep what the place could not take for another try, unless it was waited for long enough; returns the rest."""
+        kept = [entry for entry, result in told if isinstance(result, JournalUnavailable)]
+        if not kept:
+            self._patience.ended()
+            return told
+        was_spent = self._patience.is_spent
+        pause = self._patience.failed(self._began, monotonic())
+        if pause is None:
+            if not was_spent:
+                text = "the journal could not be written for %.0f s: %d writes have failed; until it can be, each is tried once"
+                log.error(text, LIMIT, len(kept))
+            return told
+        self._batch, self._is_busy = kept, True
+        self._pause = start_timer(self._hub, pause, self._on_pause)
+        return [each for each in told if not isinstance(each[1], JournalUnavailable)]
+
+    def _on_pause(self) -> None:
+        self._end_pause()
+        if os.getpid() == self._process:  # in a forked child the journal is closed
+            self._try()
+
+    def _end_pause(self) -> None:
+        self._pause.stop()
+        self._pause.close()
+        self._pause = None
+        self._is_busy = False
 
     def _go_on(self, has_tidied: bool = False) -> None:
         """Start what is next: batches and the parts of a long tidying take turns."""
-        if monotonic() >= self._tidy_at and not (has_tidied and self._is_due):
+        if self._is_busy or not self._is_open:
+            return
+        if monotonic() >= self._tidy_at and self._patience.since is None and not (has_tidied and self._is_due):
             self._tidy_at = monotonic() + TIDY
-            self._call(_tidy, self._journal, frozenset(self._running()))
+            self._call(self._on_tidied, tidy, self._journal, frozenset(self._running()))
         else:
             self._start()
 
@@ -226,16 +295,8 @@ class Commits:
         except BaseException:  # noqa: BLE001 - see above
             self._hub.handle_error(self, *sys.exc_info())
 
-    def _tell(self, batch: Sequence[_Entry], done: Any) -> None:
-        results = done.get()
-        self.count += 1
-        failures = [result for result in results if isinstance(result, JournalError)]
-        self.failures += len(failures)
-        self._note(failures[-1] if failures else None)
-        self._tell_all(batch, results)
-
-    def _tell_all(self, batch: Sequence[_Entry], results: Sequence[Any]) -> None:
-        for (_, then, _), result in zip(batch, results, strict=True):
+    def _tell_all(self, told: Iterable[tuple[_Entry, Any]]) -> None:
+        for (_, then, _), result in told:
             if then is not None:
                 if isinstance(result, JournalError):
                     self._guarded(then, None, result)
@@ -245,75 +306,45 @@ class Commits:
     def _note(self, failed: JournalError | None) -> None:
         if failed is not None and self.error is None:
             log.error("the journal cannot be written: %s", failed)
+            self._set_timer(min(ASK, TIDY))
         elif failed is None and self.error is not None:
             log.warning("the journal can be written again")
+            self._set_timer(TIDY)
         self.error = failed
 
-    def _on_tidied(self, done: Any) -> None:
-        result = done.get()
-        if isinstance(result, JournalError):
+    def _set_timer(self, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
+        if seconds is not None:
+            self._timer = self._hub.loop.timer(seconds, seconds, ref=False)
+            self._timer.start(self._on_timer)
+
+    def _on_tidied(self, result: bool | JournalError) -> None:
+        if isinstance(result, JournalUnavailable):
+            self._patience.failed(self._began, monotonic())
+            self._note(result)
+        elif isinstance(result, JournalError):
             log.error("the journal cannot be tidied: %s", result)
         elif result:
             self._tidy_at = 0.0
+        self._go_on(True)
+
+    def _on_asked(self, error: JournalError | None) -> None:
+        if error is None:
+            self._patience.ended()
+        elif isinstance(error, JournalUnavailable):
+            self._patience.failed(self._began, monotonic())
+        self._note(error)
+        self._go_on()
 
     def _on_timer(self) -> None:
         if os.getpid() != self._process:
-            self._timer.stop()  # a forked child's, whose journal is closed
+            self._set_timer(None)  # a forked child's, whose journal is closed
         elif not self._is_busy and self._is_open:
             self._is_due = bool(self._waiting)
-            self._go_on()
-
-
-# What is done in the thread. Nothing is raised there: gevent would print it as well.
-
-
-def _open(journal: Journal) -> Exception | None:
-    try:
-        journal.open()
-    except Exception as error:  # noqa: BLE001 - it is raised where open was called
-        return error
-    return None
-
-
-def _commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
-    """The result of each write, or its JournalError."""
-    try:
-        results = journal.commit(writes)
-        if len(results) != len(writes):
-            raise JournalError(f"{journal!r} has returned {len(results)} results for {len(writes)} writes")
-        return results
-    except JournalError as error:
-        if len(writes) == 1:
-            return [error]
-    except BaseException as error:  # a fault of the journal's must not cost a request its answer
-        log.exception("%r has failed", journal)
-        return [_wrapped(error)] * len(writes)
-    half = len(writes) // 2
-    return _commit(journal, writes[:half]) + _commit(journal, writes[half:])
-
-
-def _tidy(journal: Journal, running: Collection[bytes]) -> bool | JournalError:
-    try:
-        return journal.tidy(running)
-    except JournalError as error:
-        return error
-    except Exception as error:  # a fault of the journal's must not end the tidying for good
-        log.exception("%r has failed", journal)
-        return _wrapped(error)
-
-
-def _finish(journal: Journal, writes: Sequence[Write]) -> None:
-    try:
-        if writes:
-            for result in _commit(journal, writes):
-                if isinstance(result, JournalError):
-                    log.error("the journal cannot be written: %s", result)
-        journal.close()
-    except Exception:
-        log.exception("%r cannot be closed", journal)
-
-
-def _wrapped(error: BaseException) -> JournalError:
-    wrapped = JournalError(f"the journal has failed: {error!r}")
-    wrapped.__cause__ = error
-    return wrapped
+            if self.error is not None and not self._is_due:
+                self._call(self._on_asked, ask, self._journal)
+            else:
+                self._go_on()

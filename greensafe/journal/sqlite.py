@@ -26,11 +26,11 @@ from time import monotonic
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ..errors import JournalError
+from ..errors import JournalError, JournalUnavailable
 from ..sansio.records import Write
 from ._clock import moment, offset
 from ._lock import Lock
-from ._schema import SQLITE_ERRORS, check, check_version, connect, create, explain, head, migrate
+from ._schema import BUSY, SQLITE_ERRORS, check, check_version, connect, create, explain, head, is_files_fault, migrate
 from ._tidying import MOST, Dropped, evict, expire, oldest, renew, size
 from ._writing import Writing
 from .base import Journal
@@ -41,6 +41,10 @@ __all__ = ["SqliteJournal"]
 #: work it out of what the client says, and both leave out the time on the way. What is within them counts as dropped: that is
 #: an ABORTED that need not have been, where the other error would be a request that runs twice.
 MARGIN = 60.0
+
+#: Seconds that one try of a batch waits for another program that has the file locked. Short, so that it is logged soon:
+#: `Commits` tries again.
+_PATIENCE = 1.0
 
 #: Where evicting stops, as a part of max_bytes.
 _ENOUGH = 0.98
@@ -110,7 +114,7 @@ class SqliteJournal(Journal):
         try:
             if not check(self.path):
                 create(self.path, moment())
-            self._connection = self._connect()
+            self._connection = self._connect(BUSY)
         except BaseException:
             lock.release()
             raise
@@ -130,13 +134,42 @@ class SqliteJournal(Journal):
         return monotonic() + self._offset
 
     def commit(self, writes: Sequence[Write]) -> list[Any]:
+        try:
+            return self._commit(writes)
+        except JournalError as error:
+            self._raise_if_unavailable(error, may_be_large=bool(writes))
+            raise
+
+    def tidy(self, running: Collection[bytes]) -> bool:
+        try:
+            return self._tidy(running)
+        except JournalError as error:
+            self._raise_if_unavailable(error, may_be_large=True)
+            raise
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        return self._dropped
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lock is None else "open"
+        counts = " ".join(f"{cause}={count}" for cause, count in self._dropped.items())
+        return f"<SqliteJournal {state} {self.path}{counts and ' '}{counts}>"
+
+    # Inside.
+
+    def _commit(self, writes: Sequence[Write]) -> list[Any]:
         with self._transaction() as connection:
-            writing = Writing(connection, self.now(), self._horizon + MARGIN, self._has_steps)
+            now = self.now()
+            writing = Writing(connection, now, self._horizon + MARGIN, self._has_steps)
             results = writing.run(writes)
+            if not writes:
+                # A transaction that changes nothing would succeed on a disk that is full.
+                connection.execute("UPDATE greensafe_journal SET last = ?", (now,))
         self._has_steps = writing.has_steps
         return results
 
-    def tidy(self, running: Collection[bytes]) -> bool:
+    def _tidy(self, running: Collection[bytes]) -> bool:
         now = self.now()
         is_due, is_too_large = now >= self._next_look, self._is_too_large()
         if not (is_due or is_too_large):
@@ -156,16 +189,24 @@ class SqliteJournal(Journal):
             self._next_look = max((now if first is None else first) + self._ttl / 2, now + self._ttl / _LOOKS)
         return expired.count >= MOST or (evicted.count >= MOST and self._is_too_large())
 
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        return self._dropped
+    def _raise_if_unavailable(self, error: JournalError, may_be_large: bool) -> None:
+        """Raise JournalUnavailable if the file is at fault, and not what was to be written to it.
 
-    def __repr__(self) -> str:
-        state = "closed" if self._lock is None else "open"
-        counts = " ".join(f"{cause}={count}" for cause, count in self._dropped.items())
-        return f"<SqliteJournal {state} {self.path}{counts and ' '}{counts}>"
+        A file that is full, say, may have room for less: if it takes a change of one row, the batch was too large.
+        """
+        cause = error.__cause__
+        is_fault = is_files_fault(cause)
+        if is_fault is None:
+            is_fault = not (may_be_large and self._is_writable())
+        if is_fault:
+            raise JournalUnavailable(str(error)) from cause
 
-    # Inside.
+    def _is_writable(self) -> bool:
+        try:
+            self._commit(())
+        except JournalError:
+            return False
+        return True
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -195,14 +236,14 @@ class SqliteJournal(Journal):
         if self._lock is None:
             raise JournalError(f"the journal {self.path} is not open")
         if self._connection is None:
-            self._connection = self._connect()
+            self._connection = self._connect(_PATIENCE)
         return self._connection
 
-    def _connect(self) -> sqlite3.Connection:
-        """Open the file, and read what is kept in memory of it."""
+    def _connect(self, busy: float) -> sqlite3.Connection:
+        """Open the file, waiting `busy` seconds for other programs, and read what is kept in memory of it."""
         connection = None
         try:
-            connection = connect(self.path, "rw")
+            connection = connect(self.path, "rw", busy)
             for setting in (
                 f"synchronous = {self._synchronous}",
                 f"wal_autocheckpoint = {_CHECKPOINT}",
@@ -216,6 +257,7 @@ class SqliteJournal(Journal):
             self._start_clock(connection)
             self._read(connection)
             (self._has_steps,) = connection.execute("SELECT EXISTS (SELECT 1 FROM greensafe_steps)").fetchone()
+            connection.execute(f"PRAGMA busy_timeout = {int(_PATIENCE * 1000)}")
         except BaseException as error:
             if connection is not None:
                 connection.close()

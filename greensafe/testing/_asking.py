@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,13 @@ def counts(known: Known) -> tuple[int, int]:
     return known.attempts, known.fruitless
 
 
-def refuse(journal: Journal, writes: Sequence[Write]) -> None:
-    with suppress(JournalError):
+def refuse(journal: Journal, writes: Sequence[Write]) -> JournalError:
+    """Have a batch fail, and return its error."""
+    try:
         journal.commit(writes)
-        raise AssertionError(f"no JournalError for {writes}")
+    except JournalError as error:
+        return error
+    raise AssertionError(f"no JournalError for {writes}")
 
 
 def tidy(journal: Journal, running: Sequence[bytes] = ()) -> None:

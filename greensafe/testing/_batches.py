@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ..errors import JournalError
+from ..errors import JournalError, JournalUnavailable
 from ..journal.base import Journal
 from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 from ._asking import ERROR, REPLY, Opens, begin, counts, finish, id_of, look, refuse, returning, step
@@ -65,6 +65,14 @@ class Batches(Opens):
                 assert [look(journal, number) for number in (1, 2, 3)] == before
             assert journal.commit(good) == [None, None, None, None, None, b""]
             assert [look(journal, number).state.value for number in (1, 2, 3, 4)] == ["open", "acked", "done", "open"]
+
+    def test_a_writes_own_fault(self, tmp_path: Path) -> None:
+        """A write that cannot be done is no fault of the place: else all that came with it would be tried again and again."""
+        with self._open(tmp_path) as journal:
+            batches: list[list[Write]] = [[step(1, "a")], [begin(1), finish(2)], [begin(1), Rerun(id_of(2)), begin(3)]]
+            for writes in batches:
+                error = refuse(journal, writes)
+                assert not isinstance(error, JournalUnavailable), f"the place is blamed for {writes}: {error!r}"
 
     def test_large_batch(self, tmp_path: Path) -> None:
         """A batch of 1,000 requests is stored, answered, acknowledged, and asked about, each in its place."""

@@ -9,7 +9,7 @@ each rule of `greensafe.journal.base` and `greensafe.sansio.records`; `Model` sa
 The tests stand in `_requests`, `_batches` and `_lasting`.
 
 What it does not test, since only the backend knows how: what happens when the place is full, read-only, damaged or somebody
-else's, and what a loss of power leaves.
+else's (JournalUnavailable), and what a loss of power leaves.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import gevent.monkey
 import pytest
 from helpers import LONG, MS, wait_until
 
-from greensafe.errors import JournalError
+from greensafe.errors import JournalError, JournalUnavailable
 from greensafe.journal import Begin, Finish, Forget, Known, SqliteJournal, State, Step
 from greensafe.journal.commits import Commits
 
@@ -190,6 +190,198 @@ def test_a_journal_that_fails(journal: Gated, commits: Commits, fault: BaseExcep
     assert after.got == [(None, None)]
     assert commits.error is None
     assert any(record.levelno == logging.ERROR for record in caplog.records)
+
+
+LOCKED = JournalUnavailable("the file is locked")
+
+
+def _levels(caplog: pytest.LogCaptureFixture) -> list[int]:
+    return [record.levelno for record in caplog.records]
+
+
+def test_a_batch_that_the_place_cannot_take_is_tried_again_as_a_whole(
+    journal: Gated, commits: Commits, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is noted at the first failure and nobody is told; what comes meanwhile waits; in the end all is stored, once."""
+    journal.fault = LOCKED
+    told, late = [Told() for _ in range(3)], Told()
+    for number, each in enumerate(told):
+        commits.write(_begin(number), each)
+    wait_until(lambda: commits.error is LOCKED)
+    assert _levels(caplog) == [logging.ERROR]
+    commits.write(_begin(0), late)
+    wait_until(lambda: len(journal.batches) == 3)
+    assert [each.got for each in told] == [[]] * 3
+    assert (commits.pending, commits.failures) == (4, 0)
+    journal.fault = None
+    assert commits.flush(LONG)
+    assert [each.got for each in told] == [[(None, None)]] * 3
+    assert late.got[0][0].attempts == 1
+    assert set(journal.batches[:-1]) == {3}
+    assert journal.batches[-1] == 1
+    assert (commits.error, commits.failures, _levels(caplog)) == (None, 0, [logging.ERROR, logging.WARNING])
+
+
+def test_all_are_told_at_once_when_the_place_stays_ill(
+    journal: Gated, commits: Commits, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the limit; then each further batch has one try, until one is stored."""
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", LONG)
+    journal.fault = LOCKED
+    told = [Told() for _ in range(9)]
+    for number, each in enumerate(told):
+        commits.write(_begin(number), each)
+    wait_until(lambda: len(journal.batches) == 2)
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", 0.0)
+    assert commits.flush(LONG)
+    assert [each.got for each in told] == [[(None, LOCKED)]] * 9
+    tries = len(journal.batches)
+    assert journal.batches == [9] * tries
+    assert tries > 1
+    assert commits.failures == 9
+    for count in (1, 2):
+        after = Told()
+        commits.write(_begin(1), after)
+        assert commits.flush(LONG)
+        assert after.got == [(None, LOCKED)]
+        assert journal.batches[tries:] == [1] * count
+    assert _levels(caplog) == [logging.ERROR] * 2
+    journal.fault = None
+    commits.write(_begin(1), after)
+    assert commits.flush(LONG)
+    assert after.got[1] == (None, None)
+    assert (commits.error, _levels(caplog)) == (None, [logging.ERROR] * 2 + [logging.WARNING])
+
+
+def test_halves_end_where_the_place_fails(journal: Gated, commits: Commits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that fails while a batch is cut for a bad write: what stands behind keeps its order, and is stored later."""
+    store, fail = journal.commit, [False]
+
+    def commit(writes: Sequence[Any]) -> list[Any]:
+        if fail[0] and len(writes) == 1:
+            fail[0] = False
+            raise LOCKED
+        return store(writes)
+
+    monkeypatch.setattr(journal, "commit", commit)
+    fail[0] = True
+    told = [Told() for _ in range(5)]
+    step, bad = Step(_id(1), "a", 1, b"x"), Step(_id(99), "a", 1, b"x")
+    for write, each in zip((_begin(1), step, bad, Finish(_id(1), 0x81, [b"x"]), _begin(2)), told, strict=True):
+        commits.write(write, each)
+    assert commits.flush(LONG)
+    good = [each.got for each in (*told[:2], *told[3:])]
+    assert good == [[(None, None)]] * 4
+    ((_, error),) = told[2].got
+    assert type(error) is JournalError
+
+
+def test_halving_ends(journal: Gated, commits: Commits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that takes long to fail, and does not say that the fault is its own, is not tried for each half of a batch."""
+    monkeypatch.setattr("greensafe.journal._acts.LIMIT", 0.0)
+    journal.fault = JournalError("it takes long")
+    told = [Told() for _ in range(9)]
+    for number, each in enumerate(told):
+        commits.write(_begin(number), each)
+    assert commits.flush(LONG)
+    assert journal.batches == [9]
+    assert [each.got for each in told] == [[(None, journal.fault)]] * 9
+
+
+def test_that_the_place_is_well_again_is_found_without_writes(
+    journal: Gated, commits: Commits, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is not healthy may be asked nothing any more: an empty batch tells."""
+    monkeypatch.setattr("greensafe.journal.commits.ASK", 5 * MS)
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", 0.0)
+    journal.fault, told = LOCKED, Told()
+    commits.write(_begin(1), told)
+    wait_until(lambda: journal.batches[:3] == [1, 0, 0])
+    assert (told.got, commits.error) == ([(None, LOCKED)], LOCKED)
+    journal.fault = None
+    wait_until(lambda: commits.error is None)
+    assert _levels(caplog) == [logging.ERROR] * 2 + [logging.WARNING]
+    asked = len(journal.batches)
+    commits.write(_begin(1), told)
+    assert commits.flush(LONG)
+    assert journal.batches[asked:] == [1]
+
+
+def test_a_place_that_cannot_be_tidied(
+    journal: Gated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is noted as for a batch, once, and asked about."""
+    monkeypatch.setattr("greensafe.journal.commits.TIDY", 5 * MS)
+    tidy = journal.tidy
+
+    def fail(running: Collection[bytes]) -> bool:
+        journal.fault = LOCKED
+        raise LOCKED
+
+    monkeypatch.setattr(journal, "tidy", fail)
+    commits = Commits(journal, set)
+    commits.open()
+    try:
+        wait_until(lambda: journal.batches[:3] == [0, 0, 0])
+        assert (commits.error, _levels(caplog)) == (LOCKED, [logging.ERROR])
+        monkeypatch.setattr(journal, "tidy", tidy)
+        journal.fault = None
+        wait_until(lambda: journal.tidied)
+        assert commits.error is None
+    finally:
+        commits.close()
+        assert commits.join(LONG)
+
+
+@pytest.mark.parametrize("is_trying", [True, False])
+def test_close_while_the_place_is_ill(journal: Gated, is_trying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries or in one: who waits is told, and what is wanted all the same is tried once more."""
+    monkeypatch.setattr("greensafe.journal._patience.SHORTEST", LONG)
+    monkeypatch.setattr("greensafe.journal._patience.LONGEST", LONG)
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", 2 * LONG)
+    store = journal.commit
+
+    def fail_once(writes: Sequence[Any]) -> list[Any]:
+        try:
+            return store(writes)
+        finally:
+            journal.fault = None
+
+    monkeypatch.setattr(journal, "commit", fail_once)
+    commits = Commits(journal, set)
+    commits.open()
+    journal.fault = LOCKED
+    if is_trying:
+        journal.gate.clear()
+    told = Told()
+    commits.write(_begin(1), told)
+    commits.write(_begin(2), told, Forget(_id(2)))
+    wait_until(lambda: commits._is_busy if is_trying else commits.error)
+    commits.write(_begin(3))
+    commits.close()
+    assert ["was stopped" in str(error) for _, error in told.got] == [True, True]
+    journal.gate.set()
+    assert commits.join(LONG)
+    assert journal.batches == [2, 2]
+    journal.open()
+    assert [result and result.attempts for result in journal.commit([_begin(1), _begin(2), _begin(3)])] == [1, None, 1]
+    journal.close()
+
+
+def test_what_cannot_be_stored_at_the_end_is_logged(journal: Gated, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with how many writes it is, and the journal is closed all the same."""
+    commits = Commits(journal, set)
+    commits.open()
+    journal.fault = LOCKED
+    commits.write(_begin(1))
+    commits.write(_begin(2))
+    commits.close()
+    assert commits.join(LONG)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the journal is closed without 2 writes, which it cannot store: the file is locked"
+    ]
+    journal.open()
+    journal.close()
 
 
 def test_one_that_is_told_and_raises_does_not_stop_the_next(commits: Commits, capsys: pytest.CaptureFixture[str]) -> None:

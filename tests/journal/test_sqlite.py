@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from helpers import LONG, ROOT, run_python
 
-from greensafe import JournalError
+from greensafe import JournalError, JournalUnavailable
 from greensafe.journal import Ack, Begin, Effect, Failed, Finish, Journal, Known, SqliteJournal, State, Step, _schema, sqlite
 from greensafe.journal._clock import Moment
 from greensafe.journal._tidying import MOST
@@ -304,7 +304,7 @@ def test_second_process(path: Path) -> None:
 
 FORK = """
 import os, subprocess, sys
-from greensafe import JournalError
+from greensafe import JournalError, JournalUnavailable
 from greensafe.journal import Begin, SqliteJournal
 
 def begin(number):
@@ -422,7 +422,7 @@ def test_full(journal: SqliteJournal, path: Path) -> None:
 
 LIMIT = """
 import resource, sys
-from greensafe import JournalError
+from greensafe import JournalError, JournalUnavailable
 from greensafe.journal import Begin, SqliteJournal
 
 def begin(number, size=1):
@@ -464,7 +464,7 @@ def test_limit_of_the_process(path: Path) -> None:
 
 DISK = """
 import os, sys
-from greensafe import JournalError
+from greensafe import JournalError, JournalUnavailable
 from greensafe.journal import Begin, SqliteJournal
 
 def begin(number, size=1):
@@ -562,10 +562,40 @@ def test_other_writer(journal: SqliteJournal, path: Path, monkeypatch: pytest.Mo
     journal._connection.execute("PRAGMA busy_timeout = 50")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(JournalError, match="locked; another program is writing to it"):
-            journal.commit([begin(1)])
+        for act in (lambda: journal.commit([begin(1)]), lambda: journal.commit([])):
+            with pytest.raises(JournalUnavailable, match="locked; another program is writing to it"):
+                act()
         other.execute("ROLLBACK")
     assert journal.commit([begin(1)]) == [None]
+
+
+def test_the_file_is_to_blame_or_the_batch(journal: SqliteJournal, path: Path) -> None:
+    """Full for one row as well, it is JournalUnavailable; as long as it takes one, the batch was too large."""
+    journal.commit([begin(1)])
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    large = [begin(2), Begin(ID, [bytes(100_000)], since=1.0)]
+    with pytest.raises(JournalError, match="full") as caught:
+        journal.commit(large)
+    assert type(caught.value) is JournalError
+    assert journal.commit([]) == []
+    journal._connection.execute(
+        "CREATE TEMP TRIGGER full BEFORE UPDATE ON greensafe_journal BEGIN INSERT INTO greensafe_steps"
+        " VALUES (x'00', 'ballast', 0, zeroblob(100000)); END"
+    )
+    for writes in (large, []):
+        with pytest.raises(JournalUnavailable, match="full; the disk is full: make room"):
+            journal.commit(writes)
+    journal._connection.execute("DROP TRIGGER full")
+    journal._connection.execute("PRAGMA max_page_count = 1000000")
+    assert journal.commit(large) == [None, None]
+
+
+def test_a_question_is_a_write(journal: SqliteJournal) -> None:
+    """An empty batch changes a row: on a disk that is full a transaction without changes would succeed."""
+    before = journal._connection.total_changes
+    assert journal.commit([]) == []
+    assert journal._connection.total_changes == before + 1
 
 
 def test_error_that_is_not_the_places(journal: SqliteJournal) -> None:

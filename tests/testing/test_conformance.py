@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from greensafe import JournalError
+from greensafe import JournalError, JournalUnavailable
 from greensafe.journal import Begin, Effect, Failed, Finish, Journal, Known, Rerun, State, Step, Write
 from greensafe.testing.conformance import JournalConformance, Model, Request
 
@@ -310,6 +310,14 @@ class CannotDoNothing(Model):
         return super().commit(writes)
 
 
+class BlamesThePlace(Model):
+    def write(self, write: Write) -> Any:
+        try:
+            return super().write(write)
+        except JournalError as error:
+            raise JournalUnavailable(str(error)) from None
+
+
 class StopsAtFiveHundred(Model):
     def commit(self, writes: Sequence[Write]) -> list[Any]:
         return super().commit(writes[:500]) + [None] * len(writes[500:])
@@ -500,6 +508,7 @@ BROKEN = [
     (CountsBegins, JournalConformance.test_rerun),
     (KeepsSteps, JournalConformance.test_steps_go_with_the_answer),
     (KeepsHalves, JournalConformance.test_any_history),
+    (BlamesThePlace, JournalConformance.test_a_writes_own_fault),
     (CannotDoNothing, JournalConformance.test_empty_batch),
     (StopsAtFiveHundred, JournalConformance.test_large_batch),
     (NewId, JournalConformance.test_reopened),
