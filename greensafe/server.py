@@ -31,7 +31,7 @@ import zmq
 from gevent.event import Event
 
 from . import systemd
-from .deadlines import move_on, preemptible, shield, to_seconds
+from .deadlines import preemptible, shield, to_seconds
 from .descriptors import DescriptorWatch
 from .endpoints import check_endpoint
 from .errors import RemoteError
@@ -60,6 +60,7 @@ from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .stats import ServerStats
+from .stopping import Stop
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
@@ -74,9 +75,6 @@ STOP_TIMEOUT = 5.0
 
 #: Seconds that a server which stops reads on, for clients that have asked before they heard of it.
 LAST_REQUESTS = 0.05
-
-#: Seconds after which a server that stops looks by itself for what no event tells of: messages that libzmq has not shown yet.
-POLL = 0.05
 
 
 class Server:
@@ -167,10 +165,10 @@ class Server:
         self._systemd: systemd.Notifier | None = None
         self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
         self._undelivered = (0, 0)
-        self._idle = Event()
         self._stopped = Event()
         self._stopped.set()
         self._stopping = False
+        self._stop: Stop | None = None
         self._binding = Binding()
         self._path_watch: PathWatch | None = None
         self.endpoint: str | None = None
@@ -369,44 +367,37 @@ class Server:
         timeout it ends the first call's wait. When it returns the address is free, for any process, and the server can be
         started again. Whatever is thrown into the caller meanwhile ends the wait, and the server is closed all the same.
 
+        In one of this server's own handlers, and in the hub (where handlers of `signal.signal` may run), it begins all that and
+        returns at once: the handler can answer, and `state` is "stopping" until the end.
+
         Raises:
             TypeError, ValueError: The timeout is none.
-            RuntimeError: In the hub, which cannot wait: `close` can be called there.
         """
         limit = to_seconds(timeout)
         self._forget_parent()
-        pump = self._pump
-        is_hub = gevent.getcurrent() is gevent.get_hub()
-        if pump is None:
+        current = gevent.getcurrent()
+        is_hub = current is gevent.get_hub()
+        if self._pump is None:
             self._wait_for_address(is_hub)
             return
-        if is_hub and limit != 0:
-            raise RuntimeError("the hub cannot wait for requests to end: call close(), or spawn stop")
-        # Not unbound first: that would end the connections it accepted, and their answers with them.
+        if is_hub and limit == 0:
+            self._close()
+            return
         self._stopping = True
+        if self._stop is None:
+            self._stop = Stop(_Run(self, self._pump), 0.0 if self._bind_to.startswith("inproc:") else LAST_REQUESTS)
+        stop = self._stop
+        stop.end_by(math.inf if limit is None else monotonic() + limit)
         assert self._watchdog is not None
-        now = monotonic()
-        at = None if limit is None else now + limit
-        self._watchdog.drain()
-        if self._systemd is not None:
-            self._systemd.stopping()
-        quiet_at = now if self._bind_to.startswith("inproc:") else now + LAST_REQUESTS
-        try:
-            # Another call of stop may have ended it meanwhile, and start may have made a new pump.
-            while self._pump is pump and (at is None or now < at) and (self._is_busy() or now < quiet_at):
-                self._idle.clear()
-                with move_on(POLL if at is None else min(POLL, at - now)):
-                    self._idle.wait()
-                now = monotonic()
-            if self._commits is not None and self._pump is pump and not is_hub:
-                self._commits.flush(FLUSH)  # answers that wait for it, and no longer
-        finally:
-            if self._pump is pump:
-                self._end(is_hub)
-        self._wait_for_address(is_hub)
+        if not is_hub and not self._watchdog.is_handler(current):
+            stop.join()
+            self._wait_for_address(is_hub)
 
     def close(self) -> None:
-        """Stop at once: what has arrived and is not answered is answered UNAVAILABLE."""
+        """Stop at once: what has arrived and is not answered is answered UNAVAILABLE.
+
+        In one of this server's own handlers it returns before that: what the handler answers without waiting still leaves.
+        """
         self.stop(0)
 
     def serve_forever(self, stop_timeout: Any = STOP_TIMEOUT) -> None:
@@ -476,8 +467,8 @@ class Server:
             return  # a handler that has outlived its server
         if self._pump.is_paused and not self._watchdog.is_full:
             self._pump.resume()
-        if self._stopping and not self._watchdog.load and not self._watchdog.backlog:
-            self._idle.set()
+        if self._stop is not None and not self._watchdog.load and not self._watchdog.backlog:
+            self._stop.wake()
 
     def _give_up(self, error: Exception) -> None:
         """A loop has failed too often. Not closed here: this may be in the middle of a send."""
@@ -514,19 +505,8 @@ class Server:
             self._descriptors = None
             self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
             self._stopping = False
+            self._stop = None
             self._stopped.set()
-
-    def _is_busy(self) -> bool:
-        assert self._watchdog is not None and self._pump is not None
-        return self._watchdog.load > 0 or self._watchdog.backlog > 0 or self._pump.queued > 0 or self._pump.has_input
-
-    def _end(self, is_hub: bool) -> None:
-        """Have it closed in the hub: there on_error and hooks cannot wait, and who stops it may be killed meanwhile."""
-        if is_hub:
-            self._close()
-        else:
-            gevent.get_hub().loop.run_callback(self._close)
-            self._stopped.wait()
 
     def _wait_for_address(self, is_hub: bool) -> None:
         """Wait until libzmq has closed the listener: then the address is free for whoever is next, in any process."""
@@ -586,7 +566,45 @@ class Server:
 
     def _be_stopped(self, _: object = None) -> None:
         self._stopping = False
+        stop, self._stop = self._stop, None
         self._stopped.set()
+        if stop is not None:
+            stop.end()
+
+
+class _Run:
+    """One run of a server, between a start and its end, as its `Stop` sees it."""
+
+    def __init__(self, server: Server, pump: Pump) -> None:
+        self._server = server
+        self._pump = pump
+
+    def drain(self) -> None:
+        server = self._server
+        if server._watchdog is not None:
+            # Not unbound first: that would end the connections it accepted, and their answers with them.
+            server._watchdog.drain()
+        if server._systemd is not None:
+            server._systemd.stopping()
+
+    def is_open(self) -> bool:
+        return self._server._pump is self._pump
+
+    def is_busy(self) -> bool:
+        watchdog, pump = self._server._watchdog, self._pump
+        return watchdog is not None and (watchdog.load > 0 or watchdog.backlog > 0 or pump.queued > 0 or pump.has_input)
+
+    def flush(self) -> None:
+        if self._server._commits is not None:
+            self._server._commits.flush(FLUSH)  # answers that wait for it, and no longer
+
+    def close(self) -> None:
+        """In the hub: there on_error and hooks cannot wait, and who stops it may be killed meanwhile."""
+        gevent.get_hub().loop.run_callback(self._close)
+
+    def _close(self) -> None:
+        if self.is_open():
+            self._server._close()
 
 
 def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> None:

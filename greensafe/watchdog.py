@@ -164,6 +164,10 @@ class Watchdog:
         arrived = next((exchange.arrived_at for exchange in self._owed.values() if not exchange.is_answered), None)
         return None if arrived is None else monotonic() - arrived
 
+    def is_handler(self, greenlet: object) -> bool:
+        """Whether this greenlet runs a handler, which is waited for by whoever waits for all to be answered."""
+        return any(each is greenlet for each in self._greenlets.values())
+
     def zombies(self) -> tuple[Zombie, ...]:
         """The oldest `NAMED` handlers that have survived a kill and still run."""
         survivors = (each for each in self._owed.values() if each.kills > 1 and each.key in self._greenlets)

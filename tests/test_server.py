@@ -362,22 +362,73 @@ def test_stop_during_stop(context: zmq.Context) -> None:
 
 
 @pytest.mark.parametrize("has_journal", [False, True])
-def test_a_handler_that_stops_its_server(context: zmq.Context, tmp_path: Path, has_journal: bool) -> None:
-    """It is killed by that in the middle of stop, which is done all the same: serve_forever returns, and it can start again."""
+@pytest.mark.parametrize("timeout", [None, LONG, 0])
+def test_a_handler_that_stops_its_server(
+    context: zmq.Context, tmp_path: Path, has_journal: bool, timeout: float | None
+) -> None:
+    """The stop does not wait for itself: it begins, the handler answers, serve_forever returns, and it can start again."""
+    states: list[tuple[str, bool, str]] = []
 
     def handler(request: Request) -> bytes:
-        server.stop(0)
-        return b"not reached"
+        server.stop(timeout)
+        states.append((server.state, server.started, server.stats.state))
+        server.stop(timeout)
+        return b"answered"
 
     journal = tmp_path / "journal" if has_journal else None
     server = Server("inproc://s", handler, deadline=LONG, journal=journal, context=context)
     for _ in range(2):
         serving = gevent.spawn(server.serve_forever)
         wait_until(lambda: server.started)
-        with Client("inproc://s", context=context) as client, pytest.raises(RemoteError, match="UNAVAILABLE"):
-            client.request(b"x")
+        with Client("inproc://s", context=context) as client:
+            assert client.request(b"x") == b"answered"
         serving.get(timeout=LONG)
         assert server.closed
+    assert states == [("stopping", False, "stopping")] * 2
+
+
+def test_a_handler_that_stops_its_server_and_goes_on(context: zmq.Context) -> None:
+    """It drains as ever: others are answered, the limit holds, and a smaller one that is given later ends it sooner."""
+    go = gevent.event.Event()
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"stop":
+            server.stop(2 * LONG)
+            gevent.sleep(2 * LONG)
+        go.wait()
+        return request.body
+
+    server = Server("inproc://s", handler, deadline=None, context=context)
+    server.start()
+    with Client("inproc://s", context=context) as client:
+        other, stopping = gevent.spawn(client.request, b"x"), gevent.spawn(client.request, b"stop")
+        wait_until(lambda: server.state == "stopping")
+        with pytest.raises(RuntimeError, match="stopping"):
+            server.start()
+        go.set()
+        assert other.get() == b"x"
+        assert server.state == "stopping"
+        server.stop(MS)
+        assert server.closed
+        stopping.join()
+        assert isinstance(stopping.exception, RemoteError)
+        assert stopping.exception.code == "UNAVAILABLE"
+
+
+def test_another_servers_handler_waits_for_the_stop(context: zmq.Context) -> None:
+    """Only a handler of the server itself cannot."""
+    states: list[str] = []
+
+    def stop(request: Request) -> bytes:
+        other.stop()
+        states.append(other.state)
+        return b"done"
+
+    other = Server("inproc://other", _echo, deadline=LONG, context=context)
+    other.start()
+    with Server("inproc://s", stop, deadline=LONG, context=context), Client("inproc://s", context=context) as client:
+        assert client.request(b"x") == b"done"
+    assert states == ["closed"]
 
 
 def test_on_error_that_waits_does_not_hold_up_the_end(context: zmq.Context) -> None:
@@ -442,23 +493,58 @@ def test_a_start_that_fails_halfway(context: zmq.Context, monkeypatch: pytest.Mo
             assert client.request(b"x") == b"x"
 
 
-def test_the_hub_cannot_wait(context: zmq.Context) -> None:
-    """There stop does nothing but say so, and close closes."""
-    said: list[str] = []
-    server = Server("inproc://s", _echo, deadline=LONG, context=context)
+def test_stop_in_the_hub(context: zmq.Context) -> None:
+    """It begins there and returns; what runs is answered, and then the server is closed."""
+    go, states = gevent.event.Event(), []
+
+    def handler(request: Request) -> bytes:
+        go.wait()
+        return request.body
 
     def stop() -> None:
-        with pytest.raises(RuntimeError, match="close") as caught:
-            server.stop()
-        said.append(server.state)
-        server.close()
-        said.append(str(caught.value))
+        server.stop(LONG)
+        states.append(server.state)
 
+    server = Server("inproc://s", handler, deadline=LONG, context=context)
     server.start()
-    gevent.get_hub().loop.run_callback(stop)
-    wait_until(lambda: len(said) == 2)
-    assert said[0] == "started"
+    with Client("inproc://s", context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        wait_until(lambda: server.stats.running)
+        gevent.get_hub().loop.run_callback(stop)
+        wait_until(lambda: states)
+        assert states == ["stopping"]
+        go.set()
+        assert asked.get() == b"x"
+    wait_until(lambda: server.closed)
+
+
+def test_close_in_the_hub(context: zmq.Context) -> None:
+    """It closes there, also while another greenlet waits for the end of a drain."""
+    states: list[str] = []
+    server = Server("inproc://s", _hang, deadline=LONG, context=context)
+    server.start()
+    with Client("inproc://s", context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        wait_until(lambda: server.stats.running)
+        stopping = gevent.spawn(server.stop, None)
+        wait_until(lambda: server.state == "stopping")
+        gevent.get_hub().loop.run_callback(lambda: (server.close(), states.append(server.state)))
+        stopping.get()
+        assert states == ["closed"]
+        with pytest.raises(RemoteError, match="UNAVAILABLE"):
+            asked.get()
+
+
+def test_a_stop_that_fails_closes_the_server(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What goes wrong in its greenlet is logged, whoever has asked for it; nobody waits for ever."""
+    server = Server("inproc://s", _echo, deadline=LONG, context=context)
+    server.start()
+    monkeypatch.setattr(server._watchdog, "drain", lambda: 1 / 0)
+    server.stop(None)
     assert server.closed
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_wrong_timeout_is_found_at_once(context: zmq.Context) -> None:

@@ -41,6 +41,28 @@ server.serve_forever(stop_timeout=limit)
 print("returned", server.state, flush=True)
 """
 
+OWN = """
+import signal, gevent, greensafe
+
+go = gevent.event.Event()
+
+def handler(request):
+    if request.body == b"raise":
+        signal.raise_signal(signal.SIGTERM)
+    elif request.body == b"wait":
+        go.wait()
+    return request.body
+
+server = greensafe.Server("tcp://127.0.0.1:0", handler, deadline=None)
+signal.signal(signal.SIGTERM, lambda *_: server.stop())
+signal.signal(signal.SIGUSR1, lambda *_: go.set())
+server.start()
+print(server.endpoint, flush=True)
+while not server.closed:
+    gevent.sleep(0.05)
+print("returned", server.state, flush=True)
+"""
+
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
@@ -167,3 +189,19 @@ def test_without_requests_it_ends_soon() -> None:
         assert service.other.request(b"x") == b"x"
         service.process.send_signal(signal.SIGTERM)
         service.end()
+
+
+@pytest.mark.parametrize("where", ["hub", "handler"])
+def test_a_signal_handler_of_the_programs_own(where: str) -> None:
+    """It calls stop(), wherever it runs, in the hub or in a handler of the server: all is answered, and the process ends."""
+    with running([sys.executable, "-c", OWN]) as (process, endpoint), Client(endpoint) as client, Client(endpoint) as other:
+        service = Service(process, client, other)
+        service.ask(b"wait")
+        if where == "hub":
+            process.send_signal(signal.SIGTERM)
+        else:
+            service.asked.append(gevent.spawn(client.request, b"raise"))
+        wait_until(lambda: client.stats.endpoints[0].is_draining)
+        process.send_signal(signal.SIGUSR1)
+        assert service.codes() == ["wait", "raise"][: len(service.asked)]
+        assert not service.end()
