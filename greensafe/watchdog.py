@@ -60,6 +60,10 @@ _FULL = RemoteError("RESOURCE_EXHAUSTED", "the server has as many requests as it
 _STUCK = RemoteError("UNAVAILABLE", "the server has too many handlers that cannot be ended: restart it", "ServerStuck")
 
 
+class _Ended(gevent.GreenletExit):  # type: ignore[misc]  # gevent is untyped
+    """What ends the handlers that still run when nothing is served any more: no fault of theirs, so none is logged for it."""
+
+
 class Watchdog:
     """The requests of one server, their handlers and the answers they owe.
 
@@ -331,8 +335,11 @@ class Watchdog:
         for exchange in list(self._owed.values()):
             if not exchange.is_answered:
                 self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
-        for greenlet in list(self._greenlets.values()):
-            self._kill(greenlet)
+        running = [greenlet for greenlet in self._greenlets.values() if not greenlet.dead]
+        if running:
+            log.warning("%d handlers still run at the end, and are killed", len(running), extra={"endpoint": self._endpoint})
+        for greenlet in running:
+            self._kill(greenlet, _Ended)
 
     def close(self) -> None:
         """Stop the timers. Handlers that still run are not watched any more."""
@@ -450,6 +457,8 @@ class Watchdog:
                 self._answer_overdue(exchange)  # before the timer has come to it
                 return
             told = error_for(error.scope._outcome())
+        elif isinstance(error, _Ended) and exchange.is_answered:
+            return
         else:
             told = error_for(error)
             what = (type(error), error, error.__traceback__)
@@ -576,6 +585,6 @@ class Watchdog:
             RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind),
         )
 
-    def _kill(self, greenlet: gevent.Greenlet) -> None:
+    def _kill(self, greenlet: gevent.Greenlet, exception: type[BaseException] = gevent.GreenletExit) -> None:
         if not greenlet.dead:
-            greenlet.kill(block=False)
+            greenlet.kill(exception, block=False)

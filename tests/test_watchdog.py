@@ -160,6 +160,34 @@ def test_abort_all_answers_and_kills() -> None:
     watchdog.close()
 
 
+def test_the_handlers_of_an_end_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """That they are killed is no fault of theirs; what they raise instead is, and so is a kill that comes from elsewhere."""
+
+    def handler(request: Request) -> None:
+        try:
+            gevent.sleep(LONG)
+        except gevent.GreenletExit:
+            if request.body == b"raises":
+                raise ValueError("while it ended") from None
+            raise
+
+    watchdog = _watchdog(handler, [])
+    for body in (b"1", b"2", b"raises", b"killed"):
+        _ask(watchdog, body)
+    list(watchdog._greenlets.values())[-1].kill()
+    (killed,) = caplog.records
+    assert killed.exc_info is not None
+    assert killed.exc_info[0] is gevent.GreenletExit
+    watchdog.abort_all(RemoteError("UNAVAILABLE", "no"))
+    wait_until(lambda: not watchdog._owed)
+    _, line, raised = caplog.records
+    assert line.getMessage() == "3 handlers still run at the end, and are killed"
+    assert "ValueError: while it ended" in caplog.text
+    assert raised.exc_info is not None
+    assert caplog.text.count("Traceback") == 2
+    watchdog.close()
+
+
 def test_malformed_messages_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     """No handler is started, nobody is answered, the log names what was wrong."""
     sent: list[list[bytes]] = []
