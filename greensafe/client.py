@@ -27,9 +27,10 @@ import gevent
 import zmq
 from gevent import get_hub, getcurrent
 from gevent.hub import Hub
+from gevent.monkey import get_original
 
 from .call import Call, raise_error
-from .deadlines import DeadlineSignal, allowed_until, start_timer, to_seconds
+from .deadlines import DeadlineSignal, allowed_until, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
     Cancelled,
@@ -55,8 +56,11 @@ from .sansio.backoff import Budget
 from .sansio.envelope import Kind
 from .sansio.requester import Requester
 from .stats import ClientStats
+from .waking import Waking, weakly
 
 __all__ = ["HEARTBEAT", "Client"]
+
+_this_thread = get_original("_thread", "get_ident")
 
 #: Seconds of silence after which a server is taken for dead, by default.
 HEARTBEAT = 5.0
@@ -89,6 +93,9 @@ class Client:
         TypeError, ValueError: An argument is not usable; the text says which.
         zmq.ZMQError: An endpoint is malformed; nothing is left behind.
     """
+
+    #: In which process it has opened its connections: none yet.
+    _generation = -1
 
     def __init__(
         self,
@@ -210,9 +217,17 @@ class Client:
         for asked in self._requester.abandon_all():
             asked.owner.outcome = _ended(error)
             self._hub.loop.run_callback(asked.owner.wake)
-        self._disarm()
+        self._waking.disarm()
         for channel in self._channels:
             channel.close(CLOSE_LINGER if any(has_told) else 0)
+
+    def __del__(self) -> None:
+        # Dropped without a close, and so without requests: its descriptors would stay until the next collection. In another
+        # thread nothing may be done to them; nor in a forked child, whose parent goes on with them, nor when all ends.
+        if self._generation != generation() or self._closed or sys.is_finalizing():
+            return
+        if self._hub.thread_ident == _this_thread() and self._hub.loop is not None:
+            self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -266,7 +281,7 @@ class Client:
         """Begin anew; the parent's requests are its own, whatever becomes of the greenlets here that seem to wait for them."""
         for asked in self._requester.abandon_all():
             asked.owner.stop_pause()
-        self._disarm()
+        self._waking.disarm()
         self._failover.stop()
         self._begin()
 
@@ -275,9 +290,10 @@ class Client:
         own(self._context)
         self._generation = generation()
         self._hub: Hub = gevent.get_hub()
-        self.restarts = Restarts(" ".join(self._endpoints), self._give_up, self._tell)
+        self.restarts = Restarts(" ".join(self._endpoints), weakly(self._give_up), self._tell)
         self._requester = Requester(self._heartbeat)
         self._budget = Budget()
+        self._waking = Waking(self._requester, self.restarts)
         self._failover = Failover(
             self._requester,
             self._budget,
@@ -285,18 +301,14 @@ class Client:
             waits_for_servers=self._waits_for_servers,
             restarts=self.restarts,
             tell=self._tell,
-            wake=self._wake,
-            on_end=self.close,
+            wake=self._waking.wake,
+            on_end=weakly(self.close),
         )
-        self._channels = self._failover.channels
+        self._channels = self._waking.channels = self._failover.channels
         self._place = self._failover.place
-        self._timer: Any = None
-        self._timer_at = float("inf")
         self._answered = 0
         self._failures: dict[str, int] = {}
         self._turned_at = monotonic()
-        #: A caller that was woken by a callback runs: it may ask again at once, so whether to rest is seen to afterwards.
-        self._is_waking = False
         self._prefix = os.urandom(8)
         self._numbers = itertools.count(1)
         try:
@@ -311,8 +323,8 @@ class Client:
 
     def _wait(self, call: Call, at: float | None, limit: float | None) -> list[bytes]:
         """Sleep until the answer has come or a limit ends it."""
-        if at is not None and at < self._timer_at:
-            self._arm(at)
+        if at is not None and at < self._waking.at:
+            self._waking.arm(at)
         if call.outcome is None:
             self._sleep(call)
         outcome, call.outcome = call.outcome, None
@@ -347,6 +359,7 @@ class Client:
         """Nobody waits for this request any more: nothing of it stays, here or on the server."""
         asked = call.asked
         call.stop_pause()
+        call.switch = None  # a killed greenlet keeps its traceback, and that this: else it would keep itself, and the client
         if asked.is_open:
             self._tell_cancelled(call)
             self._requester.abandon(asked)
@@ -354,8 +367,8 @@ class Client:
         asked.frames.clear()  # if it has not left yet it need not leave any more
         asked.body = ()  # the table may keep what has a limit until that comes: neither what was asked with it, nor who asked
         asked.owner = None  # which knows its request: else each would be for the garbage collector
-        if not self._is_waking and not self._requester.pending:
-            self._rest()
+        if not self._waking.is_waking and not self._requester.pending:
+            self._waking.rest()
 
     def _tell_cancelled(self, call: Call) -> bool:
         note = self._requester.cancel(call.asked)
@@ -364,68 +377,12 @@ class Client:
         call.channel.tell(note)
         return True
 
-    def _rest(self) -> None:
-        """Nothing of an idle client keeps the loop going, or the client alive once it is dropped."""
-        self._disarm()
-        if not self._closed:
-            for channel in self._channels:
-                channel.rest()
-
     def _timeout_of(self, call: Call, limit: float | None) -> OperationTimeout:
         channel = call.channel or self._channels[0]
         error = OperationTimeout(limit, "request", channel.endpoint)
         if call.asked.connection is None and (why := channel.why_not_up):
             error.add_note(f"it was not sent: {why}")
         return error
-
-    def _wake(self, call: Call) -> None:
-        """Straight from a callback; from a greenlet only by way of the hub, which alone is sure to come back."""
-        if not call.asleep:
-            return
-        if getcurrent() is not self._hub:
-            self._hub.loop.run_callback(call.wake)
-            return
-        call.asleep = False
-        self._is_waking = True
-        try:
-            call.switch()
-        except BaseException:  # noqa: BLE001 - out of a raw greenlet; those behind it are to be woken all the same
-            self._hub.handle_error(call, *sys.exc_info())
-        finally:
-            self._is_waking = False
-        if not self._requester.pending:
-            self._rest()
-
-    # Time.
-
-    def _arm(self, at: float) -> None:
-        self._disarm()
-        self._timer = start_timer(self._hub, at - monotonic(), self._on_timer)
-        self._timer_at = at
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.stop()
-            self._timer.close()
-            self._timer = None
-        self._timer_at = float("inf")
-
-    def _on_timer(self) -> None:
-        self._disarm()
-        self._timer_at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
-        self.restarts.run("limits", self._end_overdue)
-
-    def _end_overdue(self) -> None:
-        for channel in self._channels:
-            channel.drain()
-        for asked in self._requester.tick(monotonic()):
-            if asked.is_open:  # and not ended by those that were woken before it
-                asked.owner.is_timed_out = True
-                self._wake(asked.owner)
-        self._disarm()
-        at = self._requester.next_deadline()
-        if at is not None:
-            self._arm(at)
 
 
 _ERROR = int(Kind.ERROR)

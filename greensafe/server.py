@@ -375,8 +375,7 @@ class Server:
         """
         limit = to_seconds(timeout)
         self._forget_parent()
-        current = gevent.getcurrent()
-        is_hub = current is gevent.get_hub()
+        is_hub = gevent.getcurrent() is gevent.get_hub()
         if self._pump is None:
             self._wait_for_address(is_hub)
             return
@@ -389,7 +388,7 @@ class Server:
         stop = self._stop
         stop.end_by(math.inf if limit is None else monotonic() + limit)
         assert self._watchdog is not None
-        if not is_hub and not self._watchdog.is_handler(current):
+        if not is_hub and not self._watchdog.is_handler(gevent.getcurrent()):
             stop.join()
             self._wait_for_address(is_hub)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -71,9 +72,10 @@ def supervise(
     check_options(max_inflight, on_error)
     room = Event()
     is_rep = sock.type == zmq.REP
-    hub, caller = gevent.get_hub(), gevent.getcurrent()
+    # Held weakly: a killed greenlet keeps its traceback, and that this frame, so it would keep itself, and the socket.
+    hub, caller = gevent.get_hub(), weakref.ref(gevent.getcurrent())
     ending: list[Any] = []
-    restarts = Restarts(repr(sock), lambda error: ending.append(hub.loop.run_callback(caller.throw, error)))
+    restarts = Restarts(repr(sock), lambda error: ending.append(hub.loop.run_callback(_throw, caller, error)))
     watchdog = Watchdog(
         handler,
         _sender(sock, room.set),
@@ -102,6 +104,12 @@ def supervise(
             callback.stop()  # the caller is elsewhere soon
         watchdog.abort_all(stopped)
         watchdog.close()
+
+
+def _throw(caller: weakref.ref[Any], error: Exception) -> None:
+    greenlet = caller()
+    if greenlet is not None:
+        greenlet.throw(error)
 
 
 def _accept(watchdog: Watchdog, frames: list[bytes], stopped: RemoteError) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,6 +75,31 @@ def wait_until(predicate: Callable[[], Any], limit: float = HANG) -> Any:
         patience = patience or Patience(limit)
         assert patience.left(), f"{predicate} did not come true within {limit} s"
         gevent.sleep(MS)
+
+
+def check_freed_by_a_kill(act: Callable[[Callable[[Any], Any]], object]) -> None:
+    """Kill a greenlet in its first wait: it and what it has tracked has to be freed then, without the garbage collector.
+
+    Args:
+        act: What the greenlet runs; called with `track`, which notes something and returns it.
+    """
+    tracked: list[weakref.ref[Any]] = []
+
+    def track(what: Any) -> Any:
+        tracked.append(weakref.ref(what))
+        return what
+
+    gc.collect()
+    gc.disable()
+    try:
+        greenlet = track(gevent.spawn(act, track))
+        wait_until(lambda: len(tracked) > 1)
+        gevent.sleep(MS)
+        greenlet.kill()
+        del greenlet
+        wait_until(lambda: all(each() is None for each in tracked))
+    finally:
+        gc.enable()
 
 
 @dataclass

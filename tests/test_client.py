@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, MS, run_python, wait_until
+from helpers import LONG, MS, check_freed_by_a_kill, run_python, wait_until
 
 import greensafe as zmq
 from greensafe import (
@@ -38,6 +39,7 @@ from greensafe.sansio.envelope import Kind, ServerHeader
 from greensafe.sansio.requester import Asked
 from greensafe.testing import FaultyLink
 from greensafe.trouble import LOST
+from greensafe.waking import Waking
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -381,16 +383,16 @@ def test_who_asks_again_at_once_finds_the_client_awake(
         assert pump is not None
         stops: list[Pump] = []
         timers: list[float] = []
-        stop, arm = Pump.stop, Client._arm
+        stop, arm = Pump.stop, Waking.arm
         monkeypatch.setattr(Pump, "stop", lambda self: (stops.append(self), stop(self)))
-        monkeypatch.setattr(Client, "_arm", lambda self, at: (timers.append(at), arm(self, at)))
+        monkeypatch.setattr(Waking, "arm", lambda self, at: (timers.append(at), arm(self, at)))
         for number in range(100):
             assert client.request(b"x", timeout=None if number % 2 else LONG) == b"x"
         assert stops == []
         assert len(timers) == 1
         gevent.sleep(0)
         assert not pump.is_started
-        assert client._timer is None
+        assert client._waking._timer is None
 
 
 @pytest.mark.parametrize("how", ["answered", "error", "timeout", "lost"])
@@ -414,6 +416,37 @@ def test_nothing_is_left_to_the_garbage_collector(context: zmq.Context, endpoint
             assert all(error() is None for error in errors)
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_killed_greenlet_takes_its_client_along(endpoint: str, is_there: bool) -> None:
+    """The client, and its descriptors, go with the greenlet that held it, whether it waits for an answer or for a server."""
+    with zmq.Context() as own:
+        plain.Socket(own, zmq.PUSH).close()  # the context's own descriptors are there
+        before = len(os.listdir("/proc/self/fd"))
+
+        def act(track: Any) -> None:
+            client = track(Client(endpoint if is_there else "ipc:///nobody/here", context=own))
+            client.request(b"sleep %f" % LONG)
+
+        check_freed_by_a_kill(act)
+        # libzmq keeps a socket that waits for its peer on inproc until its context ends.
+        wait_until(lambda: endpoint.startswith("inproc:") or len(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_a_client_that_is_dropped_is_closed(context: zmq.Context, endpoint: str) -> None:
+    """At once, and not at the next collection."""
+    gc.disable()
+    try:
+        client = Client(endpoint, context=context)
+        assert client.request(b"x", timeout=LONG) == b"x"
+        (channel,) = client._channels
+        gone = weakref.ref(client)
+        del client
+        wait_until(lambda: gone() is None)
+        assert channel._pump is None
+    finally:
+        gc.enable()
 
 
 def test_who_is_told_may_close_the_client(context: zmq.Context, capfd: pytest.CaptureFixture[str]) -> None:
@@ -472,7 +505,7 @@ def test_a_raw_greenlet_that_fails_takes_nobody_with_it(
             assert ended == [{"timeout": OperationTimeout, "lost": Disconnected, "refused": Refused}[how]] * 5
             assert client.restarts.counts == {}
             gevent.sleep(0)
-            assert client._timer is None
+            assert client._waking._timer is None
             assert channel._pump is None or not channel._pump.is_started
         server.close()
     assert capfd.readouterr().err.count("Traceback") >= 2

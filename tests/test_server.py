@@ -14,7 +14,7 @@ from typing import Any
 import gevent
 import gevent.event
 import pytest
-from helpers import LONG, MS, run_python, running, wait_until
+from helpers import LONG, MS, check_freed_by_a_kill, run_python, running, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, RemoteError, Request, Server, deadline, hubwatch, server as server_module
@@ -545,6 +545,28 @@ def test_a_stop_that_fails_closes_the_server(
     server.stop(None)
     assert server.closed
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_killed_stop_is_not_kept(context: zmq.Context) -> None:
+    """The greenlet whose stop was ended by a kill is freed, with what it held; the server is closed."""
+    server = Server("inproc://s", _hang, deadline=None, context=context)
+    server.start()
+    raw = context.socket(zmq.DEALER)
+    raw.connect("inproc://s")
+    raw.send_multipart([b"", b"x"])
+    wait_until(lambda: server.stats.running)
+
+    def act(track: Any) -> None:
+        held = track(Held())
+        server.stop(None)
+        assert held
+
+    check_freed_by_a_kill(act)
+    assert server.closed
+
+
+class Held:
+    """Something that a greenlet has."""
 
 
 def test_a_wrong_timeout_is_found_at_once(context: zmq.Context) -> None:

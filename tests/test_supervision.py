@@ -11,7 +11,7 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, MS, wait_until
+from helpers import LONG, MS, check_freed_by_a_kill, wait_until
 
 import greensafe as zmq
 from greensafe import Request, deadline, supervise, supervised, supervision
@@ -384,3 +384,18 @@ def test_a_watchdog_that_fails(
     restarts = [record for record in caplog.records if record.name == "greensafe.restarts"]
     assert len(restarts) == min(count, 4)
     assert repr(sock) in restarts[0].getMessage()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+def test_a_killed_greenlet_takes_its_supervised_socket_along(kind: int) -> None:
+    """Nobody has to close it: it is freed with the greenlet that supervises it."""
+    with zmq.Context() as own:
+
+        def act(track: Any) -> None:
+            sock = track(own.socket(kind))
+            sock.linger = 0
+            sock.bind("inproc://s")
+            supervise(sock, _handle, deadline=None)
+
+        check_freed_by_a_kill(act)

@@ -68,6 +68,19 @@ class Waiter:
             except BaseException:  # noqa: BLE001 - the hub supervises: reported, never swallowed
                 gevent.get_hub().handle_error(self.switch, *sys.exc_info())
 
+    def end(self) -> None:
+        """Let go of the greenlet, which does not sleep any more.
+
+        A greenlet that was killed keeps its traceback, that the frames, and those their waiter: so it would keep itself, with
+        all that it has, such as sockets, until the next collection.
+        """
+        self.asleep = False
+        self.switch = _nobody
+
+
+def _nobody() -> None:
+    """Stand for the greenlet of a waiter that has ended."""
+
 
 def events_of(sock: zmq.Socket[Any]) -> int:
     """Read EVENTS; everything is ready on a closed socket or a terminated context."""

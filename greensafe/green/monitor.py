@@ -466,7 +466,7 @@ class ConnectionEvents:
         try:
             hub.switch()
         finally:
-            waiter.asleep = False
+            waiter.end()
             self._waiters.remove(waiter)
             self._sharing.monitor.let_loop()
             if timer is not None:

@@ -88,10 +88,9 @@ class Poller(zmq.Poller):
                 undo += [timer.stop, timer.close]
             hub.switch()
         finally:
-            waiter.asleep = False
+            waiter.end()
             for each in undo:
                 each()
-            del waiter, undo  # as in Waits.wait
 
 
 def _with_input(events: list[tuple[Any, int]], sock: Socket) -> list[tuple[Any, int]]:

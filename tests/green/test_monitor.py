@@ -14,7 +14,7 @@ import gevent
 import pytest
 import zmq as plain
 from gevent.monkey import get_original
-from helpers import LONG, MS, run_python, wait_until
+from helpers import LONG, MS, check_freed_by_a_kill, run_python, wait_until
 
 import greensafe as zmq
 from greensafe import OperationTimeout, deadline, move_on
@@ -447,3 +447,16 @@ def test_threads_that_come_and_go(context: zmq.Context, address: str) -> None:
         thread.start()
     wait_until(lambda: not any(thread.is_alive() for thread in threads))
     assert threading.active_count() >= 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_killed_greenlet_takes_its_events_along() -> None:
+    """A greenlet that waits for events holds them and their socket no longer than it lives."""
+    with zmq.Context() as own:
+
+        def act(track: Any) -> None:
+            sock = track(own.socket(zmq.DEALER))
+            sock.linger = 0
+            list(track(sock.connection_events()))
+
+        check_freed_by_a_kill(act)

@@ -11,7 +11,7 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, MS
+from helpers import LONG, MS, check_freed_by_a_kill
 
 import greensafe as zmq
 from greensafe import DeadlineExceeded, deadline
@@ -183,3 +183,34 @@ def test_zmq_poll(context: zmq.Context) -> None:
     assert zmq.zmq_poll([(a, zmq.POLLIN)], 2) == []
     gevent.spawn_later(2 * MS, b.send, b"x")
     assert zmq.zmq_poll([(a, zmq.POLLIN), (b, zmq.POLLIN)]) == [(a, zmq.POLLIN)]
+
+
+def _in_poller(sock: zmq.Socket) -> None:
+    poller = zmq.Poller()
+    poller.register(sock, zmq.POLLIN)
+    poller.register(0, zmq.POLLIN)
+    poller.poll(None)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    "wait",
+    [
+        _in_poller,
+        lambda sock: zmq.zmq_poll([(sock, zmq.POLLIN)], LONG * 1000),
+        lambda sock: zmq.select([sock], [], [sock]),
+        lambda sock: sock.poll(),
+        lambda sock: sock.recv(),
+    ],
+    ids=["poller", "zmq_poll", "select", "poll", "recv"],
+)
+def test_a_killed_greenlet_takes_its_socket_along(wait: Any) -> None:
+    """What it held is freed with it: in a web server nobody closes the socket of a browser that is gone."""
+    with zmq.Context() as own:
+
+        def act(track: Any) -> None:
+            sock = track(own.socket(zmq.SUB))
+            sock.linger = 0
+            wait(sock)
+
+        check_freed_by_a_kill(act)
