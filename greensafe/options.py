@@ -14,6 +14,7 @@ from .sansio.envelope import MAX_METADATA
 from .sansio.resume import RESUMES
 
 __all__ = [
+    "LONGEST_HEARTBEAT",
     "SHORTEST_HEARTBEAT",
     "Handler",
     "OnError",
@@ -31,6 +32,9 @@ __all__ = [
 
 #: The shortest that is not a mistake: a server says WORKING 50 ms apart at most, and has to be heard within 4/5 of the limit.
 SHORTEST_HEARTBEAT = 0.1
+
+#: Eleven days. libzmq's options for it are milliseconds in 32 bits, and the longest of them is twice as long.
+LONGEST_HEARTBEAT = 1e6
 
 Handler = Callable[[Request], Any]
 OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
@@ -98,10 +102,9 @@ def check_watch(blocked_after: Any, exit_when_blocked: Any, max_zombies: Any) ->
 def check_heartbeat(heartbeat: Any) -> float | None:
     """Check a client's seconds of silence; gives them as a float or None."""
     seconds = to_seconds(heartbeat)
-    if seconds is not None and seconds < SHORTEST_HEARTBEAT:
-        raise ValueError(
-            f"heartbeat is a number of seconds from {SHORTEST_HEARTBEAT}, or None for no heartbeats, not {heartbeat!r}"
-        )
+    if seconds is not None and not SHORTEST_HEARTBEAT <= seconds <= LONGEST_HEARTBEAT:
+        allowed = f"from {SHORTEST_HEARTBEAT} to {LONGEST_HEARTBEAT:.0f}"
+        raise ValueError(f"heartbeat is a number of seconds {allowed}, or None for no heartbeats, not {heartbeat!r}")
     return seconds
 
 

@@ -35,6 +35,7 @@ from greensafe import (
 )
 from greensafe.call import Call
 from greensafe.green._pump import Pump
+from greensafe.options import LONGEST_HEARTBEAT
 from greensafe.sansio.envelope import Kind, ServerHeader
 from greensafe.sansio.requester import Asked
 from greensafe.testing import FaultyLink
@@ -340,6 +341,17 @@ def test_frames_of_any_kind(context: zmq.Context, endpoint: str) -> None:
             client.request(released)
         assert client.request(b"next") == b"next"
         assert "inflight=0" in repr(client)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_the_longest_heartbeat(context: zmq.Context, tmp_path: Any, transport: str) -> None:
+    """All that libzmq is told of it fits."""
+    address = "tcp://127.0.0.1:0" if transport == "tcp" else f"ipc://{tmp_path}/s"
+    with (
+        Server(address, _handler, deadline=LONG, context=context) as server,
+        Client(str(server.endpoint), heartbeat=LONGEST_HEARTBEAT, context=context) as client,
+    ):
+        assert client.request(b"x", timeout=LONG) == b"x"
 
 
 @pytest.mark.parametrize("state", ["idle", "waiting"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from greensafe.options import (
+    LONGEST_HEARTBEAT,
     SHORTEST_HEARTBEAT,
     check_body,
     check_handler,
@@ -74,8 +75,10 @@ def test_heartbeats() -> None:
     """From the shortest that servers keep up with; None and inf are none."""
     assert check_heartbeat(SHORTEST_HEARTBEAT) == SHORTEST_HEARTBEAT
     assert check_heartbeat(float("inf")) is None
-    with pytest.raises(ValueError, match="heartbeat"):
-        check_heartbeat(SHORTEST_HEARTBEAT * 0.9)
+    assert check_heartbeat(LONGEST_HEARTBEAT) == LONGEST_HEARTBEAT
+    for wrong in (SHORTEST_HEARTBEAT * 0.9, LONGEST_HEARTBEAT * 1.1, 1e300):
+        with pytest.raises(ValueError, match=r"heartbeat is a number of seconds from 0\.1 to 1000000, or None"):
+            check_heartbeat(wrong)
 
 
 @pytest.mark.parametrize("retries", [-1, True, 1.0, None])

@@ -28,7 +28,7 @@ from ..deadlines import start_timer
 from ._forks import forbid_in_child
 from ._turns import FIRST_SHARE, TURN, call_in_next_turn, let_others_run, next_share, seconds_since_turn
 
-__all__ = ["Waiter", "Waits", "events_of"]
+__all__ = ["Waiter", "Waits", "events_of", "poll_until"]
 
 EVENTS = int(zmq.EVENTS)
 FD = int(zmq.FD)
@@ -88,6 +88,19 @@ def events_of(sock: zmq.Socket[Any]) -> int:
         return int(_get(sock, EVENTS))
     except zmq.ZMQError:
         return _ALL
+
+
+def poll_until(milliseconds: float | None) -> float | None:
+    """When a poll with this timeout ends, on the monotonic clock; None for never."""
+    if milliseconds is None or milliseconds < 0:
+        return None
+    try:
+        seconds = milliseconds / 1000
+    except OverflowError:
+        return None
+    if seconds != seconds:
+        raise ValueError("timeout is a number of milliseconds, or None for no limit, not NaN")
+    return monotonic() + seconds
 
 
 def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:

@@ -14,9 +14,9 @@ import gevent
 import zmq
 from zmq.backend import zmq_poll as _look
 
-from ..deadlines import check, start_timer
+from ..deadlines import check, start_timer, to_seconds
 from ._turns import TURN, let_others_run, seconds_since_turn
-from ._waits import POLLIN, POLLOUT, Waiter
+from ._waits import POLLIN, POLLOUT, Waiter, poll_until
 from .socket import Socket
 
 __all__ = ["Poller", "select", "zmq_poll"]
@@ -36,7 +36,7 @@ class Poller(zmq.Poller):
         Raises:
             zmq.ZMQError: ENOTSOCK if a registered socket is closed, before or while this waits.
         """
-        at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
+        at = poll_until(timeout)
         if self._is_greedy() or timeout == 0:
             let_others_run()
         while True:
@@ -151,6 +151,7 @@ def select(
     for socks, flag in wanted:
         for sock in socks:
             flags[sock] = flags.get(sock, 0) | flag
-    events = dict(zmq_poll(flags.items(), None if timeout is None else timeout * 1000))
+    seconds = None if timeout is None or timeout < 0 else to_seconds(timeout)
+    events = dict(zmq_poll(flags.items(), None if seconds is None else seconds * 1000))
     readable, writable, failed = ([sock for sock in socks if events.get(sock, 0) & flag] for socks, flag in wanted)
     return readable, writable, failed

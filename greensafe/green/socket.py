@@ -20,7 +20,7 @@ from ._byname import has_proxy
 from ._monitors import MonitoredSocket
 from ._turns import let_others_run
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
-from ._waits import POLLIN
+from ._waits import POLLIN, poll_until
 
 __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
 
@@ -220,7 +220,7 @@ class Socket(MonitoredSocket):
         """
         if self.closed:
             raise zmq.ZMQError(zmq.ENOTSUP)
-        at = None if timeout is None or timeout < 0 else monotonic() + timeout / 1000
+        at = poll_until(timeout)
         flags = int(flags)
         waits = self._waits
         waits.check_owner()

@@ -16,9 +16,9 @@ for a caller's own part in them, `_tidying` for what goes.
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
+import sys
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -332,6 +332,6 @@ def _counts(expired: int, evicted: int) -> Mapping[str, int]:
 def _positive(value: float, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what}, not {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= sys.float_info.max:  # NaN is not, nor is an int that no float can hold
         raise ValueError(f"{what}, more than 0, not {value!r}")
     return float(value)

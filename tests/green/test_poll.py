@@ -41,6 +41,18 @@ def test_socket_poll(context: zmq.Context) -> None:
         b.poll()
 
 
+@pytest.mark.parametrize("poll", [lambda sock, ms: sock.poll(ms), lambda sock, ms: zmq.zmq_poll([(sock, zmq.POLLIN)], ms)])
+def test_limits_beyond_all_measure(context: zmq.Context, poll: Any) -> None:
+    """What is longer than anything is no limit; NaN, which would never come either, is a mistake."""
+    a, b = _pair(context)
+    for milliseconds in (1e300, float("inf"), 10**400):
+        gevent.spawn_later(2 * MS, b.send, b"x")
+        assert poll(a, milliseconds)
+        a.recv()
+    with pytest.raises(ValueError, match="milliseconds"):
+        poll(a, float("nan"))
+
+
 def test_poll_of_zero_yields(context: zmq.Context) -> None:
     """`while not sock.poll(0)` lets others run."""
     a, b = _pair(context)

@@ -255,6 +255,8 @@ def test_arguments(path: Path) -> None:
     for arguments, error in (
         ({"ttl": 0}, ValueError),
         ({"ttl": float("inf")}, ValueError),
+        ({"ttl": float("nan")}, ValueError),
+        ({"ttl": 10**400}, ValueError),
         ({"ttl": "1"}, TypeError),
         ({"max_bytes": 1_000}, ValueError),
         ({"max_bytes": True}, TypeError),
