@@ -349,14 +349,23 @@ class Waits:
                 if waiter.mask & mask:
                     _call_soon(self.hub, waiter.wake)
 
-    def abort(self) -> None:
-        """Wake everybody, because the socket is closed; each meets the error in its own next try."""
+    def abort(self) -> Callable[[], None]:
+        """Stop watching, because the socket is about to be closed.
+
+        Returns:
+            Wakes everybody; each meets the error in its own next try. To be called when the socket is closed: if another thread
+            closes it, who is woken before may try before that, and wait again.
+        """
         self._close_watcher()
+        hub, self.hub = self.hub, None
         waiters, self.queue = self.queue, []
-        if self.hub is not None:
-            for waiter in waiters:
-                _call_soon(self.hub, waiter.wake)
-        self.hub = None
+
+        def wake() -> None:
+            if hub is not None:
+                for waiter in waiters:
+                    _call_soon(hub, waiter.wake)
+
+        return wake
 
     def _move(self, sock: zmq.Socket[Any], hub: Hub) -> None:
         self._close_watcher()

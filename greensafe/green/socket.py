@@ -259,14 +259,18 @@ class Socket(MonitoredSocket):
     def close(self, linger: int | None = None) -> None:
         """Close the socket. Greenlets that wait on it get ENOTSOCK. Unsent messages are kept for LINGER milliseconds."""
         waits = self.__dict__.get("_waits")
-        if waits is not None:
-            waits.abort()  # first: libuv aborts the process if it finds a descriptor closed that it watches
-            if waits.hosts is not None:
+        # First: libuv aborts the process if it finds a descriptor closed that it watches.
+        wake = None if waits is None else waits.abort()
+        try:
+            if waits is not None and waits.hosts is not None:
                 waits.hosts.close()
-        self._end_monitors()
-        if waits is not None:
-            self._binding.close(self)
-        super().close(linger)
+            self._end_monitors()
+            if waits is not None:
+                self._binding.close(self)
+            super().close(linger)
+        finally:
+            if wake is not None:
+                wake()
 
     def get(self, option: int) -> Any:
         """Get a socket option, as in pyzmq."""

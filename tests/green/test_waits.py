@@ -74,7 +74,7 @@ def test_nobody_is_woken_for_what_he_does_not_wait_for(pull: plain.Socket[bytes]
     while monotonic() < at:  # libuv rounds down
         waits.wait(pull, POLLOUT, at)
     assert waits.queue == []
-    waits.abort()
+    waits.abort()()
 
 
 def test_an_edge_that_a_call_consumed_is_given_back(pull: plain.Socket[bytes], push: Any) -> None:
@@ -93,7 +93,7 @@ def test_abort_wakes_everybody(pull: plain.Socket[bytes]) -> None:
     waits = Waits()
     waiters = [gevent.spawn(waits.wait, pull, POLLIN, None) for _ in range(3)]
     wait_until(lambda: len(waits.queue) == 3)
-    waits.abort()
+    waits.abort()()
     pull.close(0)
     gevent.joinall(waiters, raise_error=True)
     assert (waits.queue, waits.watcher, events_of(pull)) == ([], None, POLLIN | POLLOUT)
@@ -107,7 +107,7 @@ def test_a_kill_leaves_nothing_behind(pull: plain.Socket[bytes]) -> None:
     waiter.kill()
     assert waits.queue == []
     assert not waits.watcher.active
-    waits.abort()
+    waits.abort()()
 
 
 def test_two_threads_cannot_wait_on_one_socket(pull: plain.Socket[bytes]) -> None:
@@ -129,7 +129,7 @@ def test_two_threads_cannot_wait_on_one_socket(pull: plain.Socket[bytes]) -> Non
     assert ["another thread" in text for text in errors] == [True]
     assert not waiter.dead
     waiter.kill()
-    waits.abort()
+    waits.abort()()
 
 
 def test_what_comes_late_is_for_who_was_first(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
