@@ -7,6 +7,8 @@ A `Binding` does both for one socket, green or plain. Rules:
   connections that live has the socket's own LINGER, whenever that was set.
 * The name of an inproc endpoint and the path of an ipc one are free before the socket is closed. A port, and the name of an
   abstract ipc endpoint, are free when libzmq's I/O thread has closed the descriptor, some time later: `wait` waits for that.
+  The number of the descriptor is gone first, the port a moment later, at the end of the system call; a thread can be
+  interrupted in between.
 * Until then this process remembers them. So bind fails with EADDRINUSE only because of somebody else: it waits for what this
   process is giving back. (Not in the hub, which cannot wait.)
 * A forked child neither deletes its parent's paths nor waits for its ports.
@@ -17,6 +19,7 @@ How a listening socket is made is in `_listening`. This does not know what a soc
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -28,12 +31,15 @@ from zmq.backend import Socket as Backend
 
 from ..endpoints import explained
 from ._forks import generation
-from ._listening import PAUSE, Identity, Made, identity, is_in_hub, listen, path_of, remove, require_descriptor
+from ._listening import PAUSE, Identity, Made, identity, is_in_hub, is_taken, listen, path_of, remove, require_descriptor
 
 __all__ = ["Binding", "listeners"]
 
 #: Seconds that libzmq may take to close a listener; more only if something stops its I/O thread.
 LET_GO = 5.0
+
+#: Seconds for which the system may still have a port or a name whose descriptor is closed already.
+SETTLE = 0.5
 
 _LINGER = int(zmq.LINGER)
 _USE_FD = int(zmq.USE_FD)
@@ -51,16 +57,15 @@ class _Listener:
         endpoint: As libzmq calls it.
         descriptor: Of the listening socket; -1 if there is none, or nobody knows it.
         path: The file of an ipc endpoint, as an absolute path, or None.
-        is_going: It was given back, and libzmq is about to close it.
     """
 
-    __slots__ = ("_file", "_generation", "_is_ours", "_socket", "asked", "descriptor", "endpoint", "is_going", "path")
+    __slots__ = ("_file", "_generation", "_is_ours", "_last_open", "_socket", "asked", "descriptor", "endpoint", "path")
 
     def __init__(self, asked: str, endpoint: str, descriptor: int, file: Identity | None) -> None:
         self.asked = asked
         self.endpoint = endpoint
         self.descriptor = descriptor
-        self.is_going = False
+        self._last_open = -math.inf  # when it was seen open for the last time since it was given back
         self.path = path_of(endpoint)
         self._is_ours = file is not None  # else libzmq's to remove, or that of the program that has made it
         self._file = file if file is not None or self.path is None else _identity_at(self.path)
@@ -71,6 +76,24 @@ class _Listener:
     def is_open(self) -> bool:
         """Whether the descriptor is open, and has not become somebody else's."""
         return self._socket is not None and _identity_of(self.descriptor) == self._socket
+
+    @property
+    def is_going(self) -> bool:
+        """Whether it was given back by this process, and the system may not have freed it yet."""
+        if self._last_open == -math.inf or self.is_inherited:
+            return False
+        if self.is_open:
+            self._last_open = monotonic()
+            return True
+        return monotonic() < self._last_open + SETTLE
+
+    def note(self) -> None:
+        """Remember it, and forget those that have ended."""
+        for key, each in list(_known.items()):
+            if not each.is_open and not each.is_going:
+                _known.pop(key, None)
+        if self._socket is not None:
+            _known[self._socket] = self
 
     @property
     def place(self) -> str:
@@ -101,11 +124,11 @@ class _Listener:
             return
         if self.path is not None and self._file is not None and self._is_ours:
             remove(self.path, self._file)
-        self.is_going = True
+        self._last_open = monotonic()
 
 
-#: The last listener that had each descriptor, in this process or in one that it was forked from.
-_known: dict[int, _Listener] = {}
+#: The listeners of this process, and of those that it was forked from, that may be open or going; by what they are known.
+_known: dict[Identity, _Listener] = {}
 
 
 def listeners() -> list[int]:
@@ -174,10 +197,12 @@ class Binding:
     def wait(self) -> bool:
         """Wait until all that was given back is free for any process; False if libzmq takes too long. Not in the hub."""
         at = monotonic() + LET_GO
-        while self._is_closing():
+        while going := [each for each in self._gone if each.is_going and (each.is_open or is_taken(each.endpoint))]:
             if monotonic() >= at:
                 return False
             gevent.sleep(PAUSE)
+            self._gone = going
+        self._gone = []
         return True
 
     @property
@@ -205,27 +230,20 @@ class Binding:
         endpoint = os.fsdecode(_get(sock, _LAST_ENDPOINT).rstrip(b"\0"))
         listener = _Listener(address, endpoint, descriptor, None if made is None else made.file)
         self._listeners.append(listener)
-        if descriptor != -1:
-            _known[descriptor] = listener
+        listener.note()
         return result
 
     def _leave(self, going: list[_Listener]) -> None:
         for each in going:
             each.leave()
         self._listeners = [each for each in self._listeners if each not in going]
-        self._gone = [each for each in (*self._gone, *going) if each.is_open]
-
-    def _is_closing(self) -> bool:
-        self._gone = [each for each in self._gone if each.is_open and not each.is_inherited]
-        return bool(self._gone)
+        self._gone = [each for each in (*self._gone, *going) if each.is_going]
 
 
 def _is_going(address: str) -> bool:
     """Whether this process is giving an address back."""
     place = _place(address)
-    return place != "" and any(
-        each.is_going and each.place == place and each.is_open and not each.is_inherited for each in list(_known.values())
-    )
+    return place != "" and any(each.place == place and each.is_going for each in list(_known.values()))
 
 
 def _place(endpoint: str) -> str:

@@ -36,7 +36,7 @@ import zmq
 from gevent.monkey import get_original
 from zmq.backend import Socket as Backend
 
-__all__ = ["PAUSE", "Identity", "identity", "is_in_hub", "listen", "path_of", "remove", "require_descriptor"]
+__all__ = ["PAUSE", "Identity", "identity", "is_in_hub", "is_taken", "listen", "path_of", "remove", "require_descriptor"]
 
 #: Seconds between two looks at what somebody else is about to free.
 PAUSE = 0.001
@@ -125,6 +125,28 @@ def remove(path: str, whose: Identity) -> None:
                 os.unlink(path)
         finally:
             _close(descriptor)
+
+
+def is_taken(endpoint: str) -> bool:
+    """Whether somebody listens at a port or an abstract name, as LAST_ENDPOINT has it. Binds there for an instant."""
+    transport, _, place = endpoint.partition("://")
+    host, _, port = place.rpartition(":")
+    try:
+        if transport == "tcp" and (where := _resolve(host, int(port), host.startswith("["))) is not None:
+            family, address = where
+        elif transport == "ipc" and place.startswith("@"):
+            family, address = socket.AF_UNIX, "\0" + place[1:]
+        else:
+            return False
+        with _make(family, socket.SOCK_STREAM) as probe:
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            if family != socket.AF_UNIX:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def require_descriptor() -> None:

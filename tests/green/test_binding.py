@@ -12,7 +12,7 @@ from typing import Any
 import gevent
 import pytest
 import zmq as plain
-from helpers import LONG, run_python
+from helpers import LONG, MS, run_python
 
 import greensafe as zmq
 from greensafe import Server
@@ -178,7 +178,7 @@ def test_the_hub_does_not_wait(context: zmq.Context, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_binding._Listener, "is_open", True)
     first, second = context.socket(zmq.REP), context.socket(zmq.REP)
     first.bind("tcp://127.0.0.1:*")
-    first._binding._listeners[0].is_going = True
+    first._binding._listeners[0].leave()
     done: list[Any] = []
 
     def bind() -> None:
@@ -190,6 +190,69 @@ def test_the_hub_does_not_wait(context: zmq.Context, monkeypatch: pytest.MonkeyP
     gevent.get_hub().loop.run_callback(bind)
     gevent.sleep(0)
     assert done == [errno.EADDRINUSE]
+
+
+@pytest.fixture
+def halfway(context: zmq.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """A socket that was given back: the descriptor's number is free, and the system has not freed the address yet."""
+    monkeypatch.setattr(_binding, "SETTLE", LONG)
+    sock = context.socket(zmq.REP)
+    sock.bind({"tcp": "tcp://127.0.0.1:*", "abstract": f"ipc://@{tmp_path.name}"}[request.param])
+    binding, listener = sock._binding, sock._binding._listeners[0]
+    listener._socket = (0, 0)  # as if another one had the number
+    _binding._known[0, 0] = listener
+    binding._leave([listener])
+    return sock
+
+
+@pytest.mark.parametrize("halfway", ["tcp", "abstract"], indirect=True)
+def test_bind_while_the_system_frees_the_address(context: zmq.Context, halfway: Any) -> None:
+    """Bind waits for an address whose descriptor is closed while the system is about to free it."""
+    address, other = _name(halfway), context.socket(zmq.REP)
+    binding = gevent.spawn(other.bind, address)
+    gevent.sleep(0)
+    assert not binding.ready()
+    halfway.close()
+    binding.get()
+    assert _name(other) == address
+
+
+@pytest.mark.parametrize("halfway", ["tcp", "abstract"], indirect=True)
+def test_wait_while_the_system_frees_the_address(halfway: Any) -> None:
+    """So does a server's stop, which returns when any process can have the address."""
+    waiting = gevent.spawn(halfway._binding.wait)
+    gevent.sleep(0)
+    assert not waiting.ready()
+    halfway.close()
+    assert waiting.get()
+
+
+def test_what_others_took_is_not_waited_for_long(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has given an address back, which somebody else has taken at once, waits no longer than the system may take."""
+    monkeypatch.setattr(_binding, "SETTLE", 5 * MS)
+    first = context.socket(zmq.REP)
+    first.bind("tcp://127.0.0.1:*")
+    address, port = _name(first), int(_name(first).rpartition(":")[2])
+    first.close()
+    assert first._binding.wait()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(zmq.ZMQError, match="in use"):
+            context.socket(zmq.REP).bind(address)
+
+
+def test_what_has_ended_is_forgotten(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many addresses a process binds and gives back, only those that are open are kept in mind."""
+    monkeypatch.setattr(_binding, "SETTLE", 0.0)
+    kept = len(_binding._known)
+    for _ in range(5):
+        sock = context.socket(zmq.REP)
+        sock.bind("tcp://127.0.0.1:*")
+        sock.close()
+        assert sock._binding.wait()
+    assert len(_binding._known) <= kept + 1
 
 
 def test_descriptors_are_known(context: zmq.Context, tmp_path: Path) -> None:
