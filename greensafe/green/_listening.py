@@ -277,7 +277,8 @@ def _bind_path(made: socket.socket, path: str, takes_over: bool, backlog: int) -
             os.rename(aside, path)
         raise
     if aside is not None:
-        os.unlink(aside)
+        with contextlib.suppress(OSError):  # removed already, by whatever cleans the folder
+            os.unlink(aside)
 
 
 def _make_room(path: str, takes_over: bool) -> str | None:
@@ -293,6 +294,8 @@ def _make_room(path: str, takes_over: bool) -> str | None:
     aside = f"{path}.{os.urandom(4).hex()}"
     try:
         os.rename(path, aside)
+    except FileNotFoundError:
+        return None  # its server has removed it just now
     except PermissionError:
         raise _in_use(path, "a socket is there that this user may not remove: its owner can, or take another path") from None
     return aside

@@ -285,3 +285,18 @@ def test_forked_child(tmp_path: Path) -> None:
     """A forked child that closes what it has inherited leaves its parent's path alone."""
     result = run_python(CHILD.replace("FOLDER", str(tmp_path)))
     assert (result.code, result.out) == (0, "fine\n"), result.err
+
+
+def test_stale_socket_that_goes_meanwhile(path: Path, bind: Bind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that its server removes while somebody looks at it is not in the way."""
+    answers = _listening._answers
+
+    def remove_meanwhile(found: str) -> bool:
+        is_answering = answers(found)
+        os.unlink(found)
+        return is_answering
+
+    _stale(path)
+    monkeypatch.setattr(_listening, "_answers", remove_meanwhile)
+    bind()
+    assert path.is_socket()
