@@ -1,4 +1,4 @@
-"""Notice that no file descriptor is left, so that a server cannot accept.
+"""Notice that no file descriptor is left, so that a server cannot accept; by ipc, that hardly any is.
 
 libzmq keeps trying to accept: its I/O thread spins, nothing is logged, and a new client waits in the kernel's queue. libzmq's
 monitor reports each try, 100,000 a second, and to replace a monitor by one without that event takes descriptors. So the event
@@ -7,7 +7,9 @@ is not asked for. Instead a descriptor is opened and closed once a second, which
 * The beginning and the end are logged and told to hooks, once each.
 * libzmq tries without a pause, so it gets a free descriptor before anybody else. Once one can be had here, every client that
   had waited is accepted.
-* The timer neither keeps the loop running nor does anything in a forked child.
+* By ipc libzmq aborts the process instead. So there the last `RESERVE` are as good as none: what leaks descriptors slowly is
+  told of while something can still be done. (The system gives the lowest number that is free, so the number that the check got
+  tells how many are left.)
 
 It does not know what the descriptors are used for.
 """
@@ -17,13 +19,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-import gevent
-
-from .green._forks import generation
+from .green._every import Every
 from .hooks import DescriptorsExhausted, Tell
 
 resource: Any
@@ -39,10 +38,11 @@ log = logging.getLogger(__name__)
 #: Seconds between two checks.
 PERIOD = 1.0
 
+#: How many have to be left by ipc; of a low limit an eighth. It is over when there are twice as many.
+RESERVE = 32
+
 #: What Linux says when the process's limit is reached, or the machine's.
 _NONE_LEFT = (errno.EMFILE, errno.ENFILE)
-
-Run = Callable[[str, Callable[[], object]], None]
 
 
 class DescriptorWatch:
@@ -50,31 +50,27 @@ class DescriptorWatch:
 
     Args:
         endpoint: The server's, for log lines and records.
-        run: Does a turn of a loop; see `Restarts.run`.
         tell: Called with a record when it begins and when it is over.
+        is_ipc: Whether it needs a reserve.
 
     Attributes:
-        is_exhausted: No descriptor could be had at the last check.
+        is_exhausted: No descriptor could be had at the last check, beyond the reserve.
     """
 
-    def __init__(self, endpoint: str, run: Run, tell: Tell | None = None) -> None:
+    def __init__(self, endpoint: str, tell: Tell | None = None, *, is_ipc: bool = False) -> None:
         self._endpoint = endpoint
         self._tell = tell
+        self._is_ipc = is_ipc
         self._since = 0.0
-        self._generation = generation()
         self.is_exhausted = False
-        self._timer = gevent.get_hub().loop.timer(PERIOD, PERIOD, ref=False)
-        self._timer.start(run, "descriptors", self.check, update=True)
+        self._every = Every(PERIOD, self, DescriptorWatch.check)
 
     def __repr__(self) -> str:
         return f"<DescriptorWatch of {self._endpoint} {'exhausted' if self.is_exhausted else 'fine'}>"
 
     def check(self) -> None:
         """Check whether a descriptor can be had."""
-        if self._generation != generation():
-            self.close()
-            return
-        problem = _problem()
+        problem = _problem(self._is_ipc * (2 * RESERVE if self.is_exhausted else RESERVE))  # clients come and go at its edge
         if (problem is not None) == self.is_exhausted:
             return
         self.is_exhausted = problem is not None
@@ -86,12 +82,12 @@ class DescriptorWatch:
         else:
             self._since = monotonic()
             log.error(
-                "%s: no file descriptor is left (%s; the limit is %s): clients that are connected are served, new ones cannot "
-                "connect%s; raise the limit (ulimit -n, LimitNOFILE), or close what leaks (lsof -p %d shows them)",
+                "%s: %s, the limit is %s: clients that are connected are served, %s; raise the limit (ulimit -n, LimitNOFILE), "
+                "or close what leaks (lsof -p %d shows them)",
                 self._endpoint,
                 problem,
                 _limit(),
-                ", and libzmq ends this process if one tries" if self._endpoint.startswith("ipc:") else "",
+                "and libzmq aborts this process at the first one that it cannot accept" if self._is_ipc else "new ones wait",
                 os.getpid(),
                 extra={"endpoint": self._endpoint},
             )
@@ -99,23 +95,23 @@ class DescriptorWatch:
 
     def close(self) -> None:
         """Stop the checks; once more does nothing."""
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.stop()
-            timer.close()
+        self._every.close()
 
     def _told(self, seconds: float | None) -> None:
         if self._tell is not None:
             self._tell(DescriptorsExhausted(self._endpoint, _limit(), seconds))
 
 
-def _problem() -> str | None:
-    """Why no descriptor can be had; None if one can."""
+def _problem(reserve: int) -> str | None:
+    """What is wrong if no descriptor can be had, or no more than a reserve; else None."""
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
+        lowest = os.open(os.devnull, os.O_RDONLY)
     except OSError as error:
-        if error.errno in _NONE_LEFT:
-            return error.strerror
+        return f"no file descriptor is left ({error.strerror})" if error.errno in _NONE_LEFT else None
+    os.close(lowest)
+    limit = _limit()
+    if limit is not None and limit - lowest <= min(reserve, limit // 8):
+        return f"at most {limit - lowest} file descriptors are left"
     return None
 
 

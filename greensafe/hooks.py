@@ -178,7 +178,7 @@ class LoopFailed:
 
 @dataclass(frozen=True, slots=True)
 class DescriptorsExhausted:
-    """No file descriptor is left, so a server cannot accept; or it can again.
+    """No file descriptor is left (by ipc: hardly any), so a server cannot accept; or it can again.
 
     Attributes:
         endpoint: The server's.

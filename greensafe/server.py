@@ -55,7 +55,6 @@ from .options import (
     check_resume,
     check_watch,
 )
-from .pathwatch import PathWatch
 from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
@@ -170,7 +169,6 @@ class Server:
         self._stopping = False
         self._stop: Stop | None = None
         self._binding = Binding()
-        self._path_watch: PathWatch | None = None
         self.endpoint: str | None = None
 
     @property
@@ -245,11 +243,9 @@ class Server:
         Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, its ipc path still
         leads to it, and a descriptor is left for the next client.
         """
-        if self._path_watch is not None and self._path_watch.trouble:
-            return False
         if self._restarts.error is not None or (self._commits is not None and self._commits.error is not None):
             return False
-        if not self._is_accepting:
+        if not self._is_accepting or self._binding.trouble:
             return False
         return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
 
@@ -340,10 +336,8 @@ class Server:
         self._watch = self._watch_hub(self._watchdog)
         if self._cancel_vanished:
             self._vanished = Vanished(sock, self._watchdog.cancel_from)
-        if self._binding.has_paths:
-            self._path_watch = PathWatch(self.endpoint, lambda: self._binding.trouble, restarts.run)
         if not self._bind_to.startswith("inproc:"):
-            self._descriptors = DescriptorWatch(self.endpoint, restarts.run, self._tell)
+            self._descriptors = DescriptorWatch(self.endpoint, self._tell, is_ipc=self._bind_to.startswith("ipc:"))
         self._pump.start()
 
     def _undo(self, sock: zmq.Socket[Any]) -> None:
@@ -500,8 +494,8 @@ class Server:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
         if self._pump is not None and self._pump.is_inherited:
             self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
-            self._path_watch = None
             self._descriptors = None
+            self._binding = Binding()
             self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
             self._stopping = False
             self._stop = None
@@ -556,9 +550,6 @@ class Server:
         if self._vanished is not None:
             self._vanished.close()
             self._vanished = None
-        if self._path_watch is not None:
-            self._path_watch.close()
-            self._path_watch = None
         if self._descriptors is not None:
             self._descriptors.close()
             self._descriptors = None

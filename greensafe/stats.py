@@ -77,7 +77,7 @@ class ServerStats:
         endpoint: Where it is bound; where it is to be bound before the first start.
         state: "started", "stopping", "closed", or "failed": closed because a loop of its own had failed too often.
         is_healthy: As `Server.healthy`.
-        is_accepting: False while no file descriptor is left for a new connection.
+        is_accepting: False while no file descriptor is left for a new connection (by ipc: hardly any).
         received: Requests that have arrived and were read.
         answered: Those that were answered, errors included.
         failures: Answers that were errors, by their code, such as {"DEADLINE_EXCEEDED": 3}; only codes that did occur.

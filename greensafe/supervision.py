@@ -88,7 +88,7 @@ def supervise(
         restarts=restarts,
     )
     stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
-    descriptors = DescriptorWatch(repr(sock), restarts.run)
+    descriptors = DescriptorWatch(repr(sock), is_ipc=(sock._endpoint() or "").startswith("ipc:"))
     try:
         while not sock.closed:
             frames = _receive(sock)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import gevent
 import pytest
@@ -14,6 +15,7 @@ from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
 from greensafe import Client, Request, Server, descriptors, hooks, supervise
+from greensafe.green import _every
 from greensafe.hooks import DescriptorsExhausted
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -93,9 +95,9 @@ class Supply:
         monkeypatch.setattr(descriptors, "PERIOD", 2 * MS)
         monkeypatch.setattr(descriptors, "_problem", self._problem)
 
-    def _problem(self) -> str | None:
+    def _problem(self, reserve: int) -> str | None:
         self.asked += 1
-        return "Too many open files" if self.is_empty else None
+        return "no file descriptor is left (Too many open files)" if self.is_empty else None
 
     def pass_by(self) -> None:
         """Have it looked at a few times more."""
@@ -156,7 +158,7 @@ def test_over_ipc(context: zmq.Context, supply: Supply, tmp_path: Path, caplog: 
     with Server(f"ipc://{tmp_path}/s", lambda request: b"", deadline=LONG, context=context):
         supply.is_empty = True
         supply.pass_by()
-    assert "ends this process" in caplog.text
+    assert "aborts this process" in caplog.text
 
 
 def test_over_inproc(context: zmq.Context, supply: Supply) -> None:
@@ -198,11 +200,11 @@ def test_a_supervised_socket(context: zmq.Context, supply: Supply, caplog: pytes
 def test_in_a_forked_child(supply: Supply, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the parent's server is nobody's to look after."""
     told: list[hooks.Record] = []
-    watch = descriptors.DescriptorWatch("tcp://s", lambda loop, act: act(), told.append)
+    watch = descriptors.DescriptorWatch("tcp://s", told.append)
     supply.pass_by()
     supply.is_empty = True
-    monkeypatch.setattr(descriptors, "generation", lambda: -1)
-    wait_until(lambda: watch._timer is None)
+    monkeypatch.setattr(_every, "generation", lambda: -1)
+    wait_until(lambda: watch._every._timer is None)
     assert not told
     watch.close()
 
@@ -210,12 +212,46 @@ def test_in_a_forked_child(supply: Supply, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_not_a_want_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is nothing to open, a descriptor could be had all the same."""
     monkeypatch.setattr(os, "devnull", "/no/such/file")
-    assert descriptors._problem() is None
+    assert descriptors._problem(0) is None
+
+
+@pytest.mark.parametrize("is_ipc", [True, False])
+def test_the_reserve(monkeypatch: pytest.MonkeyPatch, is_ipc: bool) -> None:
+    """By ipc the last ones are as good as none, and it is over when twice as many are left; by tcp each one counts."""
+    limit = 1000
+    lowest = limit - descriptors.RESERVE - 1
+    monkeypatch.setattr(descriptors, "_limit", lambda: limit)
+    monkeypatch.setattr(os, "open", lambda *_: lowest)
+    monkeypatch.setattr(os, "close", lambda _: None)
+    told: list[Any] = []
+    with contextlib.closing(descriptors.DescriptorWatch("ipc:///s", told.append, is_ipc=is_ipc)) as watch:
+        watch.check()
+        assert not watch.is_exhausted
+        lowest += 1
+        watch.check()
+        assert watch.is_exhausted is is_ipc
+        lowest = limit - 2 * descriptors.RESERVE
+        watch.check()
+        assert watch.is_exhausted is is_ipc
+        lowest -= 1
+        watch.check()
+        assert not watch.is_exhausted
+    assert [record.seconds is None for record in told] == ([True, False] if is_ipc else [])
+
+
+def test_the_reserve_of_a_low_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a low limit it is an eighth."""
+    monkeypatch.setattr(os, "close", lambda _: None)
+    monkeypatch.setattr(descriptors, "_limit", lambda: 64)
+    monkeypatch.setattr(os, "open", lambda *_: 56)
+    assert descriptors._problem(descriptors.RESERVE) == "at most 8 file descriptors are left"
+    monkeypatch.setattr(os, "open", lambda *_: 55)
+    assert descriptors._problem(descriptors.RESERVE) is None
 
 
 def test_repr() -> None:
     """It says how it is."""
-    with contextlib.closing(descriptors.DescriptorWatch("tcp://s", lambda loop, act: act())) as watch:
+    with contextlib.closing(descriptors.DescriptorWatch("tcp://s")) as watch:
         assert repr(watch) == "<DescriptorWatch of tcp://s fine>"
         watch.is_exhausted = True
         assert repr(watch) == "<DescriptorWatch of tcp://s exhausted>"

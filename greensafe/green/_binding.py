@@ -12,6 +12,7 @@ A `Binding` does both for one socket, green or plain. Rules:
 * Until then this process remembers them. So bind fails with EADDRINUSE only because of somebody else: it waits for what this
   process is giving back. (Not in the hub, which cannot wait.)
 * A forked child neither deletes its parent's paths nor waits for its ports.
+* What becomes of the paths meanwhile is looked at each second; see `_paths`.
 
 How a listening socket is made is in `_listening`. This does not know what a socket is for.
 """
@@ -30,8 +31,10 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..endpoints import explained
+from ._every import Every
 from ._forks import generation
-from ._listening import PAUSE, Identity, Made, identity, is_in_hub, is_taken, listen, path_of, remove, require_descriptor
+from ._listening import PAUSE, Identity, Made, is_in_hub, is_taken, listen, remove, require_descriptor
+from ._paths import BoundPath, path_of
 
 __all__ = ["Binding", "listeners"]
 
@@ -40,6 +43,9 @@ LET_GO = 5.0
 
 #: Seconds for which the system may still have a port or a name whose descriptor is closed already.
 SETTLE = 0.5
+
+#: Seconds between two looks at the paths, each of which asks the system about one file.
+LOOK = 1.0
 
 _LINGER = int(zmq.LINGER)
 _USE_FD = int(zmq.USE_FD)
@@ -56,19 +62,18 @@ class _Listener:
         asked: The endpoint as it was given to bind.
         endpoint: As libzmq calls it.
         descriptor: Of the listening socket; -1 if there is none, or nobody knows it.
-        path: The file of an ipc endpoint, as an absolute path, or None.
+        path: The file of an ipc endpoint, or None.
     """
 
-    __slots__ = ("_file", "_generation", "_is_ours", "_last_open", "_socket", "asked", "descriptor", "endpoint", "path")
+    __slots__ = ("_generation", "_last_open", "_socket", "asked", "descriptor", "endpoint", "path")
 
     def __init__(self, asked: str, endpoint: str, descriptor: int, file: Identity | None) -> None:
         self.asked = asked
         self.endpoint = endpoint
         self.descriptor = descriptor
         self._last_open = -math.inf  # when it was seen open for the last time since it was given back
-        self.path = path_of(endpoint)
-        self._is_ours = file is not None  # else libzmq's to remove, or that of the program that has made it
-        self._file = file if file is not None or self.path is None else _identity_at(self.path)
+        path = path_of(endpoint)
+        self.path = None if path is None else BoundPath(endpoint, path, file)
         self._socket = _identity_of(descriptor)
         self._generation = generation()
 
@@ -101,19 +106,6 @@ class _Listener:
         return _place(self.endpoint)
 
     @property
-    def trouble(self) -> str:
-        """What has become of its path; "" if it is there as it should be, or has none."""
-        if self.path is None or self._file is None or self.is_inherited:
-            return ""
-        try:
-            found = identity(self.path)
-        except OSError:
-            return ""  # nobody can tell
-        if found == self._file:
-            return ""
-        return f"{self.path} was removed" if found is None else f"{self.path} was taken by somebody else"
-
-    @property
     def is_inherited(self) -> bool:
         """Whether a forked child has it from its parent."""
         return self._generation != generation()
@@ -122,8 +114,8 @@ class _Listener:
         """The socket has unbound from it, or is about to be closed."""
         if self.is_inherited:
             return
-        if self.path is not None and self._file is not None and self._is_ours:
-            remove(self.path, self._file)
+        if self.path is not None:
+            self.path.remove()
         self._last_open = monotonic()
 
 
@@ -139,11 +131,12 @@ def listeners() -> list[int]:
 class Binding:
     """The addresses of one socket, which is `sock` everywhere. `act` is its own bind or unbind: what is done in the end."""
 
-    __slots__ = ("_gone", "_listeners")
+    __slots__ = ("__weakref__", "_gone", "_listeners", "_look_out")
 
     def __init__(self) -> None:
         self._listeners: list[_Listener] = []
         self._gone: list[_Listener] = []
+        self._look_out: Every | None = None
 
     def __repr__(self) -> str:
         return f"<Binding {' '.join(each.endpoint for each in self._listeners) or 'unbound'}>"
@@ -206,14 +199,17 @@ class Binding:
         return True
 
     @property
-    def has_paths(self) -> bool:
-        """Whether it is bound to files, which others can remove."""
-        return any(each.path is not None for each in self._listeners)
+    def trouble(self) -> str:
+        """What had become of its paths at the last look, if they were not there as they should be; else ""."""
+        return ", ".join(path.trouble for path in self._paths if path.trouble)
 
     @property
-    def trouble(self) -> str:
-        """What has become of its paths, if they are not there as they should be; else ""."""
-        return ", ".join(filter(None, (each.trouble for each in self._listeners)))
+    def _paths(self) -> list[BoundPath]:
+        return [each.path for each in self._listeners if each.path is not None]
+
+    def _look(self) -> None:
+        for path in self._paths:
+            path.look()
 
     def _bind(self, sock: Any, address: str, act: Callable[[str], Any], takes_over: bool) -> Any:
         try:
@@ -231,6 +227,8 @@ class Binding:
         listener = _Listener(address, endpoint, descriptor, None if made is None else made.file)
         self._listeners.append(listener)
         listener.note()
+        if listener.path is not None and self._look_out is None:
+            self._look_out = Every(LOOK, self, Binding._look)
         return result
 
     def _leave(self, going: list[_Listener]) -> None:
@@ -238,6 +236,9 @@ class Binding:
             each.leave()
         self._listeners = [each for each in self._listeners if each not in going]
         self._gone = [each for each in (*self._gone, *going) if each.is_going]
+        if self._look_out is not None and not self._paths:
+            self._look_out.close()
+            self._look_out = None
 
 
 def _is_going(address: str) -> bool:
@@ -262,13 +263,6 @@ def _identity_of(descriptor: int) -> Identity | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _identity_at(path: str) -> Identity | None:
-    try:
-        return identity(path)
-    except OSError:
-        return None
 
 
 def _hand_over(made: Made, sock: Any, address: str, act: Callable[[str], Any]) -> tuple[Any, int]:

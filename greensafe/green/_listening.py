@@ -36,7 +36,7 @@ import zmq
 from gevent.monkey import get_original
 from zmq.backend import Socket as Backend
 
-__all__ = ["PAUSE", "Identity", "identity", "is_in_hub", "is_taken", "listen", "path_of", "remove", "require_descriptor"]
+__all__ = ["PAUSE", "Identity", "identity", "is_in_hub", "is_taken", "listen", "remove", "require_descriptor"]
 
 #: Seconds between two looks at what somebody else is about to free.
 PAUSE = 0.001
@@ -90,12 +90,6 @@ def listen(sock: Any, address: str, *, takes_over: bool = False) -> Made | None:
     if transport == "ipc" and place not in ("", "@") and not place.startswith("*"):
         return _listen_ipc(sock, place, takes_over)
     return None
-
-
-def path_of(endpoint: str) -> str | None:
-    """Return the absolute path of an ipc endpoint that was bound; None if it has none."""
-    transport, _, place = endpoint.partition("://")
-    return None if transport != "ipc" or place.startswith("@") or not _IS_OURS else os.path.abspath(place)
 
 
 def identity(path: str) -> Identity | None:

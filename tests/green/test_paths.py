@@ -1,15 +1,19 @@
-"""Tests of greensafe.pathwatch, and of what a server does with its ipc path."""
+"""Tests of greensafe.green._paths, and of what a server and a green socket do with their ipc paths."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import Client, Request, Server, pathwatch
+from greensafe import Client, Request, Server
+from greensafe.green import _binding
+from greensafe.green._paths import BoundPath
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -20,11 +24,11 @@ def _echo(request: Request) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pathwatch, "LOOK", 2 * MS)
+    monkeypatch.setattr(_binding, "LOOK", 2 * MS)
 
 
 def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "greensafe.pathwatch"]
+    return [record.message for record in caplog.records if record.name == "greensafe.green._paths"]
 
 
 def test_path_that_is_removed(context: zmq.Context, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -43,7 +47,7 @@ def test_path_that_is_removed(context: zmq.Context, tmp_path: Path, caplog: pyte
     assert f"{path} was removed" in removed
     assert str(server.endpoint) in removed
     assert "again" in again
-    assert [record.levelno for record in caplog.records if record.name == "greensafe.pathwatch"] == [logging.WARNING] * 2
+    assert [record.levelno for record in caplog.records if record.name == "greensafe.green._paths"] == [logging.WARNING] * 2
     assert not path.exists()
 
 
@@ -81,15 +85,51 @@ def test_taken_without_takeover(context: zmq.Context, tmp_path: Path) -> None:
         assert first.healthy
 
 
+def test_path_of_a_green_socket(context: zmq.Context, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What becomes of a green socket's path is logged as well, of each of its paths."""
+    sock = context.socket(zmq.REP)
+    for name in ("a", "b"):
+        sock.bind(f"ipc://{tmp_path}/{name}")
+    (tmp_path / "b").unlink()
+    wait_until(lambda: bool(_said(caplog)))
+    assert f"ipc://{tmp_path}/b cannot be reached" in _said(caplog)[0]
+    sock.unbind(f"ipc://{tmp_path}/b")
+    assert not sock._binding.trouble
+    (tmp_path / "a").unlink()
+    wait_until(lambda: len(_said(caplog)) == 2)
+    assert f"{tmp_path}/a was removed" in sock._binding.trouble
+    sock.close()
+    assert not sock._binding.trouble
+    assert sock._binding._look_out is None
+
+
 def test_nothing_to_watch(context: zmq.Context) -> None:
-    """Who has no path watches none."""
-    for endpoint in ("tcp://127.0.0.1:0", "inproc://s"):
-        with Server(endpoint, _echo, deadline=LONG, context=context) as server:
-            assert server._path_watch is None
+    """No path, no timer."""
+    sock = context.socket(zmq.REP)
+    for endpoint in ("tcp://127.0.0.1:*", "inproc://s"):
+        sock.bind(endpoint)
+    assert sock._binding._look_out is None
 
 
-def test_repr() -> None:
+@pytest.mark.filterwarnings("ignore:Unclosed socket:ResourceWarning")
+def test_a_socket_that_is_dropped(tmp_path: Path) -> None:
+    """The look-out does not keep a socket alive that nobody holds, and ends after it."""
+    context = zmq.Context()
+    gc.disable()
+    try:
+        sock = context.socket(zmq.REP)
+        sock.bind(f"ipc://{tmp_path}/s")
+        look_out, dropped = sock._binding._look_out, weakref.ref(sock)
+        assert look_out is not None
+        del sock
+        assert dropped() is None
+        wait_until(lambda: look_out._timer is None)
+    finally:
+        gc.enable()
+        context.term()
+
+
+def test_repr(tmp_path: Path) -> None:
     """It shows whether the path is in order."""
-    watch = pathwatch.PathWatch("ipc:///s", lambda: "", lambda loop, act: act())
-    assert repr(watch) == "<PathWatch of ipc:///s in order>"
-    watch.close()
+    path = BoundPath("ipc:///s", f"{tmp_path}/s", None)
+    assert repr(path) == f"<BoundPath {tmp_path}/s in order>"
