@@ -70,7 +70,8 @@ class DescriptorWatch:
 
     def check(self) -> None:
         """Check whether a descriptor can be had."""
-        problem = _problem(self._is_ipc * (2 * RESERVE if self.is_exhausted else RESERVE))  # clients come and go at its edge
+        reserve = RESERVE if self._is_ipc else 0
+        problem = _problem(2 * reserve if self.is_exhausted else reserve)  # clients come and go at its edge
         if (problem is not None) == self.is_exhausted:
             return
         self.is_exhausted = problem is not None
