@@ -55,7 +55,10 @@ class Host(NamedTuple):
         source: What stands before the name: "", or a source address with its semicolon.
         name: To be resolved.
         zone: Of a link-local IPv6 address; "" for none.
-        port: As it was given.
+        port: The number.
+
+    Zone and port are written as libzmq does it in events, though not in those of a first connection: 05555 is 5555, and an
+    interface has its name.
     """
 
     endpoint: str
@@ -88,7 +91,18 @@ def host_in(endpoint: str) -> Host | None:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     name, _, zone = host.partition("%")
-    return None if _is_number(name) else Host(endpoint, source + separator, name, zone, port)
+    if _is_number(name):
+        return None
+    digits = port[: len(port) - len(port.lstrip("0123456789"))]
+    return Host(endpoint, source + separator, name, _interface(zone), digits.lstrip("0") or "0")
+
+
+def _interface(zone: str) -> str:
+    """The name of the interface that a zone means, which may be given as its number."""
+    try:
+        return socket.if_indextoname(int(zone))
+    except (ValueError, OSError, OverflowError):
+        return zone
 
 
 def _is_number(host: str) -> bool:
@@ -207,7 +221,7 @@ def _addresses(name: str, family: int) -> tuple[str, ...]:
 def _text(address: tuple[Any, ...]) -> str:
     """The number in a socket address; a link-local IPv6 one with its zone."""
     has_zone = len(address) == 4 and address[3] and "%" not in address[0]
-    return f"{address[0]}%{address[3]}" if has_zone else str(address[0])
+    return f"{address[0]}%{_interface(str(address[3]))}" if has_zone else str(address[0])
 
 
 def _has_ipv6(name: str) -> bool:

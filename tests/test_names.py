@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import weakref
 from typing import Any
 
@@ -15,6 +16,9 @@ from greensafe import names
 from greensafe.names import AT_ONCE, LATE, Answer, Host, ask, host_in
 
 pytestmark = pytest.mark.usefixtures("limit")
+
+
+LOOPBACK = socket.if_nameindex()[0]
 
 
 def _host(name: str) -> Host:
@@ -60,6 +64,10 @@ def test_what_holds_no_name(endpoint: str) -> None:
         ("tcp://eth0:0;a:1", "a", "10.0.0.1", "tcp://eth0:0;10.0.0.1:1"),
         ("tcp://a%eth0:1", "a", "fe80::1", "tcp://[fe80::1%eth0]:1"),
         ("tcp://:1", "", "127.0.0.1", "tcp://127.0.0.1:1"),
+        ("tcp://a:05555", "a", "127.0.0.1", "tcp://127.0.0.1:5555"),
+        ("tcp://a:5555-x", "a", "127.0.0.1", "tcp://127.0.0.1:5555"),
+        ("tcp://a:000", "a", "127.0.0.1", "tcp://127.0.0.1:0"),
+        (f"tcp://a%{LOOPBACK[0]}:1", "a", "fe80::1", f"tcp://[fe80::1%{LOOPBACK[1]}]:1"),
     ],
 )
 def test_an_endpoint_with_a_name(endpoint: str, name: str, address: str, number: str) -> None:
