@@ -455,6 +455,8 @@ class Channel:
         kind = event.kind
         if self._is_dying:
             self._lose(LOST)
+        elif self._by_name is not None and self._by_name.was_at(event.endpoint):
+            pass  # the name has another address now; that one may even have answered while the hub did not turn
         elif kind == zmq.EVENT_CONNECTED:
             self._descriptor = event.value
             self._is_connected = True
@@ -476,7 +478,7 @@ class Channel:
         elif kind == zmq.EVENT_CLOSED:
             self._has_tried = True
             self._failing_since = None
-            self._on_closed(event.endpoint)
+            self._on_closed()
         elif kind == zmq.EVENT_CONNECT_RETRIED:
             has_tried, self._has_tried = self._has_tried, False
             if not has_tried:
@@ -515,12 +517,8 @@ class Channel:
         self._settle = None
         self._lose(LOST)
 
-    def _on_closed(self, endpoint: str) -> None:
-        if self._by_name is None:
-            self._fail(NOBODY)
-        elif self._by_name.was_at(endpoint):
-            pass  # the name has another address now
-        elif self._by_name.on_failed():
+    def _on_closed(self) -> None:
+        if self._by_name is not None and self._by_name.on_failed():
             self.failed_attempts += 1  # at one of several addresses
         else:
             self._fail(NOBODY)

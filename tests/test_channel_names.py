@@ -224,6 +224,20 @@ def test_what_happens_at_an_address_that_was_left(context: zmq.Context, server: 
         assert client.stats.endpoints[0].failed_attempts == known
 
 
+def test_an_address_that_answers_as_it_is_left(context: zmq.Context, resolver: NameService) -> None:
+    """Whoever comes there while the hub is blocked is not taken for the peer at the next address: nothing is handed over."""
+    resolver.table["server"] = ["127.0.0.2", "127.0.0.1"]
+    named = _nobody("server")
+    with Client(named, context=context) as client:
+        channel = client._channels[0]
+        wait_until(lambda: client.stats.endpoints[0].failed_attempts)
+        assert channel._by_name is not None
+        wait_until(lambda: channel._by_name.number != named.replace("server", "127.0.0.2"))  # type: ignore[union-attr]
+        for kind in (plain.Event.CONNECTED, plain.Event.HANDSHAKE_SUCCEEDED):
+            channel._on_event(ConnectionEvent(kind, 0, named.replace("server", "127.0.0.2")))
+        assert not channel.is_up
+
+
 def test_names_keep_nobody_alive(context: zmq.Context, resolver: NameService) -> None:
     """A client that is dropped while its name is resolved is gone at once, and its socket closed."""
     resolver.hang("server")

@@ -89,7 +89,7 @@ class ByName:
         self.number: str | None = None
         self.trouble = ""
         self._address = ""
-        #: What libzmq's events may call it, and the one before it.
+        #: What libzmq's events may call it, and those before it.
         self._aliases: frozenset[str] = frozenset()
         self._former: frozenset[str] = frozenset()
         #: Addresses that have failed since one was connected to, or all had failed.
@@ -123,7 +123,7 @@ class ByName:
 
     def was_at(self, endpoint: str) -> bool:
         """Whether it is one that the socket has left: what is said of that does not matter any more."""
-        return endpoint in self._former and endpoint not in self._aliases
+        return endpoint in self._former
 
     def on_connected(self) -> None:
         """The address answers: no other one is wanted until the connection is gone."""
@@ -228,7 +228,8 @@ class ByName:
         if self.number is not None:
             log.info("%s: connects to %s now, no longer to %s", self.host.endpoint, number, self.number)
         self.number, self._address, self.trouble = number, address, ""
-        self._former, self._aliases = self._aliases, self.host.aliases(address)
+        aliases = self.host.aliases(address)
+        self._former, self._aliases = (self._former | self._aliases) - aliases, aliases
         return True
 
     def _start_timer(self, seconds: float, act: Callable[[ByName], object]) -> None:

@@ -81,7 +81,9 @@ def test_an_address_that_changes(owner: Owner, resolver: NameService) -> None:
         happens()
         wait_until(lambda number=number: owner.moves[-1] == f"10.0.0.{number}")
     assert by_name.is_at("tcp://10.0.0.3:5555")
+    assert by_name.was_at("tcp://10.0.0.1:5555")
     assert by_name.was_at("tcp://10.0.0.2:5555")
+    assert not by_name.was_at("tcp://10.0.0.3:5555")
     resolver.table["peer"] = ["10.0.0.4"]
     by_name.on_lost()
     answers: list[Answer] = []
