@@ -211,9 +211,11 @@ class Carrier:
             self._start_timer(SETTLE)
 
     @property
-    def is_undecided(self) -> bool:
-        """Whether what became of the request is being found out: until then the socket has to stay as it is."""
-        return self._probe is not None or self._connections.is_unsettled
+    def is_busy(self) -> bool:
+        """Whether somebody may have the request, or what became of it is being found out: the socket has to stay as it is."""
+        return (
+            self._probe is not None or self._connections.is_unsettled or (self.error is None and self._connections.is_carried)
+        )
 
     def lose(self, error: PeerError) -> None:
         """The request that is open is lost, for a reason that no event tells."""

@@ -117,6 +117,11 @@ class Connections:
         return bool(self._unsettled)
 
     @property
+    def is_carried(self) -> bool:
+        """Whether a request is open that a connection which stands may carry."""
+        return self._is_open and any(each.carries for each in self._live.values())
+
+    @property
     def is_stopped(self) -> bool:
         """Whether libzmq has given up connecting: without disconnect and connect nobody will ever be there."""
         return 0 < self.total <= len(self._ended)

@@ -5,10 +5,15 @@ Each name has a `ByName`, which gives libzmq numbers instead. Rules:
 * The socket's monitor tells when an attempt fails or a connection is lost; the name is resolved anew then. Where there is no
   monitor (no descriptor left, or the program has one of its own) a name is resolved once.
 * libzmq cannot send what is queued for one address to another one. So while a socket with a single connection (of a type in
-  `KEEPING`) waits for it, what is sent is kept here as well, and sent again when the name has moved. It is kept until the
-  handshake is done: then libzmq has sent it. Of a socket with several connections nobody knows which one a message is queued
-  for; what is queued for an address that is left is lost with it.
-* A socket is moved between messages only: one that is half sent or half read stays where it is until the next attempt fails.
+  `KEEPING`) waits for it, what is sent is kept here as well, and sent again when the name has moved.
+* Nothing is sent twice. What is kept is forgotten as soon as somebody accepts a connection: a handshake may follow that nobody
+  reports (ZMTP 2). libzmq says CONNECTED before it can send, so what it has said once the old address is left is conclusive,
+  with one I/O thread. With several the order of events is not known, and nothing is kept.
+* Of a socket with several connections nobody knows which one a message is queued for. What is queued for an address that is
+  left is lost with it; a REQ whose request was is told so, and one whose request somebody may have stays where it is.
+* A socket is moved between messages only, and when all that has arrived is read: what a connection holds goes with it.
+  Until then it stays where it is, and each attempt that fails is one more occasion. So a loss counts only from CONNECT_RETRIED
+  on: then libzmq has handed over what it had read.
 * A PAIR refuses a second connection as long as its first one ends, so it is not moved.
 * The socket is held weakly; nothing here keeps the loop running.
 
@@ -17,7 +22,6 @@ It does not know how an operation waits.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from functools import partial
@@ -33,7 +37,7 @@ from ..errors import Unreachable
 from ..names import Host
 from ._byname import ByName, leave
 from ._connections import YOUNG
-from ._waits import POLLOUT, Waiter
+from ._waits import POLLIN, POLLOUT, Waiter, events_of
 from .monitor import ConnectionEvent
 
 if TYPE_CHECKING:
@@ -75,10 +79,11 @@ class Hosts:
     __slots__ = (
         "__weakref__",
         "_by_names",
+        "_in_order",
         "_is_blind",
         "_is_moving",
-        "_is_told",
         "_kept",
+        "_lost",
         "_since",
         "_sock",
         "_torn",
@@ -96,13 +101,15 @@ class Hosts:
         self._is_blind = False
         #: What comes to light while the socket is moved has to wait.
         self._is_moving = False
-        #: An event is being handled: those before it are known.
-        self._is_told = False
+        #: The context has one I/O thread, so events come in the order in which things happened.
+        self._in_order = sock.context.get(zmq.IO_THREADS) == 1
         #: When the connections that stand were made, and which have finished their handshake.
         self._since: dict[ByName, float] = {}
         self._up: set[ByName] = set()
         #: libzmq has tried these, so CONNECT_RETRIED says no more than that it will again.
         self._tried: set[ByName] = set()
+        #: Their connection is lost, and libzmq has not said yet that it will try again.
+        self._lost: set[ByName] = set()
         self._kept: list[list[Any]] = []
         #: The frames of a message that is half sent; None if its first ones were not kept.
         self._torn: list[Any] | None = []
@@ -205,13 +212,14 @@ class Hosts:
             if self._torn is not None:
                 self._kept.append(self._torn)
             self._torn = []
-            if len(self._kept) % ASK_EVERY == 0:
+            if self._kept and len(self._kept) % ASK_EVERY == 0:
                 self._drain()  # in a thread with libuv's loop the monitor is read by those that wait, and nobody may
 
     def on_reset(self, sock: MonitoredSocket) -> None:
         """A REQ has given its request up, and all its endpoints are connected anew."""
         self._since.clear()
         self._up.clear()
+        self._lost.clear()
         self._kept.clear()
         self._torn = []
         self.on_ways(sock)
@@ -243,27 +251,21 @@ class Hosts:
         """Take an event of the socket's monitor."""
         if event.kind == _STOPPED:
             self._is_blind = True
-            sock = self._sock()
-            if sock is not None and not sock.closed:
-                self.on_ways(sock)
+            self._recount()
             return
         for by_name in list(self._by_names):
             if by_name.is_at(event.endpoint):
-                outer, self._is_told = self._is_told, True
-                try:
-                    self._on_event(by_name, event)
-                finally:
-                    self._is_told = outer
+                self._on_event(by_name, event)
 
     def _on_event(self, by_name: ByName, event: ConnectionEvent) -> None:
         kind = event.kind
         if kind == _CONNECTED:
             self._since[by_name] = monotonic()
             by_name.on_connected()
+            self._recount()
         elif kind == _SUCCEEDED:
             self._up.add(by_name)
             self._warned.discard(by_name)
-            self._kept_no_more()
         elif kind == _CLOSED:
             self._tried.add(by_name)
             by_name.on_failed()
@@ -271,6 +273,9 @@ class Hosts:
             by_name.on_failed()
         elif kind == _RETRIED:
             self._tried.discard(by_name)
+            if by_name in self._lost:
+                self._lost.discard(by_name)
+                by_name.on_lost()
         elif kind == _DISCONNECTED:
             self._on_disconnected(by_name)
 
@@ -279,14 +284,11 @@ class Hosts:
         since = self._since.pop(by_name, None)
         was_up = by_name in self._up or (since is not None and monotonic() - since >= YOUNG)  # of ZMTP 2, see _connections
         self._up.discard(by_name)
+        self._recount()
         if was_up:
-            self._kept_no_more()
-            by_name.on_lost()
+            self._lost.add(by_name)
         else:
             by_name.on_failed()
-        sock = self._sock()
-        if sock is not None:
-            self.on_ways(sock)
 
     def _on_trouble(self, trouble: str) -> None:
         sock = self._sock()
@@ -312,9 +314,9 @@ class Hosts:
                 return False
         finally:
             self._is_moving = False
+            sock._recheck()
         self.on_ways(sock)
         self._wake_all()
-        sock._recheck()
         return True
 
     def _connect(self, sock: MonitoredSocket, number: str, old: str | None) -> bool:
@@ -330,32 +332,43 @@ class Hosts:
         return True
 
     def _may_move(self, sock: MonitoredSocket, old: str) -> bool:
-        if not self._is_told:
-            self._drain()
+        self._drain()  # also while an event is handled: more may have happened since, if the hub was blocked
         is_connected = any(each.number == old and each in self._since for each in self._by_names)
-        is_torn = sock._waits.is_half_sent or Backend.get(sock, _RCVMORE)
+        is_torn = sock._waits.is_half_sent or Backend.get(sock, _RCVMORE) or events_of(sock) & POLLIN
         carrier = None if sock._lockstep is None else sock._lockstep.carrier
-        is_busy = carrier is not None and carrier.is_undecided
+        is_busy = carrier is not None and carrier.is_busy
         return not (is_connected or is_torn or is_busy or sock.type == zmq.PAIR)
 
     def _move(self, sock: MonitoredSocket, number: str, old: str) -> None:
-        kept, self._kept = self._kept, []
         if sock._lockstep is not None and sock._lockstep.is_req:
-            self._kept = sock._lockstep.move(sock, old, number, kept[-1:])
+            self._kept = sock._lockstep.move(sock, old, number)
             return
         linger = Backend.get(sock, _LINGER)
         Backend.set(sock, _LINGER, 0)
         try:
             leave(sock, old)
+            kept = self.take_unsent()
             Backend.connect(sock, number)
         finally:
             Backend.set(sock, _LINGER, linger)
-        with contextlib.suppress(zmq.Again):  # there was room for them before
+        self._kept = []
+        try:
             for frames in kept:
                 for frame in frames[:-1]:
                     Backend.send(sock, frame, _NOBLOCK | _SNDMORE)
                 Backend.send(sock, frames[-1], _NOBLOCK)
                 self._kept.append(frames)
+        except zmq.Again:  # there was room for all of them before: the program has set another SNDHWM
+            log.warning("%r: %d messages have no room at %s and are lost", sock, len(kept) - len(self._kept), number)
+
+    def take_unsent(self) -> list[list[Any]]:
+        """What is kept, and was provably not sent to the address that has just been left. To be called before the next one."""
+        kept = len(self._kept)
+        self._drain()
+        unsent, self._kept = self._kept, []
+        if kept and not unsent:
+            log.warning("%r: a connection stood as its name moved; %d messages may not have arrived", self._sock(), kept)
+        return unsent
 
     def _drain(self) -> None:
         """Be told what has happened up to now."""
@@ -368,23 +381,23 @@ class Hosts:
     def on_ways(self, sock: MonitoredSocket) -> None:
         """Keep what is sent from now on, if it would be lost when a name moves; or do so no longer."""
         waits = sock._waits
-        is_waiting = len(self._by_names) == 1 and not self._up
-        keeps = is_waiting and not self._is_blind and waits.ways == 1 and sock.type in KEEPING
+        is_waiting = len(self._by_names) == 1 and not self._since
+        is_told = self._in_order and not self._is_blind
+        keeps = is_waiting and is_told and waits.ways == 1 and sock.type in KEEPING
         if keeps and not waits.keeps:
             self._torn = None if waits.is_half_sent else []
         elif not keeps:
             self._kept.clear()
         waits.set_keeps(keeps)
 
-    def _kept_no_more(self) -> None:
-        self._kept.clear()
+    def _recount(self) -> None:
         sock = self._sock()
-        if sock is not None:
+        if sock is not None and not sock.closed:
             self.on_ways(sock)
 
     def _forget(self, by_name: ByName) -> None:
         self._since.pop(by_name, None)
-        for known in (self._up, self._tried, self._warned):
+        for known in (self._up, self._tried, self._lost, self._warned):
             known.discard(by_name)
 
 

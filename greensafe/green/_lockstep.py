@@ -28,7 +28,7 @@ from gevent import getcurrent
 from zmq.backend import Socket as Backend
 
 from ..deadlines import deadline
-from ..errors import PeerError, RemoteError, Unreachable
+from ..errors import Disconnected, PeerError, RemoteError
 from ._carrier import Carrier
 
 if TYPE_CHECKING:
@@ -188,12 +188,15 @@ class Lockstep:
         else:
             self.reset_req(sock)
 
-    def reset_req(self, sock: Sock, old: str = "", new: str = "") -> None:
+    def reset_req(self, sock: Sock, old: str = "", new: str = "") -> list[list[Any]]:
         """Steps 1 to 5 of the module's head. The socket can send afterwards, and no old reply can reach it.
 
         Args:
             sock: The REQ.
             old, new: An endpoint that is not connected to again, and the one that is instead of it.
+
+        Returns:
+            With `old`: the request that is open, if `hosts` has kept it, and it was not sent. It is sent by `move`.
         """
         _read_rest(sock)
         if self.is_half_sent:
@@ -208,6 +211,7 @@ class Lockstep:
                 self.carrier.on_reset()
             for address, _ in self._connects:
                 _drop(sock, address)
+            unsent = self.hosts.take_unsent() if old and self.hosts is not None else []
             self._connects, addresses = [], [address for address, _ in self._connects]
             for each in addresses:
                 address = new if each == old else each
@@ -218,26 +222,26 @@ class Lockstep:
         self.is_open = self.is_half_sent = self.is_interrupted = False
         if self.hosts is not None:
             self.hosts.on_reset(sock)  # type: ignore[arg-type]  # a green one has them
+        return unsent
 
-    def move(self, sock: Sock, old: str, new: str, kept: list[list[Any]]) -> list[list[Any]]:
+    def move(self, sock: Sock, old: str, new: str) -> list[list[Any]]:
         """Connect a REQ to `new` instead of `old`; the program does not notice.
 
         Args:
             sock: The REQ, between two frames.
             old, new: Endpoints.
-            kept: The request that is open, if it was not sent yet.
 
         Returns:
             What has to be kept for the next time.
         """
         is_open, is_interrupted = self.is_open, self.is_interrupted
         error = None if self.carrier is None else self.carrier.error
-        self.reset_req(sock, old, new)
+        kept = self.reset_req(sock, old, new)[-1:]
         self.is_open, self.is_interrupted = is_open, is_interrupted
         if not is_open or self.carrier is None:
             return []
         if error is not None or not kept:
-            self.carrier.lose(error or Unreachable(f"{old} was left for {new}, and the request with it", endpoint=new))
+            self.carrier.lose(error or Disconnected(f"{old} was left for {new}, and the request with it", endpoint=old))
             return []
         for frame in kept[0][:-1]:
             _send(sock, frame, _NOBLOCK | _SNDMORE)

@@ -217,10 +217,10 @@ class WaitingSocket(zmq.Socket[bytes]):
         if result is not EXPIRED:
             more = bool(nonblocking & _SNDMORE)
             waits.note_sent(more)
-            if waits.keeps:
-                waits.hosts.on_sent(data, more)
             if lockstep is not None:
                 lockstep.on_sent(self, more)
+            if waits.keeps:
+                waits.hosts.on_sent(data, more)
         return result
 
     def _transmit_all(
@@ -246,11 +246,11 @@ class WaitingSocket(zmq.Socket[bytes]):
         result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
         more = bool(flags & _SNDMORE)
         self._waits.note_sent(more)
+        if self._lockstep is not None:
+            self._lockstep.on_sent(self, more)
         if self._waits.keeps:
             for index, frame in enumerate(frames[1:], 2):
                 self._waits.hosts.on_sent(frame, more or index < len(frames))
-        if self._lockstep is not None:
-            self._lockstep.on_sent(self, more)
         self._recheck()
         return result
 

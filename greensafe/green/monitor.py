@@ -348,9 +348,12 @@ class Sharing:
         in_background = hub.main_hub or "libuv" not in type(hub.loop).__module__
         self.monitor = Monitor(sock, self._publish, _ALL & ~_ACCEPT_FAILED, in_background=in_background)
 
-    def add(self, listener: Listener) -> None:
-        """Have events handed to `listener` until it is removed or collected."""
-        self._listeners.append(weakref.ref(listener))
+    def add(self, listener: Listener, *, first: bool = False) -> None:
+        """Have events handed to `listener` until it is removed or collected.
+
+        `first`: before the others, any of which may drain when it is told of an event. So this one gets all of them in order.
+        """
+        self._listeners.insert(0 if first else len(self._listeners), weakref.ref(listener))
 
     def remove(self, listener: Listener) -> bool:
         """Take a listener out; returns whether any is left."""
@@ -383,7 +386,7 @@ class ConnectionEvents:
     def __init__(self, sock: MonitoredSocket) -> None:
         self._sock: MonitoredSocket | None = sock
         self._sharing = sock._share_monitor()
-        self._sharing.add(self)
+        self._sharing.add(self, first=True)
         self._events: deque[ConnectionEvent] = deque()
         self._waiters: list[Waiter] = []
 

@@ -8,8 +8,10 @@ import logging
 import os
 import socket as net
 import threading
+import time
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -20,8 +22,8 @@ from helpers import LONG, MS, run_python, wait_until
 from naming import NameService, name_service
 
 import greensafe as zmq
-from greensafe import OperationTimeout, Unreachable, deadline
-from greensafe.green import _byname, _hosts
+from greensafe import OperationTimeout, Unreachable, deadline, names
+from greensafe.green import _byname, _hosts, _lockstep
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -326,6 +328,168 @@ def test_what_was_sent_before_the_first_connection(context: zmq.Context, known: 
     peer = _bound(context, zmq.PULL, named.replace("peer", "127.0.0.2"))
     known.table["peer"] = ["127.0.0.2"]
     assert peer.recv() == b"x"
+
+
+@pytest.fixture
+def outside() -> Iterator[plain.Context[Any]]:
+    """A context whose sockets block the hub."""
+    with plain.Context() as made:
+        yield made
+        made.destroy(linger=0)
+
+
+def _there(outside: Any, kind: int, endpoint: str) -> Any:
+    sock = outside.socket(kind)
+    sock.rcvtimeo = int(LONG * 1000)
+    sock.bind(endpoint)
+    return sock
+
+
+def _nobody() -> str:
+    with closing(net.create_server(("127.0.0.1", 0))) as taken:
+        return f"tcp://peer:{taken.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("here", "there"), [("PUSH", "PULL"), ("DEALER", "ROUTER")])
+def test_a_peer_that_comes_while_the_hub_is_blocked(
+    context: zmq.Context, known: NameService, outside: Any, here: str, there: str
+) -> None:
+    """What it has got is not sent to the next address as well, though the hub reads first that nobody was there."""
+    known.table["peer"] = ["127.0.0.1", "127.0.0.2"]
+    named = _nobody()
+    sock = context.socket(getattr(zmq, here))
+    sock.reconnect_ivl = int(10 * MS * 1000)
+    sock.connect(named)
+    events = sock.connection_events()
+    sock.send(b"x")
+    time.sleep(5 * MS)  # nobody is there yet, and nobody reads that: the hub is blocked
+    peer = _there(outside, getattr(plain, there), named.replace("peer", "127.0.0.1"))
+    with peer:
+        assert peer.recv_multipart()[-1] == b"x"
+        wait_until(lambda: not sock._waits.keeps)
+        assert sock.last_endpoint == peer.last_endpoint.rstrip(b"\0")
+        sock.send(b"y")
+        assert peer.recv_multipart()[-1] == b"y"
+    kinds = [event.kind for event in events._events]
+    assert plain.Event.CLOSED not in kinds[kinds.index(plain.Event.CONNECTED) :]
+
+
+@pytest.mark.parametrize("kind", ["PUSH", "REQ"])
+def test_a_peer_that_comes_as_it_is_left(
+    context: zmq.Context,
+    known: NameService,
+    outside: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """What it may have got is not sent again; a REQ is told that, and others are in the log."""
+    named = _nobody()
+    sock = context.socket(getattr(zmq, kind))
+    sock.reconnect_ivl = int(10 * MS * 1000)
+    sock.connect(named)
+    sock.send(b"x")
+    got: list[bytes] = []
+    module = _hosts if kind == "PUSH" else _lockstep
+    drop = "leave" if kind == "PUSH" else "_drop"
+    real = getattr(module, drop)
+
+    def late(sock: Any, number: str) -> None:
+        if not got:
+            with _there(outside, plain.PULL if kind == "PUSH" else plain.REP, number) as peer:
+                got.append(peer.recv())
+        real(sock, number)
+
+    monkeypatch.setattr(module, drop, late)
+    other = _bound(context, zmq.PULL if kind == "PUSH" else zmq.REP, named.replace("peer", "127.0.0.2"))
+    known.table["peer"] = ["127.0.0.2"]
+    wait_until(lambda: b"127.0.0.2" in sock.last_endpoint)
+    assert got == [b"x"]
+    assert "may not have arrived" in caplog.text
+    if kind == "REQ":
+        with pytest.raises(zmq.Disconnected) as caught:
+            sock.recv()
+        assert caught.value.maybe_executed
+    sock.send(b"y")
+    assert other.recv() == b"y"
+
+
+def test_a_connection_whose_handshake_nobody_reports(context: zmq.Context, known: NameService) -> None:
+    """As soon as it is accepted nothing is kept any more: a peer of ZMTP 2 gets what is sent, and libzmq does not say so."""
+    with closing(net.create_server(("127.0.0.1", 0))) as peer:
+        sock = context.socket(zmq.PUSH)
+        sock.connect(f"tcp://peer:{peer.getsockname()[1]}")
+        sock.send(b"x")
+        wait_until(lambda: not sock._waits.keeps)
+        assert not sock._waits.hosts._kept
+        assert sock._waits.straight_out > 0
+
+
+def test_with_several_io_threads(known: NameService) -> None:
+    """The order of events is not known, so nothing is kept."""
+    with zmq.Context(io_threads=2) as own, own.socket(zmq.PUSH) as sock:
+        sock.linger = 0
+        sock.connect(_nobody())
+        assert not sock._waits.keeps
+
+
+@pytest.mark.parametrize(("here", "there"), [("DEALER", "ROUTER"), ("PULL", "PUSH"), ("SUB", "XPUB"), ("REQ", "REP")])
+def test_what_has_arrived_is_read_before_a_socket_moves(
+    context: zmq.Context, known: NameService, monkeypatch: pytest.MonkeyPatch, here: str, there: str
+) -> None:
+    """A peer that answers and moves at once: its last messages are not lost with its connection."""
+    monkeypatch.setattr(names, "FRESH", 0.0)
+    peer = _bound(context, getattr(zmq, there))
+    named = _named(peer)
+    sock = context.socket(getattr(zmq, here))
+    sock.reconnect_ivl = int(10 * MS * 1000)
+    if here == "SUB":
+        sock.subscribe(b"")
+    sock.connect(named)
+    if here in ("DEALER", "REQ"):
+        sock.send(b"x")
+    head = [] if there == "PUSH" else peer.recv_multipart()[:-1]
+    sent = [b"1"] if here == "REQ" else [b"1", b"2", b"3"]
+    for body in sent:
+        peer.send_multipart([*head, body])
+    wait_until(lambda: sock.poll(0))
+    known.table["peer"] = ["127.0.0.2"]
+    known.asked.clear()
+    peer.close(int(LONG * 1000))
+    wait_until(lambda: len(known.asked) > 2)
+    assert [sock.recv(timeout=LONG) for _ in sent] == sent
+    wait_until(lambda: b"127.0.0.2" in sock.last_endpoint)
+
+
+def test_a_req_whose_request_somebody_else_has(
+    context: zmq.Context, known: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that moves takes no request from a healthy peer; the socket moves when that has answered."""
+    monkeypatch.setattr(names, "FRESH", 0.0)
+    peer = _bound(context, zmq.REP)
+    req = context.socket(zmq.REQ)
+    req.reconnect_ivl = int(10 * MS * 1000)
+    req.connect(peer.last_endpoint)
+    req.connect(_nobody())
+    req.send(b"x")
+    assert peer.recv() == b"x"
+    known.table["peer"] = ["127.0.0.2"]
+    known.asked.clear()
+    wait_until(lambda: len(known.asked) > 2)
+    peer.send(b"y")
+    assert req.recv() == b"y"
+    wait_until(lambda: b"127.0.0.2" in req.last_endpoint)
+
+
+@pytest.mark.parametrize("kind", ["REQ", "DEALER", "PUSH", "SUB"])
+def test_a_number_costs_nothing(context: zmq.Context, resolver: NameService, kind: str) -> None:
+    """No name service is asked, nothing is kept, and only a REQ has a monitor, as ever."""
+    sock = context.socket(getattr(zmq, kind))
+    sock.linger = 0
+    sock.connect("tcp://127.0.0.1:1")
+    waits = sock._waits
+    assert (waits.hosts, waits.keeps, resolver.asked) == (None, False, [])
+    assert (sock._sharing is None, waits.straight_out > 0) == (kind != "REQ",) * 2
 
 
 def test_what_went_to_the_same_address_goes_there_once(context: zmq.Context, known: NameService) -> None:
