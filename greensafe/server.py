@@ -36,6 +36,7 @@ from .descriptors import DescriptorWatch
 from .endpoints import check_endpoint
 from .errors import RemoteError
 from .green._binding import Binding
+from .green._forks import generation
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
@@ -157,6 +158,7 @@ class Server:
         self._vanished: Vanished | None = None
         self._tell = teller(hooks)
         self._context = context
+        self._generation = generation()
         self._pump: Pump | None = None
         self._watchdog: Watchdog | None = None
         self._watch: tuple[HubWatch, Wish] | None = None
@@ -371,6 +373,8 @@ class Server:
         self._forget_parent()
         is_hub = gevent.getcurrent() is gevent.get_hub()
         if self._pump is None:
+            if not is_hub:
+                self._stopped.wait()  # closed in the hub, perhaps: then its journal is not, yet
             self._wait_for_address(is_hub)
             return
         if is_hub and limit == 0:
@@ -492,7 +496,8 @@ class Server:
 
     def _forget_parent(self) -> None:
         """In a forked child, the running server is the parent's: here it is one that was not started yet."""
-        if self._pump is not None and self._pump.is_inherited:
+        if self._generation != generation():
+            self._generation = generation()
             self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
             self._descriptors = None
             self._binding = Binding()
@@ -513,6 +518,7 @@ class Server:
         if pump is None or watchdog is None:
             return
         self._pump = None  # a hook that closes it once more does nothing
+        self._stopping = True  # nor can one start it before the end
         stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
         before = watchdog.failures.get(stopped.code, 0)
         watchdog.abort_all(stopped)
@@ -578,7 +584,7 @@ class _Run:
             server._systemd.stopping()
 
     def is_open(self) -> bool:
-        return self._server._pump is self._pump
+        return self._server._pump is self._pump and not self._pump.is_inherited
 
     def is_busy(self) -> bool:
         watchdog, pump = self._server._watchdog, self._pump
@@ -589,12 +595,7 @@ class _Run:
             self._server._commits.flush(FLUSH)  # answers that wait for it, and no longer
 
     def close(self) -> None:
-        """In the hub: there on_error and hooks cannot wait, and who stops it may be killed meanwhile."""
-        gevent.get_hub().loop.run_callback(self._close)
-
-    def _close(self) -> None:
-        if self.is_open():
-            self._server._close()
+        self._server._close()
 
 
 def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> None:

@@ -47,7 +47,7 @@ class Stoppable(Protocol):
         """Wait, for a bounded time, for what is answered and has not left."""
 
     def close(self) -> None:
-        """Close it soon, in the hub; `Stop.end` is called when that is done."""
+        """Close it; called in the hub, where on_error and hooks cannot wait. `Stop.end` is called when that is done."""
 
 
 class Stop:
@@ -65,7 +65,7 @@ class Stop:
         self._hub = gevent.get_hub()
         self._news = Event()
         self._ended = Event()
-        gevent.spawn(self._go)
+        gevent.spawn(self._go).rawlink(self._close)  # even if it is killed before it begins
 
     def __repr__(self) -> str:
         state = "ended" if self._ended.is_set() else "running"
@@ -98,9 +98,10 @@ class Stop:
             self._drain()
         except Exception:
             log.exception("a drain has failed: the server is closed at once")
-        finally:
-            if self._run.is_open():
-                self._run.close()
+
+    def _close(self, _: object) -> None:
+        if self._run.is_open():
+            self._run.close()
 
     def _drain(self) -> None:
         run = self._run

@@ -414,8 +414,8 @@ class Watchdog:
             self._guarded(self.raised, request, error)
         finally:
             scope._detach()
-            self._greenlets.pop(request._exchange.key, None)
             self._guarded(self.finish, request)
+            self._greenlets.pop(request._exchange.key, None)  # not before: on_error and hooks may ask whether this is a handler
 
     def _guarded(self, act: Callable[..., object], *args: object) -> None:
         """Do something for one request; its failure, which only on_error can cause, is logged and touches no other request."""

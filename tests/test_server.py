@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
+import os
 import signal
 import socket
 import sys
@@ -387,6 +389,23 @@ def test_a_handler_that_stops_its_server(
     assert states == [("stopping", False, "stopping")] * 2
 
 
+@pytest.mark.parametrize("who", ["on_error", "hook"])
+def test_stop_of_a_server_whose_handler_has_returned_nothing(context: zmq.Context, who: str) -> None:
+    """What is called behind such a handler, in its greenlet, is part of it: the stop does not wait for itself there either."""
+    options: dict[str, Any] = {"on_error": lambda request, error: server.stop(None)}
+    if who == "hook":
+        options = {"hooks": lambda record: server.stop(None) if isinstance(record, RequestFailed) else None}
+    server = Server("inproc://s", lambda request: None, deadline=LONG, context=context, **options)
+    server.start()
+    with context.socket(zmq.REQ) as req:
+        req.connect("inproc://s")
+        req.send(b"x")
+        answer = RemoteError.from_reply(req.recv())
+    assert answer is not None
+    assert answer.code == "INTERNAL"
+    wait_until(lambda: server.closed)
+
+
 def test_a_handler_that_stops_its_server_and_goes_on(context: zmq.Context) -> None:
     """It drains as ever: others are answered, the limit holds, and a smaller one that is given later ends it sooner."""
     go = gevent.event.Event()
@@ -545,6 +564,80 @@ def test_a_stop_that_fails_closes_the_server(
     server.stop(None)
     assert server.closed
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_drain_that_is_killed_before_it_begins(context: zmq.Context) -> None:
+    """A program that kills all greenlets it finds kills that one, too: the server is closed at once."""
+    server = Server("inproc://s", _hang, deadline=LONG, context=context)
+    server.start()
+    with Client("inproc://s", context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        wait_until(lambda: server.stats.running)
+        before = {id(each) for each in gc.get_objects() if isinstance(each, gevent.Greenlet)}
+        gevent.get_hub().loop.run_callback(server.stop, None)
+        found: list[gevent.Greenlet] = []
+        while not found:
+            gevent.sleep(0)
+            found = [each for each in gc.get_objects() if isinstance(each, gevent.Greenlet) and id(each) not in before]
+        gevent.killall(found)
+        server.stop(None)
+        assert server.closed
+        with pytest.raises(RemoteError, match="UNAVAILABLE"):
+            asked.get()
+
+
+def test_stop_behind_a_close_in_the_hub(context: zmq.Context, tmp_path: Path) -> None:
+    """It returns when the journal is closed as well: the server can be started again then."""
+    server = Server("inproc://s", _echo, deadline=LONG, journal=tmp_path / "journal", context=context)
+    server.start()
+    gevent.get_hub().loop.run_callback(server.close)
+    wait_until(lambda: server.closed)
+    with pytest.raises(RuntimeError, match="stopping"):
+        server.start()
+    server.stop()
+    server.start()
+    server.stop()
+
+
+def test_a_hook_that_starts_it_again(context: zmq.Context) -> None:
+    """Not before the end: serve_forever would return while the server goes on. The hook is told so."""
+    said: list[str] = []
+
+    def hook(record: object) -> None:
+        if isinstance(record, ServerStopped):
+            with pytest.raises(RuntimeError) as caught:
+                server.start()
+            said.append(str(caught.value))
+
+    server = Server("inproc://s", _echo, deadline=LONG, hooks=hook, context=context)
+    server.start()
+    gevent.get_hub().loop.run_callback(server.close)
+    server._stopped.wait()
+    assert server.closed
+    assert "stopping" in said[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_is_forked_while_its_server_closes() -> None:
+    """The end is the parent's affair: the child can stop and start the server at once."""
+    program = """
+import os, gevent, greensafe
+def hook(record):
+    if isinstance(record, greensafe.hooks.ServerStopped):
+        child.append(os.fork())
+child = []
+server = greensafe.Server("inproc://s", lambda request: b"y", deadline=None, hooks=hook)
+server.start()
+server.stop()
+if child[0]:
+    assert os.waitpid(child[0], 0)[1] == 0
+else:
+    server.stop()
+    server.start()
+    os._exit(0 if server.started else 1)
+"""
+    result = run_python(program)
+    assert result.code == 0, result.err
 
 
 def test_a_killed_stop_is_not_kept(context: zmq.Context) -> None:
