@@ -9,7 +9,8 @@ Rules:
 
 * There is none in ordinary operation: it takes a verdict of `sansio.liveness.Pulse`, and enough bytes under way to explain it.
 * One at a time for each channel, for a few looks at the most, then it is closed. It never sends a message.
-* Answered: the silence is forgiven, and begins to count anew; again and again, as long as what is under way explains it.
+* Answered: the silence is forgiven, and begins to count anew; again and again, as long as what is under way explains it. Not if
+  nothing on the first connection is acknowledged: then a firewall, say, has forgotten that connection, and drops what comes.
 * It goes to the address that the first connection leads to, so no name is resolved. It never uses that one's routing id, or a
   ROUTER with ROUTER_HANDOVER would send it the other's answers.
 """
@@ -27,7 +28,7 @@ from .counts import peer
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .sansio.liveness import Pulse, explains, looks_allowed
-from .trouble import SILENT, STUCK, UNANSWERED, Trouble
+from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, Trouble
 
 __all__ = ["SecondLook"]
 
@@ -110,6 +111,8 @@ class SecondLook:
         self._looks += 1
         if self._has_answer():
             self._close()
+            if pulse.is_cut:
+                return FORGOTTEN
             self._was_answered = True
             pulse.forgive()
             return None

@@ -16,6 +16,7 @@ from .sansio.requester import Asked, Connection
 
 __all__ = [
     "DRAINING",
+    "FORGOTTEN",
     "LOST",
     "NOBODY",
     "NO_ANSWER",
@@ -118,6 +119,12 @@ STUCK = Trouble(
     "no sign of life comes back for longer than what is under way explains, though a second connection got its handshake:"
     " something in between does not pass this connection's messages on",
     "process",
+)
+FORGOTTEN = Trouble(
+    PeerSilent,
+    "nothing that is sent is acknowledged, though a second connection got its handshake: something in between (a firewall, a"
+    " load balancer) has forgotten this connection",
+    "link",
 )
 DRAINING = Trouble(Unreachable, "the server there is stopping")
 

@@ -16,9 +16,9 @@ from zmtp import Listener
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, PeerSilent, Request, Server
 from greensafe.counts import is_counted
-from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SLOWEST, Pulse
+from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SILENT_LOOKS, SLOWEST, Pulse, Sample
 from greensafe.secondlook import SecondLook
-from greensafe.trouble import SILENT, STUCK, UNANSWERED, Trouble
+from greensafe.trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, Trouble
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),
@@ -112,6 +112,18 @@ def test_a_silence_that_lasts_too_long(context: zmq.Context, router: Any) -> Non
     quiet.judge()
     quiet.pulse.quiet_since = 100.0 - LONG_MESSAGE / SLOWEST
     assert quiet.judge() == STUCK
+
+
+def test_what_nobody_takes(context: zmq.Context, router: Any) -> None:
+    """Where nothing on the first connection is acknowledged, nothing in between passes it on: an answer forgives nothing."""
+    quiet = Quiet(_endpoint(router), context)
+    for _ in range(SILENT_LOOKS + 1):
+        quiet.pulse.look(Sample(received=100, acked=100, waiting=0, unacked=1), late=False)
+    quiet.pulse.quiet_since = 97.0
+    assert quiet.judge("link") is None
+    wait_until(quiet.look._has_answer)
+    assert quiet.judge("link") == FORGOTTEN
+    assert not quiet.look.is_open
 
 
 def test_a_sign_of_life_ends_it(context: zmq.Context, listener: Listener) -> None:
@@ -251,6 +263,17 @@ def test_a_server_that_is_dead_behind_the_hop(context: zmq.Context, site: Site, 
                 client.request(BODY)
         assert caught.value.silent == "process"
         assert "stopped" not in str(caught.value)
+
+
+def test_a_connection_that_something_in_between_has_forgotten(context: zmq.Context, site: Site) -> None:
+    """A long request by it is PeerSilent soon: not after as long as so much may be under way. Another connection does."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        assert client.request(b"x") == b"1"
+        hop.forget()
+        with pytest.raises(PeerSilent, match="forgotten") as caught:
+            client.request(BODY)
+        assert caught.value.silent == "link"
+        assert client.request(BODY) == b"%d" % len(BODY)
 
 
 def test_a_small_request_takes_no_second_look(context: zmq.Context, site: Site) -> None:

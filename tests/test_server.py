@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
-import os
 import signal
 import socket
 import sys
@@ -615,29 +614,6 @@ def test_a_hook_that_starts_it_again(context: zmq.Context) -> None:
     server._stopped.wait()
     assert server.closed
     assert "stopping" in said[0]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_that_is_forked_while_its_server_closes() -> None:
-    """The end is the parent's affair: the child can stop and start the server at once."""
-    program = """
-import os, gevent, greensafe
-def hook(record):
-    if isinstance(record, greensafe.hooks.ServerStopped):
-        child.append(os.fork())
-child = []
-server = greensafe.Server("inproc://s", lambda request: b"y", deadline=None, hooks=hook)
-server.start()
-server.stop()
-if child[0]:
-    assert os.waitpid(child[0], 0)[1] == 0
-else:
-    server.stop()
-    server.start()
-    os._exit(0 if server.started else 1)
-"""
-    result = run_python(program)
-    assert result.code == 0, result.err
 
 
 def test_a_killed_stop_is_not_kept(context: zmq.Context) -> None:

@@ -12,7 +12,8 @@ thread of its own, so a peer that is alive is heard of, whatever its program doe
 * While a long message is on its way, in either direction, no WORKING can come by it, or none is due yet: a server's silence
   then means nothing (`is_busy`). One that is arriving shows in bytes that neither the messages taken so far nor PONGs explain.
 * Something in between may take a long message whole, at once, and acknowledge all of it. Then silence means nothing for as long
-  as it takes to pass that on (`explains`), if a second look by another connection shows that the peer is there.
+  as it takes to pass that on (`explains`), if a second look by another connection shows that the peer is there. Where nobody
+  acknowledges anything (`is_cut`), nobody has taken it.
 * A look that comes late judges nothing: this process was itself stopped or blocked, and what came meanwhile is still unread.
 
 Time and counts are arguments.
@@ -73,13 +74,13 @@ class Pulse:
         quiet_since: When a look first found no sign of life after the last one; None if the last look has found one.
     """
 
-    __slots__ = ("_before", "_last", "_silent", "interval", "is_busy", "owed", "quiet_since")
+    __slots__ = ("_before", "_cut", "_last", "_silent", "interval", "is_busy", "owed", "quiet_since")
 
     def __init__(self, limit: float) -> None:
         self.interval = limit / LOOKS
         self._last: float | None = None
         self._before: Sample | None = None
-        self._silent = 0
+        self._silent = self._cut = 0
         self.owed = 0
         self.quiet_since: float | None = None
         self.is_busy = False
@@ -91,13 +92,18 @@ class Pulse:
             now: When this was found by a look, or looks begin; None if the next one cannot be late.
         """
         self._last, self._before = now, None
-        self._silent = self.owed = 0
+        self._silent = self._cut = self.owed = 0
         self.quiet_since = None
         self.is_busy = False
 
     def forgive(self) -> None:
         """Count the silence so far for nothing: the peer was heard of by another way."""
         self._silent = 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether for `SILENT_LOOKS` in a row nothing that was sent has been acknowledged: nobody takes it, not even a hop."""
+        return self._cut >= SILENT_LOOKS
 
     def is_late(self, now: float) -> bool:
         """Whether this look comes so late that it can judge nothing; asked once for each look, before `look`."""
@@ -122,7 +128,10 @@ class Pulse:
             self.owed = min(self.owed + 1, LOOKS)
         else:
             is_silent = True
+        # A PING that was sent this moment is not acknowledged yet: cut off is who has acknowledged nothing since the last look.
+        is_cut = is_silent and sample is not None and before is not None and sample.unacked > 0 and sample.acked == before.acked
         self._silent = self._silent + 1 if is_silent else 0
+        self._cut = self._cut + 1 if is_cut else 0
         if not is_silent:
             self.quiet_since = None
         elif self.quiet_since is None:
@@ -130,8 +139,6 @@ class Pulse:
         self.is_busy = is_arriving or self.owed > 0
         if sample is None or self._silent < SILENT_LOOKS + self.owed:
             return None
-        # A PING that was sent this moment is not acknowledged yet: cut off is who has acknowledged nothing since the last look.
-        is_cut = sample.unacked and before is not None and sample.acked == before.acked
         return "link" if is_cut else "process"
 
 

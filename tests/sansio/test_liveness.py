@@ -55,6 +55,17 @@ def test_a_cut_link() -> None:
     assert [tcp.look(unacked=number) for number in (1, 2, 3)] == [None, None, "link"]
 
 
+def test_what_nobody_acknowledges() -> None:
+    """Three looks in a row show that not even something in between takes what is sent; any acknowledgement disproves it."""
+    tcp = _Tcp()
+    tcp.look(received=PONG, acked=PING)
+    found = []
+    for changes in ({"unacked": 1}, {"acked": PING, "unacked": 1}, *({"unacked": 1},) * 3, {"acked": PING}):
+        tcp.look(**changes)
+        found.append(tcp.pulse.is_cut)
+    assert found == [False] * 4 + [True, False]
+
+
 def test_a_ping_that_was_sent_this_moment() -> None:
     """That it is not acknowledged yet does not make a stopped process a cut link."""
     tcp = _Tcp()
