@@ -27,6 +27,7 @@ import zmq
 from .counts import peer
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
+from .names import host_in
 from .sansio.liveness import Pulse, explains, looks_allowed
 from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, Trouble
 
@@ -134,7 +135,11 @@ class SecondLook:
             self._set_options(self._sock)
             # Read at each look only, so nothing of it is left in the loop.
             self._monitor = Monitor(self._sock, self._on_event, _CONNECTED | _ANSWERS, in_background=False)
-            self._sock.connect(self._address(self._sock, descriptor))
+            address = self._address(self._sock, descriptor)
+            if address is None:
+                self._close()
+            else:
+                self._sock.connect(address)
         except zmq.ZMQError as error:
             log.warning("%s: no second look could be taken: %s", self._endpoint, error, extra={"endpoint": self._endpoint})
             self._close()
@@ -144,15 +149,21 @@ class SecondLook:
         sock.setsockopt(zmq.CONNECT_TIMEOUT, self._limit)
         sock.setsockopt(zmq.HANDSHAKE_IVL, self._limit)
         sock.setsockopt(zmq.PROBE_ROUTER, 0)
-        sock.setsockopt(zmq.IPV6, 1)
         if zmq.ROUTING_ID in self._context.sockopts:
             sock.setsockopt(zmq.ROUTING_ID, b"second look " + os.urandom(8))
 
-    def _address(self, sock: zmq.Socket[bytes], descriptor: int) -> str:
-        found = None if sock.getsockopt(zmq.SOCKS_PROXY) else peer(descriptor)
-        if found is None:
+    def _address(self, sock: zmq.Socket[bytes], descriptor: int) -> str | None:
+        """Where to connect; None if only libzmq could tell, by resolving a name."""
+        if sock.getsockopt(zmq.SOCKS_PROXY):
             return self._endpoint
+        found = peer(descriptor)
+        if found is None:
+            return self._endpoint if host_in(self._endpoint) is None else None
+        if found.startswith("["):
+            sock.setsockopt(zmq.IPV6, 1)  # no sooner: libzmq might take an IPv6 address of the source's interface then
         source, has_source, _ = self._endpoint.removeprefix("tcp://").rpartition(";")
+        if has_source:
+            source = source.rpartition(":")[0] + ":0"  # the first connection has the source's port
         return f"tcp://{source}{has_source}{found}"
 
     def _on_event(self, event: ConnectionEvent) -> None:

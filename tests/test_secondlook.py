@@ -163,6 +163,13 @@ def test_no_socket_for_it(listener: Listener, caplog: pytest.LogCaptureFixture) 
     assert "second look" in caplog.text
 
 
+def test_a_name_whose_address_cannot_be_told(context: zmq.Context) -> None:
+    """There is no second look then, for libzmq would resolve the name, in its I/O thread: the verdict stands."""
+    quiet = Quiet("tcp://localhost:9", context)
+    assert quiet.judge() == UNANSWERED["process"]
+    assert not quiet.look.is_open
+
+
 # A client behind a hop.
 
 
@@ -205,6 +212,19 @@ def test_a_long_request_is_not_mistaken_for_a_dead_server(context: zmq.Context, 
             assert _losses(client) == 0
         assert [each.get() for each in asked] == [b"%d" % len(BODY), b"5"]
     assert site.seen == [1, len(BODY), 5]
+
+
+@pytest.mark.parametrize("source", ["127.0.0.1:{port}", "lo:0"])
+def test_from_a_source(context: zmq.Context, site: Site, port: int, source: str) -> None:
+    """A second connection comes from the same interface or address, but from a port of its own."""
+    with Hop(site.endpoint) as hop:
+        endpoint = hop.endpoint.replace("tcp://", f"tcp://{source.format(port=port)};")
+        with Client(endpoint, context=context, heartbeat=SHORT) as client:
+            assert client.request(b"x") == b"1"
+            with hop.holding():
+                asked = gevent.spawn(client.request, BODY)
+                wait_until(lambda: hop.accepted == 3 or asked.dead)
+            assert asked.get() == b"%d" % len(BODY)
 
 
 def test_a_long_request_to_a_plain_server(context: zmq.Context) -> None:
