@@ -67,6 +67,9 @@ TICK = 0.001
 #: The longest time in seconds that a timer is set for: libuv refuses what does not fit into 64 bits of milliseconds.
 LONGEST = 86_400.0
 
+#: The longest limit in seconds, which is none beyond it: what is computed from it does not become infinite.
+ENDLESS = 1e300
+
 _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -87,7 +90,7 @@ def to_seconds(value: Any) -> float | None:
         value = _to_float(value)
     if value != value:
         raise ValueError("a limit cannot be NaN")
-    if value == math.inf:
+    if value > ENDLESS:
         return None
     return float(value) if value > 0 else 0.0
 
@@ -197,7 +200,8 @@ class deadline:
                 raise TypeError(f"at= is a time of time.monotonic(), not {at!r}")
             if at != at:
                 raise ValueError("at= cannot be NaN")
-            at = None if at == math.inf else at
+            at = _to_float(at)
+            at = None if at > ENDLESS else at
         self.seconds = to_seconds(seconds)
         self.at = at
         self.expired = False

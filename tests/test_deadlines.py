@@ -45,6 +45,7 @@ def _has_no_scope() -> bool:
         (0.25, 0.25),
         (timedelta(milliseconds=250), 0.25),
         (Decimal("0.5"), 0.5),
+        (1.7e308, None),
         (10**400, None),
         (-(10**400), 0.0),
     ],
@@ -128,6 +129,17 @@ def test_a_block_that_finishes_is_no_error() -> None:
 def test_limits_beyond_every_clock(seconds: float) -> None:
     """A limit of centuries is one that never comes, whatever the loop counts in; and it is left like any other."""
     with deadline(seconds):
+        gevent.sleep(1 * MS)
+    assert _has_no_scope()
+
+
+@pytest.mark.parametrize("at", [1.7e308, 10**400])
+def test_times_beyond_all_measure(at: float) -> None:
+    """An absolute time that no clock reaches is no limit, and one before every clock has passed; no scope stays."""
+    with deadline(at=at) as scope:
+        gevent.sleep(1 * MS)
+    assert scope.at is None
+    with pytest.raises(DeadlineExceeded), deadline(at=-at):
         gevent.sleep(1 * MS)
     assert _has_no_scope()
 

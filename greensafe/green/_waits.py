@@ -92,15 +92,16 @@ def events_of(sock: zmq.Socket[Any]) -> int:
 
 def poll_until(milliseconds: float | None) -> float | None:
     """When a poll with this timeout ends, on the monotonic clock; None for never."""
-    if milliseconds is None or milliseconds < 0:
+    if milliseconds is None:
+        return None
+    if milliseconds != milliseconds:
+        raise ValueError("timeout is a number of milliseconds, or None for no limit, not NaN")
+    if milliseconds < 0:
         return None
     try:
-        seconds = milliseconds / 1000
+        return monotonic() + float(milliseconds) / 1000
     except OverflowError:
         return None
-    if seconds != seconds:
-        raise ValueError("timeout is a number of milliseconds, or None for no limit, not NaN")
-    return monotonic() + seconds
 
 
 def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:

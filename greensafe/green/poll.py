@@ -151,7 +151,9 @@ def select(
     for socks, flag in wanted:
         for sock in socks:
             flags[sock] = flags.get(sock, 0) | flag
-    seconds = None if timeout is None or timeout < 0 else to_seconds(timeout)
+    seconds = to_seconds(timeout)
+    if timeout is not None and timeout < 0:
+        seconds = None
     events = dict(zmq_poll(flags.items(), None if seconds is None else seconds * 1000))
     readable, writable, failed = ([sock for sock in socks if events.get(sock, 0) & flag] for socks, flag in wanted)
     return readable, writable, failed

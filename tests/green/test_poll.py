@@ -6,6 +6,7 @@ import os
 import resource
 import socket as sockets
 import time
+from decimal import Decimal
 from typing import Any
 
 import gevent
@@ -49,8 +50,9 @@ def test_limits_beyond_all_measure(context: zmq.Context, poll: Any) -> None:
         gevent.spawn_later(2 * MS, b.send, b"x")
         assert poll(a, milliseconds)
         a.recv()
-    with pytest.raises(ValueError, match="milliseconds"):
-        poll(a, float("nan"))
+    for milliseconds in (float("nan"), Decimal("nan")):
+        with pytest.raises(ValueError, match="milliseconds"):
+            poll(a, milliseconds)
 
 
 def test_poll_of_zero_yields(context: zmq.Context) -> None:
