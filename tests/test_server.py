@@ -433,6 +433,22 @@ def test_a_handler_that_stops_its_server_and_goes_on(context: zmq.Context) -> No
         assert stopping.exception.code == "UNAVAILABLE"
 
 
+def test_a_handler_that_terminates_its_context(context: zmq.Context) -> None:
+    """Its server is closed before that, so its client has an answer; the handler is killed, and the context is terminated."""
+    own = zmq.Context()
+
+    def handler(request: Request) -> bytes:
+        own.term()
+        return b"never"
+
+    server = Server("tcp://127.0.0.1:0", handler, deadline=None, context=own)
+    server.start()
+    with Client(str(server.endpoint), context=context) as client, pytest.raises(RemoteError, match="UNAVAILABLE"):
+        client.request(b"x")
+    assert server.closed
+    wait_until(lambda: own.closed)
+
+
 def test_another_servers_handler_waits_for_the_stop(context: zmq.Context) -> None:
     """Only a handler of the server itself cannot."""
     states: list[str] = []

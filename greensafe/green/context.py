@@ -100,15 +100,24 @@ class Context(zmq.Context[Socket]):
             super().term()  # the parent's, which pyzmq leaves alone
             return
         hub = gevent.get_hub()
+        if gevent.getcurrent() is hub or self._is_exiting:
+            self._close_owners()
+            super().term()
+            return
+        try:
+            # Not in this greenlet: if it is a server's handler, that server would not be closed when its close() returns.
+            gevent.spawn(self._close_owners).join()
+        finally:
+            ending = hub.threadpool.spawn(super().term)
+        ending.get()
+
+    def _close_owners(self) -> None:
+        hub = gevent.get_hub()
         for owner, home in list(self._owners.items()):
             if home is hub:
                 owner.close()
             elif home.loop is not None:
                 home.loop.run_callback_threadsafe(owner.close)
-        if gevent.getcurrent() is hub or self._is_exiting:
-            super().term()
-        else:
-            hub.threadpool.spawn(super().term).get()
 
     def _own(self) -> None:
         """In a forked child, replace libzmq's context, whose threads have stayed in the parent."""
