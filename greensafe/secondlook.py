@@ -29,7 +29,7 @@ from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .names import host_in
 from .sansio.liveness import Pulse, explains, looks_allowed
-from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, Trouble
+from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 __all__ = ["SecondLook"]
 
@@ -108,7 +108,7 @@ class SecondLook:
             if not explains(size, now - since):
                 return STUCK if self._was_answered else SILENT[silent]
             self._begin(descriptor)
-            return UNANSWERED[silent] if self._sock is None else None
+            return UNASKED[silent] if self._sock is None else None
         self._looks += 1
         if self._has_answer():
             self._close()

@@ -24,6 +24,7 @@ __all__ = [
     "SILENT",
     "STUCK",
     "UNANSWERED",
+    "UNASKED",
     "WRONG_TYPE",
     "Loss",
     "Trouble",
@@ -104,13 +105,23 @@ SILENT = {
         " message takes longer than the heartbeat limit (then set a higher one)",
     ),
 }
-#: The first two, if a long message was under way: then who takes what is sent need not be the server's own machine.
+#: The first two, if a long message was under way: then what takes it need not be the server's own machine.
 UNANSWERED = {
     "link": SILENT["link"],
     "process": Trouble(
         PeerSilent,
         "what is sent is taken, but no sign of life comes back, nor did a second connection get a handshake in time:"
         " the process there does not answer, or something in between does not reach it",
+        "process",
+    ),
+}
+#: The same, if this process had no descriptor or socket to spare for a second connection.
+UNASKED = {
+    "link": SILENT["link"],
+    "process": Trouble(
+        PeerSilent,
+        "what is sent is taken, but no sign of life comes back, and no second connection could be made here to see whether the"
+        " server is there",
         "process",
     ),
 }

@@ -18,7 +18,7 @@ from greensafe import Client, OperationTimeout, PeerSilent, Request, Server
 from greensafe.counts import is_counted
 from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SILENT_LOOKS, SLOWEST, Pulse, Sample
 from greensafe.secondlook import SecondLook
-from greensafe.trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, Trouble
+from greensafe.trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),
@@ -155,18 +155,18 @@ def test_the_routing_id_stays_the_first_ones(router: Any) -> None:
 
 
 def test_no_socket_for_it(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
-    """The verdict stands, and a log line says why there was no second look."""
+    """The verdict stands, without a word of a second connection that was not answered; a log line says why there was none."""
     with plain.Context() as scarce:
         scarce.set(plain.MAX_SOCKETS, 1)
         with plain.Socket(scarce, plain.DEALER), caplog.at_level(logging.WARNING):
-            assert Quiet(listener.endpoint, scarce).judge() == UNANSWERED["process"]
+            assert Quiet(listener.endpoint, scarce).judge() == UNASKED["process"]
     assert "second look" in caplog.text
 
 
 def test_a_name_whose_address_cannot_be_told(context: zmq.Context) -> None:
     """There is no second look then, for libzmq would resolve the name, in its I/O thread: the verdict stands."""
     quiet = Quiet("tcp://localhost:9", context)
-    assert quiet.judge() == UNANSWERED["process"]
+    assert quiet.judge() == UNASKED["process"]
     assert not quiet.look.is_open
 
 
