@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -138,6 +139,7 @@ class Channel:
     __slots__ = (
         "__weakref__",
         "_by_name",
+        "_connected_at",
         "_context",
         "_counts",
         "_descriptor",
@@ -148,7 +150,6 @@ class Channel:
         "_has_warned",
         "_ipv6",
         "_is_closed",
-        "_is_connected",
         "_is_dying",
         "_is_mute",
         "_limit",
@@ -321,8 +322,8 @@ class Channel:
         if self.is_inherited:
             return
         self._revive(now)
-        if self._is_connected and not self.is_up and self._is_legacy(now):
-            self._guess()
+        if not self.is_up and self._is_legacy(now):
+            self._guess(now)
         if self._pulse is None or not self.connection.sent or not self.is_up:
             self.begin_looks(now)
             return
@@ -358,7 +359,7 @@ class Channel:
         self.is_up = False
         self.trouble = None
         self._is_dying = False
-        self._is_connected = False
+        self._connected_at = math.inf  # while it is not connected
         self._is_mute = False  # of ZMTP 2, which knows no PING
         self._has_failed = False
         self._has_tried = False  # libzmq has: it could begin
@@ -459,7 +460,7 @@ class Channel:
             pass  # the name has another address now; that one may even have answered while the hub did not turn
         elif kind == zmq.EVENT_CONNECTED:
             self._descriptor = event.value
-            self._is_connected = True
+            self._connected_at = monotonic()
             if self._by_name is not None:
                 self._by_name.on_connected()
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -500,7 +501,7 @@ class Channel:
         return NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else NO_HANDSHAKE
 
     def _on_disconnected(self) -> None:
-        self._is_connected = False
+        self._connected_at = math.inf
         if self.is_up:
             self._is_dying = True
             self.is_up = False  # what comes now waits for the next connection
@@ -672,16 +673,17 @@ class Channel:
             self._reopen.close()
             self._reopen = None
 
-    def _guess(self) -> None:
-        """The connection looks like one to a peer of ZMTP 2, if it still stands now that it was looked at."""
+    def _guess(self, now: float) -> None:
+        """Take the peer for one of ZMTP 2, if the connection still looks like that when all its events are known."""
         if self._monitor is not None:
             self._monitor.drain()
-        if self._monitor is not None and self._is_connected and not self.is_up:
+        if self._monitor is not None and not self.is_up and self._is_legacy(now):
             self._is_mute = True
             self._set_up()
 
     def _is_legacy(self, now: float) -> bool:
-        if now - self._opened_at < SHY or self._was_silent:
+        # Of this connection, not of the tries before it: of a new one libzmq may not have read yet what it will refuse.
+        if now - self._connected_at < SHY or self._was_silent:
             return False
         if self._counts:
             sample = self._sample()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from zmtp import Listener
 import greensafe as zmq
 from greensafe import Client, Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Request, Server, Unreachable
 from greensafe.auth import Authenticator
+from greensafe.channel import SHY
 from greensafe.testing import FaultyLink
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -171,6 +173,30 @@ def test_an_http_server(context: zmq.Context, listener: Listener) -> None:
     with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
         assert "ZeroMQ" in str(_error_of(client, Refused, listener.endpoint, False))
     serving.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel counts nothing here")
+def test_one_of_many_tries_is_no_peer_of_zmtp_2(context: zmq.Context) -> None:
+    """What a connection has received tells only after it has stood for a while, however long its socket has tried others."""
+    with Listener(ANY_PORT) as listener, Client(listener.endpoint, context=context, heartbeat=LONG) as client:
+        asking = gevent.spawn(client.request, b"x")
+        channel = client._channels[0]
+        for _ in range(2):
+            with listener.accept_raw() as sock:
+                channel._opened_at -= 10 * SHY
+                wait_until(lambda: channel._connected_at < math.inf)
+                sock.sendall(b"\xff")  # the first byte of any greeting, and of many that is none
+                wait_until(lambda: channel._sample().received)
+                channel.look(channel._connected_at + SHY / 2)
+                assert not channel.is_up
+            wait_until(lambda: channel._connected_at == math.inf)
+        with listener.accept_raw() as sock:
+            wait_until(lambda: channel._connected_at < math.inf)
+            sock.sendall(b"\xff")
+            wait_until(lambda: channel._sample().received)
+            channel.look(channel._connected_at + 2 * SHY)
+            assert channel.is_up
+        asking.kill()
 
 
 def test_a_server_that_dies_as_it_starts_more_than_once(context: zmq.Context, tmp_path: Path) -> None:
