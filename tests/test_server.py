@@ -605,10 +605,17 @@ def test_stop_behind_a_close_in_the_hub(context: zmq.Context, tmp_path: Path) ->
     """It returns when the journal is closed as well: the server can be started again then."""
     server = Server("inproc://s", _echo, deadline=LONG, journal=tmp_path / "journal", context=context)
     server.start()
-    gevent.get_hub().loop.run_callback(server.close)
-    wait_until(lambda: server.closed)
-    with pytest.raises(RuntimeError, match="stopping"):
-        server.start()
+
+    def close() -> None:
+        server.close()
+        with pytest.raises(RuntimeError, match="stopping"):
+            server.start()
+        done.append(server.closed)
+
+    done: list[bool] = []
+    gevent.get_hub().loop.run_callback(close)
+    wait_until(lambda: done)
+    assert done == [True]
     server.stop()
     server.start()
     server.stop()
