@@ -34,12 +34,12 @@ _NEVER = float("inf")
 
 #: In SQL, running ids and all: a row that is fetched gives other threads the interpreter's lock.
 _CHOICE = (
-    "SELECT rowid FROM greensafe_requests WHERE state = ?1 AND changed < ?2"
-    " AND hex(id) NOT IN (SELECT value FROM json_each(?3)) ORDER BY changed LIMIT ?4"
+    "SELECT rowid FROM greensafe_requests WHERE state = ? AND changed < ?"
+    " AND hex(id) NOT IN (SELECT value FROM json_each(?)) ORDER BY changed LIMIT ?"
 )
 _RENEW = (
-    "UPDATE greensafe_requests SET changed = ?1 WHERE state = 0 AND changed < ?2"
-    " AND hex(id) IN (SELECT value FROM json_each(?3))"
+    "UPDATE greensafe_requests SET changed = ? WHERE state = 0 AND changed < ?"
+    " AND hex(id) IN (SELECT value FROM json_each(?))"
 )
 #: A `since` that is no number any more is damage; what was last changed then was not sent later.
 _HORIZON = f"SELECT max(CASE WHEN since < 9e999 THEN since ELSE changed END) FROM greensafe_requests WHERE rowid IN ({_CHOICE})"

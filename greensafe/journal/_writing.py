@@ -279,7 +279,7 @@ def _states_sql(size: int) -> str:
 def _insert_sql(size: int) -> str:
     return (
         "INSERT INTO greensafe_requests (id, state, changed, since, until, digest, client, metadata, payload)"
-        " SELECT column1, 0, ?1, column2, column3, column4, column5, column6, column7"
+        " SELECT column1, 0, ?, column2, column3, column4, column5, column6, column7"
         f" FROM (VALUES {rows(size, 7)}) WHERE column1 IS NOT NULL"
     )
 
@@ -303,7 +303,7 @@ def _excuse_sql(size: int) -> str:
 @cache
 def _fruitful_sql(size: int) -> str:
     return (
-        f"UPDATE greensafe_requests SET fruitless = 0, changed = ?1 FROM (VALUES {rows(size, 3)}) AS new"
+        f"UPDATE greensafe_requests SET fruitless = 0, changed = ? FROM (VALUES {rows(size, 3)}) AS new"
         " WHERE greensafe_requests.id = new.column1 AND state = 0 AND NOT EXISTS (SELECT 1 FROM greensafe_steps AS step"
         " WHERE step.id = new.column1 AND step.name = new.column2 AND step.number = new.column3)"
     )
@@ -320,7 +320,7 @@ def _store_sql(size: int) -> str:
 @cache
 def _finish_sql(size: int) -> str:
     return (
-        "UPDATE greensafe_requests SET state = 1, changed = ?1, kind = new.column2, payload = new.column3"
+        "UPDATE greensafe_requests SET state = 1, changed = ?, kind = new.column2, payload = new.column3"
         f" FROM (VALUES {rows(size, 3)}) AS new WHERE greensafe_requests.id = new.column1 AND state = 0"
     )
 
