@@ -260,12 +260,23 @@ class Commits:
         pause = self._patience.failed(self._began, monotonic())
         if pause is None:
             if not was_spent:
+                # What has come meanwhile was waiting as well. In a batch of its own it would wait for one more try, which takes
+                # a second where the file is locked.
+                late = self._take_waiting()
+                told += zip(late, [told[-1][1]] * len(late))
                 text = "the journal could not be written for %.0f s: %d writes have failed; until it can be, each is tried once"
-                log.error(text, LIMIT, len(kept))
+                log.error(text, LIMIT, len(kept) + len(late))
             return told
         self._batch, self._is_busy = kept, True
         self._pause = start_timer(self._hub, pause, self._on_pause)
         return [each for each in told if not isinstance(each[1], JournalUnavailable)]
+
+    def _take_waiting(self) -> list[_Entry]:
+        """Take out what somebody waits for; the rest goes with the next batch."""
+        waiting, self._waiting = self._waiting, []
+        self._waiting = [entry for entry in waiting if entry[1] is None]
+        self._is_due = False
+        return [entry for entry in waiting if entry[1] is not None]
 
     def _on_pause(self) -> None:
         self._end_pause()

@@ -232,19 +232,23 @@ def test_all_are_told_at_once_when_the_place_stays_ill(
     for number, each in enumerate(told):
         commits.write(_begin(number), each)
     wait_until(lambda: len(journal.batches) == 2)
+    late = Told()
+    commits.write(Forget(_id(20)))
+    commits.write(_begin(10), late)
     monkeypatch.setattr("greensafe.journal._patience.LIMIT", 0.0)
-    assert commits.flush(LONG)
-    assert [each.got for each in told] == [[(None, LOCKED)]] * 9
+    wait_until(lambda: late.got)
+    assert [each.got for each in (*told, late)] == [[(None, LOCKED)]] * 10
     tries = len(journal.batches)
     assert journal.batches == [9] * tries
     assert tries > 1
-    assert commits.failures == 9
+    assert (commits.failures, commits.pending) == (10, 1)
+    assert "10 writes have failed" in caplog.messages[-1]
     for count in (1, 2):
         after = Told()
         commits.write(_begin(1), after)
         assert commits.flush(LONG)
         assert after.got == [(None, LOCKED)]
-        assert journal.batches[tries:] == [1] * count
+        assert journal.batches[tries:] == [2, 1][:count]
     assert _levels(caplog) == [logging.ERROR] * 2
     journal.fault = None
     commits.write(_begin(1), after)
