@@ -41,8 +41,9 @@ __all__ = [
     "allowed_until",
     "check",
     "deadline",
-    "is_preempted",
+    "is_signal_due",
     "move_on",
+    "preempted",
     "preemptible",
     "raise_if_preempted",
     "shield",
@@ -499,17 +500,18 @@ def allowed_until(limited: bool) -> float | None:
 
 def raise_if_preempted() -> None:
     """Raise the signal of the running greenlet's own preemptible scope if that is over: once, and not inside of a shield."""
-    scope = _preempted()
+    scope = preempted()
     if scope is not None:
         raise _delivered(scope, scope._greenlet)
 
 
-def is_preempted() -> bool:
-    """Whether `raise_if_preempted` would raise."""
-    return _preempted() is not None
+def is_signal_due(scope: deadline) -> bool:
+    """Whether a scope that was over when it was last asked has neither been left since nor had its signal."""
+    return scope._greenlet is not None and not scope.delivered
 
 
-def _preempted() -> deadline | None:
+def preempted() -> deadline | None:
+    """The scope whose signal `raise_if_preempted` would raise; None if it would not."""
     greenlet = getcurrent()
     scope: deadline | None = getattr(greenlet, _SCOPE, None)
     while scope is not None and not scope._preempts:

@@ -26,7 +26,7 @@ from typing import Any
 import gevent
 from gevent.monkey import get_original
 
-from .deadlines import DeadlineSignal, is_preempted, raise_if_preempted
+from .deadlines import DeadlineSignal, deadline, is_signal_due, preempted, raise_if_preempted
 
 __all__ = ["check_preempt", "listen", "poke", "unlisten", "unlisten_in_child"]
 
@@ -43,6 +43,9 @@ _guard = _make_lock()
 
 #: The mark: the program's frames that were on the stack when a signal came.
 _marked: set[FrameType] = set()
+
+#: The scope that they are to be interrupted for.
+_overdue: deadline | None = None
 
 #: What ends a turn of a loop, in bytecode. Where it waits for another generator Python lets no signal in either.
 _LOOPS = frozenset(number for name, number in opmap.items() if "JUMP_BACKWARD" in name and name != "JUMP_BACKWARD_NO_INTERRUPT")
@@ -112,8 +115,8 @@ def _restore() -> None:
 def _on_poke(number: int, frame: FrameType | None) -> None:
     if _is_programs(frame):
         raise_if_preempted()
-    elif is_preempted():
-        _mark(frame)
+    elif (scope := preempted()) is not None:
+        _mark(frame, scope)
 
 
 def _is_programs(frame: FrameType | None) -> bool:
@@ -140,10 +143,12 @@ def _package_of(frame: FrameType) -> str:
 # no mark.
 
 
-def _mark(frame: FrameType | None) -> None:
+def _mark(frame: FrameType | None, scope: deadline) -> None:
+    global _overdue
     if sys.gettrace() not in (None, _on_call):
         return
     _unmark()
+    _overdue = scope
     while frame is not None:
         package = _package_of(frame)
         if package not in _WHOLE and package not in sys.stdlib_module_names:
@@ -155,6 +160,8 @@ def _mark(frame: FrameType | None) -> None:
 
 
 def _unmark() -> None:
+    global _overdue
+    _overdue = None
     if sys.gettrace() is _on_call:
         sys.settrace(None)
     frames = list(_marked)  # the next signal may come in here
@@ -168,8 +175,12 @@ def _let_be(frame: FrameType) -> None:
 
 
 def _on_call(frame: FrameType, event: str, argument: object) -> None:
-    """Trace no function that is called while there is a mark."""
-    if not _marked:
+    """Trace no function that is called while there is a mark; remove a mark that is no longer needed.
+
+    Each call in this thread comes here meanwhile, other greenlets' too, and takes many times as long. A marked greenlet that has
+    had its signal otherwise may wait for long without leaving a loop or a function.
+    """
+    if _overdue is None or not is_signal_due(_overdue):
         _unmark()
 
 

@@ -447,6 +447,21 @@ def test_a_mark_of_a_scope_that_has_ended_hits_nobody(overdue: deadline, end: st
     assert sys.gettrace() is None
 
 
+@pytest.mark.parametrize("end", ["left", "delivered"])
+def test_a_mark_does_not_outlive_what_it_is_for(overdue: deadline, end: str) -> None:
+    """What is marked may wait for long after its signal, in no loop: whatever is called meanwhile is no longer traced."""
+    _interrupted()
+    assert sys.gettrace() is not None
+    if end == "left":
+        overdue._detach()
+    else:
+        overdue.delivered = True
+    nothing = _made_in("program", "def call(): pass")
+    nothing()
+    assert sys.gettrace() is None
+    assert not preemption._marked
+
+
 def test_a_mark_hits_no_other_greenlet(overdue: deadline) -> None:
     """While the marked one waits others run their loops."""
     turns: list[int] = []
