@@ -177,8 +177,8 @@ def _let_be(frame: FrameType) -> None:
 def _on_call(frame: FrameType, event: str, argument: object) -> None:
     """Trace no function that is called while there is a mark; remove a mark that is no longer needed.
 
-    Each call in this thread comes here meanwhile, other greenlets' too, and takes many times as long. A marked greenlet that has
-    had its signal otherwise may wait for long without leaving a loop or a function.
+    Each call in this thread comes here meanwhile, other greenlets' too, and takes many times as long. A marked greenlet that
+    has had its signal otherwise may wait for long without leaving a loop or a function.
     """
     if _overdue is None or not is_signal_due(_overdue):
         _unmark()
