@@ -59,8 +59,9 @@ def let_others_run(late: float | None = None) -> None:
         late: What `seconds_since_turn` has just returned; None to ask it.
     """
     hub = get_hub()
-    current = getcurrent()
-    if current is hub:
+    # No local variable holds the greenlet: when it is killed here it keeps its traceback, with this frame, and so itself and
+    # the socket.
+    if getcurrent() is hub:
         return
     if late is None:
         late = monotonic() - getattr(hub, _TURNED_AT, 0.0)  # not by a call: poll(0) does this each time
@@ -68,7 +69,7 @@ def let_others_run(late: float | None = None) -> None:
         _wait_for_turn(hub)
         return
     # As gevent.sleep(0), which takes half as long again.
-    callback = hub.loop.run_callback(current.switch)
+    callback = hub.loop.run_callback(getcurrent().switch)
     try:
         hub.switch()
     finally:

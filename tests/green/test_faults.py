@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -19,7 +20,7 @@ from helpers import LONG, MS, run_python, wait_until
 from zmq.utils.monitor import recv_monitor_message
 
 import greensafe as zmq
-from greensafe.green._turns import FAIR_SHARE
+from greensafe.green._turns import FAIR_SHARE, TURN
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -544,6 +545,8 @@ USES: dict[str, Callable[[Any], object]] = {
     "a Poller": lambda sock: _poll_briefly(sock),
     "a killed waiter": lambda sock: _kill(sock.recv),
     "a killed poll": lambda sock: _kill(sock.poll),
+    "killed as it gives way": lambda sock: _kill(lambda: sock.poll(0)),
+    "killed as it gives the loop a turn": lambda sock: _kill(lambda: _poll_late(sock)),
     "a killed Poller": lambda sock: _kill(lambda: _poller_poll(sock)),
     "a limit that ran out": lambda sock: _expire(sock),
     "a monitor": lambda sock: sock.get_monitor_socket(),
@@ -555,6 +558,13 @@ def _poll_briefly(sock: zmq.Socket) -> None:
     poller = zmq.Poller()
     poller.register(sock, zmq.POLLIN)
     assert poller.poll(2 * MS * 1000) == []
+
+
+def _poll_late(sock: zmq.Socket) -> None:
+    end = monotonic() + 2 * TURN
+    while monotonic() < end:
+        pass
+    sock.poll(0)
 
 
 def _kill(wait: Callable[[], object]) -> None:
