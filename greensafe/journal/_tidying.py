@@ -38,8 +38,7 @@ _CHOICE = (
     " AND hex(id) NOT IN (SELECT value FROM json_each(?)) ORDER BY changed LIMIT ?"
 )
 _RENEW = (
-    "UPDATE greensafe_requests SET changed = ? WHERE state = 0 AND changed < ?"
-    " AND hex(id) IN (SELECT value FROM json_each(?))"
+    "UPDATE greensafe_requests SET changed = ? WHERE state = 0 AND changed < ? AND hex(id) IN (SELECT value FROM json_each(?))"
 )
 #: A `since` that is no number any more is damage; what was last changed then was not sent later.
 _HORIZON = f"SELECT max(CASE WHEN since < 9e999 THEN since ELSE changed END) FROM greensafe_requests WHERE rowid IN ({_CHOICE})"
