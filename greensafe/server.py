@@ -519,6 +519,16 @@ class Server:
             return
         self._pump = None  # a hook that closes it once more does nothing
         self._stopping = True  # nor can one start it before the end
+        try:
+            self._give_back(pump, watchdog)
+        finally:  # whatever fails: others wait for the end
+            if self._commits is None:
+                self._be_stopped()
+            else:
+                gevent.spawn(self._close_journal).rawlink(self._be_stopped)
+
+    def _give_back(self, pump: Pump, watchdog: Watchdog) -> None:
+        """Answer what is owed, and give back all that this run has."""
         stopped = RemoteError("UNAVAILABLE", "the server is stopping", SERVER_STOPPED)
         before = watchdog.failures.get(stopped.code, 0)
         watchdog.abort_all(stopped)
@@ -543,10 +553,6 @@ class Server:
         log.log(level, text, endpoint, answered, refused, unread, extra={"endpoint": endpoint})
         if self._tell is not None:
             self._tell(ServerStopped(endpoint, answered))
-        if self._commits is None:
-            self._be_stopped()
-        else:
-            gevent.spawn(self._close_journal).rawlink(self._be_stopped)
 
     def _watch_no_more(self) -> None:
         if self._watch is not None:

@@ -581,6 +581,22 @@ def test_a_stop_that_fails_closes_the_server(
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_close_that_fails_halfway(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong is reported, and nobody waits for an end that does not come."""
+    reported: list[Any] = []
+    server = Server("inproc://s", _echo, deadline=LONG, context=context)
+    server.start()
+    watchdog = server._watchdog
+    assert watchdog is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(gevent.get_hub(), "handle_error", lambda *args: reported.append(args[1]))
+        patched.setattr(watchdog, "close", lambda: 1 / 0)
+        server.stop(0)
+    assert server.closed
+    assert reported == [ZeroDivisionError]
+    watchdog.close()
+
+
 def test_a_drain_that_is_killed_before_it_begins(context: zmq.Context) -> None:
     """A program that kills all greenlets it finds kills that one, too: the server is closed at once."""
     server = Server("inproc://s", _hang, deadline=LONG, context=context)
