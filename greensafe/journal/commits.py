@@ -192,8 +192,9 @@ class Commits:
         if last is not None:
             self._call(None, finish, self._journal, last)
         else:
-            self._pool.kill()
-            self._closed.set()
+            # In a greenlet: called in the hub, gevent neither ends nor awaits a thread that has handed over its result and is
+            # not quite done with that task.
+            gevent.spawn(self._pool.kill).rawlink(lambda _: self._closed.set())
 
     def _start(self) -> None:
         self._is_scheduled = False

@@ -9,6 +9,7 @@ from typing import Any
 
 import gevent.monkey
 import pytest
+from gevent import threadpool
 from helpers import LONG, MS, wait_until
 
 from greensafe.errors import JournalError, JournalUnavailable
@@ -428,6 +429,18 @@ def test_close_stores_what_is_pending(journal: Gated, tmp_path: Path) -> None:
     journal.open()
     assert [result.state for result in journal.commit([_begin(1), _begin(2)])] == [State.OPEN] * 2
     journal.close()
+
+
+def test_the_thread_ends_with_it(journal: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it has handed over its last result and is not done with that task yet, when the hub comes to it."""
+    over = Native()
+    monkeypatch.setattr(threadpool._WorkerGreenlet, "_after_run_task", lambda *_: over.wait(LONG))
+    commits = Commits(journal, set)
+    commits.open()
+    commits.close()
+    gevent.spawn_later(5 * MS, over.set)
+    assert commits.join(LONG)
+    assert commits._pool.size == 0
 
 
 def test_what_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
