@@ -27,6 +27,8 @@ from typing import Any
 import zmq.error
 from gevent.timeout import Timeout
 
+from .printable import printable
+
 __all__ = [
     "CODES",
     "Cancelled",
@@ -225,9 +227,11 @@ class Refused(PeerError):
 class RemoteError(GreensafeError):
     """Raised when the peer answered with an error; raised in a handler it is the answer.
 
+    Its str is one line for logs and terminals: message and type, which the peer has chosen, are escaped in it, and cut off.
+
     Attributes:
         code: One of `CODES`.
-        message: What went wrong, for people.
+        message: What went wrong, for people; as the peer has sent it.
         type: What kind of error it was there, usually an exception's name; "" if not told.
         traceback: The peer's traceback as text, if it tells it.
     """
@@ -242,9 +246,10 @@ class RemoteError(GreensafeError):
         self.message = message
         self.type = type
         self.traceback = traceback
+        self._is_from_peer = False
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.message}" + (f" ({self.type})" if self.type else "")
+        return f"{self.code}: {printable(self.message)}" + (f" ({printable(self.type)})" if self.type else "")
 
     def to_reply(self) -> bytes:
         """The frame that carries this error: JSON `{"error": {"code", "type", "message"}}`."""
@@ -257,7 +262,9 @@ class RemoteError(GreensafeError):
             return None
         try:
             error = json.loads(body)["error"]
-            return cls(error["code"], str(error["message"]), str(error.get("type", "")))
+            found = cls(error["code"], str(error["message"]), str(error.get("type", "")))
+            found._is_from_peer = True
+            return found
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 

@@ -51,6 +51,10 @@ __all__ = ["Journaled"]
 #: request that says that the server is about to stop.)
 _SURVIVED = RemoteError("RESOURCE_EXHAUSTED", "this request's last run has survived a kill and goes on", "HandlerStuck")
 
+#: What a client is told when the journal fails. Why is for the log: it names the file, and what is wrong with the disk.
+_NOT_STORED = RemoteError("RESOURCE_EXHAUSTED", "the request could not be stored, and was not run", "JournalError")
+_ANSWER_NOT_STORED = RemoteError("UNAVAILABLE", "the answer could not be stored", "JournalError")
+
 #: Writes that may wait for the disk before acknowledgements are left out: the answers then stay in the journal for longer.
 ACKS = 10_000
 
@@ -154,6 +158,11 @@ class Journaled(Watchdog):
     def _take(self, key: int) -> Request | None:
         return super()._take(key) or self._beginning.pop(key, None)
 
+    def _refuse_unstored(self, request: Request, error: JournalError) -> None:
+        """It could not be stored, and was not run. The client is not told the journal's path, nor what is wrong with it."""
+        self._lines.not_stored(request, "it was not run: it", error)
+        self._guarded(self._drop, request, _NOT_STORED)
+
     def _on_begun(self, request: Request, known: Known | None, error: JournalError | None) -> None:
         exchange = request._exchange
         if exchange.key not in self._beginning:
@@ -162,7 +171,7 @@ class Journaled(Watchdog):
                 self._commits.write(Forget(_id(exchange)))
             return
         if error is not None:
-            self._guarded(self._drop, request, _not_stored(error))
+            self._refuse_unstored(request, error)
         elif known is None:
             exchange.memory.is_counted = True
             self._run_stored(request)
@@ -217,7 +226,7 @@ class Journaled(Watchdog):
         if request._exchange.key not in self._beginning:
             return
         if error is not None:
-            self._guarded(self._drop, request, _not_stored(error))
+            self._refuse_unstored(request, error)
         else:
             self._run_stored(request)
 
@@ -322,7 +331,8 @@ class Journaled(Watchdog):
     ) -> None:
         exchange.is_held = False
         if failed is not None:
-            error = RemoteError("UNAVAILABLE", f"the answer could not be stored: {failed}", "JournalError")
+            self._lines.not_stored(Request(self, exchange, exchange.owner), "its answer", failed)
+            error = _ANSWER_NOT_STORED
             body, kind = [error.to_reply()], Kind.INTERRUPTED
         self._leave(exchange, body, kind, error, self._send_soon)
 
@@ -401,7 +411,3 @@ def _id(exchange: Exchange) -> bytes:
     header = exchange.envelope.header
     assert isinstance(header, Header)
     return header.request_id
-
-
-def _not_stored(error: JournalError) -> RemoteError:
-    return RemoteError("RESOURCE_EXHAUSTED", f"the request could not be stored, and was not run: {error}", "JournalError")

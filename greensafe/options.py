@@ -37,7 +37,7 @@ SHORTEST_HEARTBEAT = 0.1
 LONGEST_HEARTBEAT = 1e6
 
 Handler = Callable[[Request], Any]
-OnError = Callable[[Request, RemoteError], "bytes | Sequence[bytes] | None"]
+OnError = Callable[[Request, RemoteError], "RemoteError | bytes | Sequence[bytes] | None"]
 
 
 def check_handler(handler: object) -> None:

@@ -173,7 +173,8 @@ def _told(error: BaseException) -> RemoteError:
     if isinstance(error, Cancelled):
         return RemoteError("CANCELLED", str(error), kind)
     if isinstance(error, JournalError):
-        return RemoteError("UNAVAILABLE", str(error), "JournalError")  # the request stays open, and runs when it is sent again
+        # Its text has the file's path and what is wrong with it: that is for the log. The request stays open, and runs again.
+        return RemoteError("UNAVAILABLE", "the server's journal has failed: its log says why", "JournalError")
     if isinstance(error, MemoryError):
         return RemoteError("RESOURCE_EXHAUSTED", "the handler ran out of memory", kind)
     return RemoteError("INTERNAL", str(error), kind)

@@ -88,8 +88,11 @@ class Server:
         max_inflight: Requests handled at a time; those beyond it wait, clients in turn, up to 10,000 or 64 MiB in all; then
             nothing is read and clients feel backpressure.
         overload: "wait", or "reject": those beyond max_inflight are answered RESOURCE_EXHAUSTED at once, and not run.
-        on_error: Called with (request, error) before an error goes to a plain client; returns what to send instead, or None.
-            It is often called in the hub, where it cannot wait.
+        on_error: Called with (request, error) before an error is sent; returns what the client is told instead: a RemoteError
+            for clients of either kind, bytes or frames for plain clients only, or None for the error as it is. It is often
+            called in the hub, where it cannot wait. See "Errors" in docs/protocol.md.
+        tell_errors: Clients are told the text of exceptions that handlers let out. False: only the class's name and the
+            request's id, under which the log has the rest. A RemoteError of the handler's own is told in any case.
         blocked_after: Seconds without a turn of the hub after which what runs is logged; None for never.
         exit_when_blocked: The same, after which the process ends itself with code 70, for its supervisor to restart it.
         preempt: Experimental: end overdue handlers that do not wait, by an exception at whatever they do just then. Main thread
@@ -122,6 +125,7 @@ class Server:
         max_inflight: int = 1000,
         overload: str = "wait",
         on_error: OnError | None = None,
+        tell_errors: bool = True,
         blocked_after: Any = 1.0,
         exit_when_blocked: Any = None,
         preempt: bool = False,
@@ -153,6 +157,7 @@ class Server:
         self._max_inflight = max_inflight
         self._rejects = overload == "reject"
         self._on_error = on_error
+        self._tells_errors = bool(tell_errors)
         self._cancel_vanished = bool(cancel_vanished)
         self._takeover = bool(takeover)
         self._vanished: Vanished | None = None
@@ -321,6 +326,7 @@ class Server:
             "rejects": self._rejects,
             "instance": os.urandom(16),
             "on_error": self._on_error,
+            "tell_errors": self._tells_errors,
             "on_room": self._on_room,
             "endpoint": self.endpoint,
             "tell": self._tell,

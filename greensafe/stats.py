@@ -14,11 +14,16 @@ It does not know how anything is counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from types import FrameType
 
 __all__ = ["ClientStats", "EndpointStats", "JournalStats", "ServerStats", "Zombie"]
+
+#: Calls that `trail` names besides the innermost one, and packages in which it looks for none.
+CALLERS = 2
+_LIBRARIES = frozenset({"gevent", "greenlet", "greensafe", "zmq"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +196,47 @@ class ClientStats:
     loop_error: str = ""
 
 
+_Steps = list[tuple[FrameType, int]]
+
+
 def where(frame: FrameType | None) -> str:
     """What a greenlet that does not run is at: the innermost frame that is not gevent's, else the innermost."""
-    found = next((each for each in _outwards(frame) if not str(each.f_globals.get("__name__")).startswith("gevent")), frame)
-    return "" if found is None else f"{found.f_code.co_filename}:{found.f_lineno} {found.f_code.co_qualname}"
+    return "".join(map(_place, _without_gevent(_outwards(frame))[:1]))
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def trail(frame: FrameType | None) -> str:
+    """What a greenlet that does not run is at, as `where`, and how it came there: the innermost calls in the program's code."""
+    return _trail(_outwards(frame))
+
+
+def trail_of(error: BaseException) -> str:
+    """The same of what a greenlet was at when this was raised there."""
+    return _trail(list(walk_tb(error.__traceback__))[::-1])
+
+
+def _trail(outwards: _Steps) -> str:
+    steps = _without_gevent(outwards)
+    callers = [step for step in steps[1:] if _package(step) not in _LIBRARIES]
+    return ", called at ".join(map(_place, steps[:1] + callers[:CALLERS]))
+
+
+def _outwards(frame: FrameType | None) -> _Steps:
+    steps = []
     while frame is not None:
-        yield frame
+        steps.append((frame, frame.f_lineno))
         frame = frame.f_back
+    return steps
+
+
+def _without_gevent(outwards: _Steps) -> _Steps:
+    """What is left without gevent's frames at the inner end; all of it if there are no others."""
+    return list(itertools.dropwhile(lambda step: _package(step) == "gevent", outwards)) or outwards
+
+
+def _package(step: tuple[FrameType, int]) -> str:
+    return str(step[0].f_globals.get("__name__")).partition(".")[0]
+
+
+def _place(step: tuple[FrameType, int]) -> str:
+    code = step[0].f_code
+    return f"{code.co_filename}:{step[1]} {code.co_qualname}"

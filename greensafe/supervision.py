@@ -25,6 +25,7 @@ from .descriptors import DescriptorWatch
 from .errors import RemoteError
 from .green._waits import Waiter
 from .green.socket import Socket
+from .lines import Lines
 from .options import Handler, OnError, check_handler, check_limits, check_options
 from .request import Request
 from .restarts import Restarts
@@ -49,6 +50,7 @@ def supervise(
     grace: Any = 1.0,
     max_inflight: int = 1000,
     on_error: OnError | None = None,
+    tell_errors: bool = True,
 ) -> None:
     """Serve a REP or ROUTER that the caller owns; returns when it is closed.
 
@@ -58,7 +60,7 @@ def supervise(
 
     Args:
         sock: A bound or connected greensafe REP or ROUTER; nobody else may receive from it meanwhile.
-        handler, deadline, grace, on_error: As for Server.
+        handler, deadline, grace, on_error, tell_errors: As for Server.
         max_inflight: For a ROUTER: requests handled at a time; see Server.
 
     Raises:
@@ -70,7 +72,7 @@ def supervise(
     check_handler(handler)
     limit, after = check_limits(deadline, grace)
     check_options(max_inflight, on_error)
-    room = Event()
+    room, lines = Event(), _lines_of(sock)
     is_rep = sock.type == zmq.REP
     # Held weakly: a killed greenlet keeps its traceback, and that this frame, so it would keep itself, and the socket.
     hub, caller = gevent.get_hub(), weakref.ref(gevent.getcurrent())
@@ -78,12 +80,14 @@ def supervise(
     restarts = Restarts(repr(sock), lambda error: ending.append(hub.loop.run_callback(_throw, caller, error)))
     watchdog = Watchdog(
         handler,
-        _sender(sock, room.set),
+        _sender(sock, lines, room.set),
         limit=limit,
         grace=after,
         max_inflight=max_inflight,
         instance=_instance_of(sock),
         on_error=on_error,
+        tell_errors=tell_errors,
+        lines=lines,
         on_room=room.set,
         restarts=restarts,
     )
@@ -104,6 +108,7 @@ def supervise(
             callback.stop()  # the caller is elsewhere soon
         watchdog.abort_all(stopped)
         watchdog.close()
+        lines.flush()
 
 
 def _throw(caller: weakref.ref[Any], error: Exception) -> None:
@@ -151,22 +156,24 @@ class supervised:
         sock: A greensafe REP or ROUTER.
         deadline: Seconds from the request's arrival until it is answered DEADLINE_EXCEEDED and the block gets the signal;
             None, in writing, for no limit. The block runs in the caller's greenlet, so it is never killed.
-        on_error: As for Server.
+        on_error, tell_errors: As for Server.
     """
 
-    def __init__(self, sock: Socket, *, deadline: Any, on_error: OnError | None = None) -> None:
+    def __init__(self, sock: Socket, *, deadline: Any, on_error: OnError | None = None, tell_errors: bool = True) -> None:
         _check_socket(sock)
         limit, grace = check_limits(deadline, 1.0)
         check_options(1, on_error)
         self._sock = sock
         self._watchdog = Watchdog(
             _no_handler,
-            _sender(sock),
+            _sender(sock, _lines_of(sock)),
             limit=limit,
             grace=grace,
             instance=_instance_of(sock),
             reads_on=False,
             on_error=on_error,
+            tell_errors=tell_errors,
+            lines=_lines_of(sock),
         )
         self._request: Request | None = None
 
@@ -222,6 +229,14 @@ def _instance_of(sock: Socket) -> bytes:
     return instance
 
 
+def _lines_of(sock: Socket) -> Lines:
+    """What logs about this socket's requests: the same for all its `supervised` blocks, or each would begin to count anew."""
+    lines: Lines | None = sock.__dict__.get("_lines")
+    if lines is None:
+        lines = sock.__dict__["_lines"] = Lines(repr(sock))
+    return lines
+
+
 def _no_handler(request: Request) -> None:
     raise AssertionError("supervised runs its block, not a handler")
 
@@ -246,16 +261,16 @@ def _receive(sock: Socket) -> list[bytes] | None:
     return frames if sock.type == zmq.ROUTER else _REP_ROUTE + frames
 
 
-def _sender(sock: Socket, then: Callable[[], object] | None = None) -> Callable[[list[bytes]], None]:
+def _sender(sock: Socket, lines: Lines, then: Callable[[], object] | None = None) -> Callable[[list[bytes]], None]:
     """What sends an answer without waiting, and then calls `then`."""
 
     def send(frames: list[bytes]) -> None:
         if sock.closed:
-            log.warning("answer dropped: the socket was closed before it")
+            lines.say(log, logging.WARNING, "answer dropped: the socket was closed before it")
         elif sock.type == zmq.REP:
             _send_rep(sock, frames[len(_REP_ROUTE) :])
         else:
-            _send_router(sock, frames)
+            _send_router(sock, frames, lines)
         if then is not None:
             then()
 
@@ -271,19 +286,19 @@ def _send_rep(sock: Socket, body: list[bytes]) -> None:
         sock.send_multipart(body, zmq.NOBLOCK)
 
 
-def _send_router(sock: Socket, frames: list[bytes]) -> None:
+def _send_router(sock: Socket, frames: list[bytes], lines: Lines) -> None:
     try:
         sock.send_multipart(frames, zmq.NOBLOCK)
     except zmq.Again:
-        gevent.spawn(_send_later, sock, frames)
+        gevent.spawn(_send_later, sock, frames, lines)
     except zmq.ZMQError as error:
         if error.errno != zmq.EHOSTUNREACH:
             raise
-        log.info("answer dropped: its client is gone")
+        lines.say(log, logging.INFO, "answer dropped: its client is gone")
 
 
-def _send_later(sock: Socket, frames: list[bytes]) -> None:
+def _send_later(sock: Socket, frames: list[bytes], lines: Lines) -> None:
     try:
         sock.send_multipart(frames, timeout=FULL_PEER)
     except zmq.ZMQError as error:
-        log.warning("answer dropped: %s", error)
+        lines.say(log, logging.WARNING, "answer dropped: %s", error)

@@ -18,7 +18,6 @@ journals: see `journaled`.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,18 +32,18 @@ from .deadlines import DeadlineSignal, deadline, start_timer
 from .errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
 from .hooks import HandlerStuck, Tell
 from .journal.steps import Codec, InTransaction, JsonOrBytes
+from .lines import Lines
 from .options import Handler, OnError
-from .reports import answered, extra, started, zombie
+from .reports import answered, started, zombie
 from .request import LATER, Request, as_frames, error_for
 from .restarts import Restarts
 from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
 from .sansio.exchange import Exchange
 from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Send, Zombie as ZombieFound
 from .stats import Zombie
+from .telling import Telling
 
 __all__ = ["Watchdog"]
-
-log = logging.getLogger(__name__)
 
 #: Zombies that `Watchdog.zombies` names.
 NAMED = 100
@@ -80,8 +79,8 @@ class Watchdog:
         instance: 16 bytes that tell this server from the one that was there before.
         journal: 16 bytes of its journal.
         reads_on: See Responder.
-        on_error: Called with (request, error) before an error is sent to a plain client; returns the frames to send instead,
-            or None; or answers by itself.
+        on_error, tell_errors: See `telling`.
+        lines: What it logs with, if others do so as well; they flush it.
         on_room: Called whenever `load` or `backlog` has become less.
         endpoint: What the records for hooks, and log lines, call this server.
         tell: Told of what happens, in the records of `hooks`.
@@ -111,6 +110,8 @@ class Watchdog:
         journal: bytes = NO_JOURNAL,
         reads_on: bool = True,
         on_error: OnError | None = None,
+        tell_errors: bool = True,
+        lines: Lines | None = None,
         on_room: Callable[[], None] | None = None,
         endpoint: str = "",
         tell: Tell | None = None,
@@ -125,13 +126,15 @@ class Watchdog:
         self._max_inflight = max_inflight
         self._most_zombies = math.inf if max_zombies is None else max_zombies + max_inflight
         self._rejects = rejects
-        self._on_error = on_error
+        self._telling = Telling(on_error, tell_errors)
         self._on_room = on_room
         self._endpoint = endpoint
         self._tell = tell
         self._codec: Codec = codec or JsonOrBytes()
         self._restarts = restarts or Restarts(endpoint, lambda error: None)
         self.failures: dict[str, int] = {}
+        self._lines = lines or Lines(endpoint)
+        self._has_own_lines = lines is None
         self._hub: Hub = gevent.get_hub()
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
@@ -224,7 +227,7 @@ class Watchdog:
         try:
             received = self.responder.receive(frames, now)
         except RemoteProtocolError as error:
-            log.warning("malformed request dropped: %s", error, extra={"endpoint": self._endpoint})
+            self._lines.malformed(error)
             return None
         if not isinstance(received, Exchange):
             if received is not None:
@@ -270,21 +273,25 @@ class Watchdog:
         if self._tell is not None:
             self._tell(answered(self._endpoint, Request(self, exchange, exchange.owner), error))
 
-    def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR) -> None:
+    def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
         """Answer with an error, as the kind of client understands it.
 
         Whatever on_error raises, the client is answered; what is no Exception is raised again afterwards.
+
+        Args:
+            request: Not answered yet.
+            error: What hooks, counts and on_error are given.
+            kind: See Responder.answer.
+            told: What the client is told if on_error does not replace it; by default the error.
         """
         exchange = request._exchange
         if exchange.is_answered:
             raise LocalProtocolError(f"request {request.id} has been answered already")
-        body: Sequence[bytes] = [error.to_reply()]
+        body: Sequence[bytes] = [(told or error).to_reply()]
         try:
-            if self._on_error is not None and exchange.envelope.header is None:
-                frames = self._on_error(request, error)
-                body = body if frames is None else as_frames(frames)
-        except Exception:
-            log.exception("on_error failed for %r: the standard error is sent", request, extra=extra(self._endpoint, request))
+            body = self._telling.chosen(request, error, kind) or body
+        except Exception as failed:  # noqa: BLE001 - the program's, and the client is answered nevertheless
+            self._lines.on_error_failed(request, failed)
         finally:
             if not exchange.is_answered:
                 self.answer(exchange, body, kind, error)
@@ -337,7 +344,7 @@ class Watchdog:
                 self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
         running = [greenlet for greenlet in self._greenlets.values() if not greenlet.dead]
         if running:
-            log.warning("%d handlers still run at the end, and are killed", len(running), extra={"endpoint": self._endpoint})
+            self._lines.killed(len(running))
         for greenlet in running:
             self._kill(greenlet, _Ended)
 
@@ -345,6 +352,8 @@ class Watchdog:
         """Stop the timers. Handlers that still run are not watched any more."""
         self._disarm()
         self._stop_next_turn()
+        if self._has_own_lines:
+            self._lines.flush()
 
     # A request's turn.
 
@@ -421,8 +430,8 @@ class Watchdog:
         """Do something for one request; its failure, which only on_error can cause, is logged and touches no other request."""
         try:
             act(*args)
-        except BaseException:
-            log.exception("answering failed", extra={"endpoint": self._endpoint})
+        except BaseException as error:  # noqa: BLE001 - see above
+            self._lines.answering_failed(error)
 
     def _returned(self, request: Request, result: object) -> None:
         exchange = request._exchange
@@ -432,11 +441,7 @@ class Watchdog:
                 weakref.finalize(request, self._on_forgotten, exchange).atexit = False
         elif result is not None:
             if exchange.is_answered:
-                log.error(
-                    "handler of %r returned an answer though it is answered: dropped",
-                    request,
-                    extra=extra(self._endpoint, request),
-                )
+                self._lines.answered_twice(request)
                 self.responder.duplicates += 1
             else:
                 self._reply(request, as_frames(result))
@@ -454,17 +459,17 @@ class Watchdog:
             if exchange.is_answered:
                 return
             if not error.scope._is_cancelled:
-                self._answer_overdue(exchange)  # before the timer has come to it
+                self._answer_overdue(exchange, error)  # before the timer has come to it
                 return
-            told = error_for(error.scope._outcome())
+            error = error.scope._outcome()
+            self._lines.cancelled(request, error)
         elif isinstance(error, _Ended) and exchange.is_answered:
             return
         else:
-            told = error_for(error)
-            what = (type(error), error, error.__traceback__)
-            log.error("handler of %r failed", request, exc_info=what, extra=extra(self._endpoint, request))
+            self._lines.failed(request, error)
         if not exchange.is_answered:
-            self.fail(request, told)
+            known = error_for(error)
+            self.fail(request, known, told=self._telling.told(error, known, request))
 
     def finish(self, request: Request) -> None:
         """The handling is over; who has neither answered nor promised to is answered for."""
@@ -552,8 +557,7 @@ class Watchdog:
     def _on_zombie(self, exchange: Exchange) -> None:
         found = self._name(exchange, monotonic())
         request = Request(self, exchange, exchange.owner)
-        what = "a handler has survived its deadline and a kill: %s of %r in %s, at %s"
-        log.error(what, found.handler, request, found.greenlet, found.where, extra=extra(self._endpoint, request))
+        self._lines.stuck(request, found)
         self._tell_room()
         if self._tell is not None:
             self._tell(HandlerStuck(self._endpoint, found))
@@ -578,12 +582,12 @@ class Watchdog:
         else:
             exchange.owner._expire()
 
-    def _answer_overdue(self, exchange: Exchange) -> None:
+    def _answer_overdue(self, exchange: Exchange, signal: BaseException | None = None) -> None:
+        """Answer for the deadline; `signal` is what has told the handler so, if it has come out of it already."""
         kind = CALLER_LIMIT if exchange.is_limited_by_caller else "DeadlineExceeded"
-        self.fail(
-            Request(self, exchange, exchange.owner),
-            RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind),
-        )
+        request = Request(self, exchange, exchange.owner)
+        self._lines.overdue(request, signal)
+        self.fail(request, RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind))
 
     def _kill(self, greenlet: gevent.Greenlet, exception: type[BaseException] = gevent.GreenletExit) -> None:
         if not greenlet.dead:

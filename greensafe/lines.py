@@ -1,0 +1,163 @@
+"""The log lines about the requests of one server.
+
+All of them can be caused by clients, so all go through `Seldom`: what is written of a request that has gone wrong says which
+one it was (also as `request_id` of the log record), whose, and why.
+
+| line | level | at most |
+| --- | --- | --- |
+| malformed message, second answer, what could not be stored | WARNING, ERROR | 1 a second |
+| body that is no JSON, error that a handler has raised for its client, limit of the client's own | INFO | 1 a second |
+| failed handler, missed deadline, zombie | ERROR, WARNING | 10 a second for each place in the code |
+
+It does not know what a client is told; see `telling`.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from traceback import walk_tb
+
+from .errors import JournalError, RemoteProtocolError
+from .printable import printable
+from .reports import extra
+from .request import InvalidBodyError, Request
+from .sansio.exchange import State
+from .seldom import Seldom
+from .stats import Zombie, trail, trail_of
+from .telling import is_meant
+
+__all__ = ["Lines"]
+
+log = logging.getLogger("greensafe.watchdog")
+
+#: Lines a second, with their tracebacks, about what goes wrong in the program's code at one place.
+EACH_PLACE = 10
+
+#: Characters of an exception's text in a line that its traceback follows.
+_SHORT = 200
+
+
+class Lines:
+    """What one server, or one supervised socket, logs about its requests; `endpoint` is what it is called there."""
+
+    __slots__ = ("_endpoint", "_seldom", "flush")
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._seldom = Seldom()
+        self.flush = self._seldom.flush
+
+    def __repr__(self) -> str:
+        return f"<Lines of {self._endpoint}: {self._seldom!r}>"
+
+    def malformed(self, error: RemoteProtocolError) -> None:
+        """A message was no request."""
+        self._seldom.say(log, logging.WARNING, "malformed request dropped: %s", error, extra={"endpoint": self._endpoint})
+
+    def failed(self, request: Request, error: BaseException) -> None:
+        """A handler has let an exception out."""
+        if is_meant(error):
+            why = "" if error.__cause__ is None else f", because of {_shown(error.__cause__)}"
+            self._say(logging.INFO, request, "%s: its handler has raised %s%s", error, why)
+        elif isinstance(error, InvalidBodyError):
+            self._say(logging.INFO, request, "%s: %s", error)
+        else:
+            self._at_place(logging.ERROR, request, error, "handler of %s failed: %s", _shown(error))
+
+    def cancelled(self, request: Request, cause: BaseException) -> None:
+        """A handler's scope was cancelled by the program, for this."""
+        self._say(logging.INFO, request, "%s: its deadline scope was cancelled: %s", _shown(cause))
+
+    def on_error_failed(self, request: Request, error: BaseException) -> None:
+        """on_error has raised this."""
+        self._at_place(logging.ERROR, request, error, "on_error failed for %s: the standard error is sent: %s", _shown(error))
+
+    def answering_failed(self, error: BaseException) -> None:
+        """Something for one request has raised this, which touches no other."""
+        text, details = "answering failed: %s", {"endpoint": self._endpoint}
+        key = _raised_at(error)
+        self._seldom.say(log, logging.ERROR, text, _shown(error), key=key, most=EACH_PLACE, error=error, extra=details)
+
+    def answered_twice(self, request: Request) -> None:
+        """A handler has returned an answer to a request that has one."""
+        self._say(logging.ERROR, request, "handler of %s returned an answer though it is answered: dropped")
+
+    def not_stored(self, request: Request, what: str, error: JournalError) -> None:
+        """The journal could not store a request or an answer; the client is not told why."""
+        self._say(logging.WARNING, request, "%s: " + what + " could not be stored: %s", error)
+
+    def stuck(self, request: Request, found: Zombie) -> None:
+        """A handler has survived its deadline and a kill."""
+        text = "a handler has survived its deadline and a kill: %s of %s in %s, at %s"
+        details = extra(self._endpoint, request)
+        args = (found.handler, request, found.greenlet, found.where)
+        self._seldom.say(log, logging.ERROR, text, *args, key=found.where, most=EACH_PLACE, extra=details)
+
+    def overdue(self, request: Request, signal: BaseException | None = None) -> None:
+        """A request is answered DEADLINE_EXCEEDED: what does its handler wait for?
+
+        A server's deadline that is missed is a WARNING. A limit of the client's own is the client's business: INFO.
+
+        Args:
+            request: Not answered yet.
+            signal: What has told the handler, if it has come out of it before this.
+        """
+        exchange = request._exchange
+        level = logging.INFO if exchange.is_limited_by_caller else logging.WARNING
+        if not log.isEnabledFor(level):
+            return
+        state, place = _state(request, signal)
+        seconds = monotonic() - exchange.arrived_at
+        details = extra(self._endpoint, request)
+        args = (request.id, request.client, seconds, state)
+        if exchange.is_limited_by_caller:
+            text = "request %s of client %s: the client's own limit has come %.3f s after it arrived; %s"
+            self._seldom.say(log, level, text, *args, extra=details)
+        else:
+            text = "request %s of client %s has missed the deadline, %.3f s after it arrived; %s"
+            self._seldom.say(log, level, text, *args, key=place, most=EACH_PLACE, extra=details)
+
+    def say(self, log: logging.Logger, level: int, text: str, *args: object) -> None:
+        """Something else has happened that clients can cause."""
+        self._seldom.say(log, level, text, *args, extra={"endpoint": self._endpoint})
+
+    def killed(self, count: int) -> None:
+        """The server has come to its end before so many handlers."""
+        log.warning("%d handlers still run at the end, and are killed", count, extra={"endpoint": self._endpoint})
+
+    def _say(self, level: int, request: Request, text: str, *args: object) -> None:
+        if log.isEnabledFor(level):
+            self._seldom.say(log, level, text, request, *args, extra=extra(self._endpoint, request))
+
+    def _at_place(self, level: int, request: Request, error: BaseException, text: str, *args: object) -> None:
+        details, key = extra(self._endpoint, request), _raised_at(error)
+        self._seldom.say(log, level, text, request, *args, key=key, most=EACH_PLACE, error=error, extra=details)
+
+
+def _state(request: Request, signal: BaseException | None) -> tuple[str, str]:
+    """What has become of an overdue request, and the place in the code that it is at."""
+    exchange = request._exchange
+    if signal is not None:
+        place = trail_of(signal)
+    elif exchange.state is State.PROMISED and not exchange.is_running:
+        return "its handler has returned LATER, and nobody has answered", ""
+    else:
+        greenlet = request.deadline._greenlet
+        if greenlet is None:
+            return "it was not run", ""
+        place = trail(greenlet.gr_frame)
+    return f"its handler was at {place or 'a place that cannot be seen'}", place
+
+
+def _raised_at(error: BaseException) -> str:
+    """What tells this failure from others, in text: it must keep nothing."""
+    frame, line = next(reversed(list(walk_tb(error.__traceback__))), (None, 0))
+    return f"{type(error).__name__} {'' if frame is None else frame.f_code.co_filename}:{line}"
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, _SHORT)
+    except BaseException:  # noqa: BLE001 - whatever its __str__ does
+        return type(error).__name__
