@@ -24,6 +24,7 @@ It does not know servers or clients, nor who was admitted: a server finds that i
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -39,6 +40,7 @@ from zmq.auth import CURVE_ALLOW_ANY, create_certificates, load_certificate, loa
 from .green.context import Context
 from .green.socket import Socket
 from .sansio.backoff import Intensity
+from .seldom import Seldom
 
 __all__ = ["CURVE_ALLOW_ANY", "Authenticator", "create_certificates", "load_certificate", "load_certificates"]
 
@@ -49,6 +51,10 @@ ENDPOINT: Final = "inproc://zeromq.zap.01"
 _VERSION: Final = b"1.0"
 _TEMPORARY: Final = b"300"
 _INTERNAL: Final = b"500"
+
+#: Lines a second of each kind: a check that fails, with its traceback; and, at level DEBUG, each step of all checks.
+EACH_FAILURE: Final = 10
+EACH_STEP: Final = 100
 
 #: The errors of a socket whose end has come: it was closed, or its context is being terminated.
 _ENDED: Final = (zmq.ENOTSOCK, zmq.ETERM)
@@ -72,13 +78,14 @@ class Authenticator(zmq.auth.Authenticator):
     Args:
         context: Whose sockets are looked after, in whatever thread they are; by default Context.instance().
         encoding: Of domains, addresses, user names and passwords.
-        log: A logger; by default "zmq.auth".
+        log: A logger; by default "zmq.auth". What clients can cause is limited there: see docs/observation.md.
     """
 
     zap_socket: Any  # the bound ROUTER, None while stopped; in the copy that checks a request, its _Handshake
 
     def __init__(self, context: zmq.Context[Any] | None = None, encoding: str = "utf-8", log: Any = None) -> None:
         super().__init__(Context.instance() if context is None else context, encoding, log)
+        self._checks_log = _ChecksLog(self.log)
         self._handling: dict[_Handshake, gevent.Greenlet] = {}
         self._reader: gevent.Greenlet | None = None
 
@@ -121,6 +128,7 @@ class Authenticator(zmq.auth.Authenticator):
             greenlet.kill(block=False)
         self._handling = {}
         sock.close(0)
+        self._checks_log.flush()
 
     def __enter__(self) -> Authenticator:
         self.start()
@@ -173,7 +181,7 @@ class Authenticator(zmq.auth.Authenticator):
         try:
             split = frames.index(b"") + 1
         except ValueError:
-            self.log.warning("ZAP request of %d frames without an empty delimiter dropped", len(frames))
+            self._checks_log.warning("ZAP request of %d frames without an empty delimiter dropped", len(frames))
             return None
         return _Handshake(sock, frames[:split], frames[split:])
 
@@ -181,13 +189,40 @@ class Authenticator(zmq.auth.Authenticator):
         """The body of a request's greenlet: the request is answered, however this ends."""
         policy = copy.copy(self)
         policy.zap_socket = handshake  # where pyzmq's checks send their reply
+        policy.log = self._checks_log
         try:
             _complete(policy.handle_zap_message(handshake.request))
-        except (Exception, gevent.Timeout):
-            self.log.exception("the check of a client failed: it is refused")
+        except (Exception, gevent.Timeout) as error:  # noqa: BLE001 - the program's callback: the client is refused
+            self._checks_log.failed("the check of a client failed: it is refused", error)
         finally:
             self._handling.pop(handshake, None)
             handshake.refuse(_INTERNAL, b"Internal error")
+
+
+class _ChecksLog:
+    """What is logged of one client's check after the other, which clients can cause at will, and with texts of theirs."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+        self._seldom = Seldom()
+        self.flush = self._seldom.flush
+
+    def debug(self, text: str, *args: object) -> None:
+        self._say(logging.DEBUG, text, args)
+
+    def warning(self, text: str, *args: object) -> None:
+        self._say(logging.WARNING, text, args)
+
+    def error(self, text: str, *args: object) -> None:
+        self._say(logging.ERROR, text, args)
+
+    def failed(self, text: str, error: BaseException) -> None:
+        self._seldom.say(self._log, logging.ERROR, text, key=type(error).__name__, most=EACH_FAILURE, error=error)
+
+    def _say(self, level: int, text: str, args: tuple[object, ...]) -> None:
+        if self._log.isEnabledFor(level):
+            most = EACH_STEP if level == logging.DEBUG else 1
+            self._seldom.say(self._log, level, "%s", text % args if args else text, key=text, most=most)
 
 
 class _Handshake:

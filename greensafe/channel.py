@@ -49,6 +49,7 @@ from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
 from .secondlook import SecondLook
+from .seldom import Seldom
 from .stats import EndpointStats
 from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE, Loss, Trouble, refusal
 
@@ -163,6 +164,7 @@ class Channel:
         "_reopen",
         "_requester",
         "_second",
+        "_seldom",
         "_settle",
         "_taken",
         "_was_silent",
@@ -186,6 +188,7 @@ class Channel:
         self._owner = owner
         self._counts = is_counted(endpoint)
         self._pulse = None if limit is None or endpoint.startswith("inproc:") else Pulse(limit)
+        self._seldom = Seldom()
         self._second = SecondLook(endpoint, context, limit or 0.0)
         self._generation = generation()
         self._pump: Pump | None = None
@@ -351,6 +354,7 @@ class Channel:
         self._stop_settling()
         self._stop_reopening()
         self._shut(linger)
+        self._seldom.flush()
 
     # Connecting.
 
@@ -414,7 +418,7 @@ class Channel:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             what = "%s: no descriptor is left for a monitor: a lost connection will not be noticed"
-            log.warning(what, self.endpoint, extra={"endpoint": self.endpoint})
+            self._say(logging.WARNING, what)
             return None
 
     def _unwatch(self) -> None:
@@ -540,7 +544,7 @@ class Channel:
         """There is nothing to connect to, which may well be somebody's mistake: say so, once."""
         if not self._has_warned:
             self._has_warned = True
-            log.warning("%s: %s", self.endpoint, what, extra={"endpoint": self.endpoint})
+            self._say(logging.WARNING, "%s: %s", what)
         self._fail(Trouble(Unreachable, what))
         if self._by_name is not None and self._owner.is_wanted(self):
             self._by_name.ask_later()
@@ -564,6 +568,9 @@ class Channel:
         if self.connection.is_known and not self.connection.is_direct:
             self._named.add(self.connection.journal)
         if answer is None:
+            if self._requester.malformed != self._requester.noted:
+                self._requester.noted = self._requester.malformed
+                self._say(logging.WARNING, "%s: malformed message dropped: it is no answer")
             if not was_heard and connection.is_heard:
                 self._learn()
                 self._owner.on_up(self)  # what waited for a sign that somebody answers here
@@ -606,7 +613,7 @@ class Channel:
         self.losses += 1
         self.lost_requests += len(loss.lost)
         what = "%s: %s; %d requests may have run, %d were not run"
-        log.info(what, self.endpoint, loss.trouble.message, len(loss.lost), len(loss.unsent), extra={"endpoint": self.endpoint})
+        self._say(logging.INFO, what, loss.trouble.message, len(loss.lost), len(loss.unsent))
         self._owner.on_lost(self, loss)
 
     def _count(self, trouble: Trouble) -> Loss:
@@ -648,8 +655,8 @@ class Channel:
     def _open_again(self) -> None:
         try:
             self._open()
-        except zmq.ZMQError:
-            log.exception("%s: cannot be connected to again", self.endpoint, extra={"endpoint": self.endpoint})
+        except zmq.ZMQError as error:
+            self._say(logging.ERROR, "%s: cannot be connected to again: %s", error)
             self._losses += 1
             self._fail(NOBODY)
             if not self._is_closed and self._pump is None and self._reopen is None and self._owner.is_wanted(self):
@@ -689,6 +696,10 @@ class Channel:
             sample = self._sample()
             return sample is None or sample.received > 0
         return not unread(self._descriptor)
+
+    def _say(self, level: int, text: str, *args: object) -> None:
+        """Log what a server can cause at will."""
+        self._seldom.say(log, level, text, self.endpoint, *args, extra={"endpoint": self.endpoint})
 
     def _sample(self) -> Sample | None:
         return sample(self._descriptor, self._taken) if self._counts and self._descriptor >= 0 else None

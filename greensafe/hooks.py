@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import gevent
 
+from .seldom import Seldom
 from .stats import Zombie
 
 __all__ = [
@@ -57,6 +58,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+#: Lines a second about one hook that fails at one kind of record with one kind of error: each request may be such a record.
+MOST_FAILURES = 10
 
 #: What others throw into a greenlet, and what is not the hook's if it is raised there.
 _FROM_OUTSIDE = (gevent.GreenletExit, gevent.Timeout, KeyboardInterrupt)
@@ -341,6 +345,7 @@ def teller(hooks: Hooks | None) -> Tell | None:
         raise TypeError(f"hooks is a function of one record, or several of them, not {hooks!r}")
     if not given:
         return None
+    seldom = Seldom()
 
     def tell(record: Record) -> None:
         for hook in given:
@@ -349,9 +354,15 @@ def teller(hooks: Hooks | None) -> Tell | None:
             except BaseException as error:
                 if _is_from_outside(error):
                     raise
-                log.exception("hook %r has failed at a %s", hook, type(record).__name__)
+                _note(seldom, hook, record, error)
 
     return tell
+
+
+def _note(seldom: Seldom, hook: Hook, record: Record, error: BaseException) -> None:
+    kind = type(record).__name__
+    key = f"{hook!r} {kind} {type(error).__name__}"
+    seldom.say(log, logging.ERROR, "hook %s has failed at a %s", repr(hook), kind, key=key, most=MOST_FAILURES, error=error)
 
 
 def _is_from_outside(error: BaseException) -> bool:

@@ -29,6 +29,7 @@ from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .names import host_in
 from .sansio.liveness import Pulse, explains, looks_allowed
+from .seldom import Seldom
 from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 __all__ = ["SecondLook"]
@@ -59,6 +60,7 @@ class SecondLook:
         "_limit",
         "_looks",
         "_monitor",
+        "_seldom",
         "_sock",
         "_was_answered",
     )
@@ -67,6 +69,7 @@ class SecondLook:
         self._endpoint = endpoint
         self._context = context
         self._limit = max(1, round(limit * 1000))
+        self._seldom = Seldom()
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: Monitor | None = None
         self._looks = 0
@@ -141,7 +144,8 @@ class SecondLook:
             else:
                 self._sock.connect(address)
         except zmq.ZMQError as error:
-            log.warning("%s: no second look could be taken: %s", self._endpoint, error, extra={"endpoint": self._endpoint})
+            text, extra = "%s: no second look could be taken: %s", {"endpoint": self._endpoint}
+            self._seldom.say(log, logging.WARNING, text, self._endpoint, error, extra=extra)
             self._close()
 
     def _set_options(self, sock: zmq.Socket[bytes]) -> None:

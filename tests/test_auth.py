@@ -17,6 +17,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 import greensafe as zmq
+from greensafe import auth as auth_module, seldom
 from greensafe.auth import CURVE_ALLOW_ANY, ENDPOINT, Authenticator, create_certificates, load_certificate, load_certificates
 
 pytestmark = pytest.mark.usefixtures("limit", "hub_turns")
@@ -620,3 +621,27 @@ def test_reading_that_goes_on_failing(
     with auth:
         assert repr(auth) == "<Authenticator started, checking 0>"
         plain(context).assert_admitted()
+
+
+def test_checks_do_not_fill_the_log(
+    context: zmq.Context, auth: Authenticator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handshakes come as often as clients like: a check that always fails has ten lines a second, and a count at the end."""
+    monkeypatch.setattr(seldom, "PERIOD", LONG)
+    log = auth._checks_log
+    for _ in range(50):
+        log.failed("the check of a client failed: it is refused", ValueError("no"))
+        log.error("Invalid PLAIN credentials: %r", [b"\n"])
+    assert len(caplog.records) == auth_module.EACH_FAILURE + 1
+    auth.stop()
+    assert "(the last of 40 more" in caplog.text
+    assert "(the last of 49 more" in caplog.text
+
+
+def test_what_a_client_says_of_itself_stays_in_its_line(auth: Authenticator, caplog: pytest.LogCaptureFixture) -> None:
+    """pyzmq logs names as they come, at level DEBUG: they are escaped."""
+    caplog.set_level(logging.DEBUG, "zmq.auth")
+    auth._checks_log.debug("ALLOWED (PLAIN) username=%s", "me\n2026 CRITICAL root: forged \x1b[2J")
+    assert [record.getMessage() for record in caplog.records if "PLAIN" in record.getMessage()] == [
+        r"ALLOWED (PLAIN) username=me\n2026 CRITICAL root: forged \x1b[2J"
+    ]

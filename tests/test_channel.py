@@ -18,10 +18,23 @@ from helpers import LONG, MS, run_python, running, wait_until
 from zmtp import Listener
 
 import greensafe as zmq
-from greensafe import Client, Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Request, Server, Unreachable
+from greensafe import (
+    Client,
+    Disconnected,
+    OperationTimeout,
+    PeerError,
+    PeerSilent,
+    Refused,
+    Request,
+    Server,
+    Unreachable,
+    seldom,
+)
 from greensafe.auth import Authenticator
 from greensafe.channel import SHY
+from greensafe.sansio.requester import Connection
 from greensafe.testing import FaultyLink
+from greensafe.trouble import LOST, Loss
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -519,3 +532,32 @@ def test_no_descriptor_to_connect_again(port: int) -> None:
     """A request waits until there is one, although nothing else keeps the loop running."""
     result = run_python(NO_DESCRIPTOR, SERVER, f"tcp://127.0.0.1:{port}")
     assert result.out == "b'x'\n", result.err
+
+
+def test_what_a_server_can_cause_is_one_line_and_a_count(
+    context: zmq.Context, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that sends nonsense, or ends connections, fills no client's log; the counts are exact there and in the stats."""
+    monkeypatch.setattr(seldom, "PERIOD", LONG)  # the counts are written when the client is closed
+    caplog.set_level(logging.INFO, "greensafe.channel")
+    router = context.socket(plain.ROUTER)
+    router.bind("inproc://s")
+    with Client("inproc://s", context=context) as client:
+        asking = gevent.spawn(client.request, b"x")
+        peer, *request = router.recv_multipart(timeout=LONG)
+        for _ in range(100):
+            router.send_multipart([peer, b"nonsense"])
+        router.send_multipart([peer, *request])
+        assert asking.get() == b"x"
+        assert client.stats.drops["malformed"] == 100
+        for _ in range(50):
+            client._channels[0]._tell_lost(Loss(LOST, [], [], Connection()))
+        assert client.stats.endpoints[0].losses == 50
+        assert len(caplog.records) == 2
+    first, lost, *counts = caplog.records
+    assert (first.getMessage(), first.levelno) == ("inproc://s: malformed message dropped: it is no answer", logging.WARNING)
+    assert lost.levelno == logging.INFO
+    assert [f"(the last of {number} more" in count.getMessage() for number, count in zip((99, 49), counts, strict=True)] == [
+        True
+    ] * 2
+    assert {record.endpoint for record in caplog.records} == {"inproc://s"}

@@ -129,3 +129,15 @@ def test_from_reply_takes_anything(body: bytes) -> None:
 def test_from_reply_refuses_what_only_looks_like_an_error(body: bytes) -> None:
     """A frame of the wrong shape or with an unknown code is data."""
     assert RemoteError.from_reply(body) is None
+
+
+def test_a_peers_text_stays_in_one_line() -> None:
+    """What a server has put into an error cannot forge a line where it is logged, nor move a cursor; it is there as it came."""
+    forged = "no\n2026-01-01 CRITICAL root: forged \x1b[2J"
+    error = RemoteError.from_reply(RemoteError("INTERNAL", forged, forged).to_reply())
+    assert error is not None
+    assert str(error).isprintable()
+    assert repr(error).isprintable()
+    assert str(error).startswith(r"INTERNAL: no\n2026-01-01 CRITICAL root: forged \x1b[2J (no\n")
+    assert (error.message, error.type) == (forged, forged)
+    assert len(str(RemoteError("INTERNAL", "x" * 10**6))) < 1100

@@ -17,7 +17,7 @@ import pytest
 from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, deadline, hooks
+from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, deadline, hooks, seldom
 from greensafe.hooks import (
     CallAnswered,
     CallFailed,
@@ -338,3 +338,23 @@ def test_records() -> None:
     assert pickle.loads(pickle.dumps(record)) == record
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.seconds = 1  # type: ignore[misc]
+
+
+def test_a_hook_that_always_fails_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request may be such a record: ten lines with tracebacks a second of each kind, and the number of those left out."""
+    monkeypatch.setattr(seldom, "PERIOD", 20 * MS)
+
+    def hook(record: Record) -> None:
+        raise ValueError(record)
+
+    tell = teller(hook)
+    assert tell is not None
+    for _ in range(100):
+        tell(ServerStarted("here"))
+    tell(ServerStopped("here", 1))
+    assert len(caplog.records) == hooks.MOST_FAILURES + 1
+    wait_until(lambda: len(caplog.records) == hooks.MOST_FAILURES + 2)
+    assert "(the last of 90 more within" in caplog.records[-1].getMessage()
+    assert all(record.exc_info for record in caplog.records[:-1])

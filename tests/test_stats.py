@@ -16,13 +16,13 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, stats
-from greensafe.deadlines import TICK
+from greensafe.deadlines import TICK, to_seconds
 from greensafe.green._pump import Pump
 from greensafe.green._vanished import Vanished
 from greensafe.sansio.envelope import Header, Kind
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
-from greensafe.stats import ClientStats, ServerStats, Zombie, where
+from greensafe.stats import ClientStats, ServerStats, Zombie, trail, trail_of, where
 from greensafe.watchdog import NAMED, Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -308,3 +308,36 @@ def test_what_lives_long_says_how_it_is(context: zmq.Context) -> None:
     pump.close(0)
     assert repr(pump).startswith("<Pump closed")
     assert repr(client) == "<Client closed inproc://s up=0 inflight=0 late=0>"
+
+
+def _innermost() -> None:
+    gevent.sleep(LONG)
+
+
+def _middle() -> None:
+    _innermost()
+
+
+def _outer() -> None:
+    _middle()
+
+
+def test_a_trail_names_the_innermost_calls() -> None:
+    """Where a greenlet waits, gevent left out, and the program's calls that lead there, up to two; nothing for no frame."""
+    waiting = gevent.spawn(lambda: _outer())
+    gevent.sleep(0)
+    places = trail(waiting.gr_frame).split(", called at ")
+    assert [place.split()[1] for place in places] == ["_innermost", "_middle", "_outer"]
+    assert where(waiting.gr_frame) == places[0]
+    waiting.kill()
+    assert trail(None) == where(None) == ""
+
+
+def test_a_trail_of_an_exception() -> None:
+    """The same from its traceback; greensafe's own calls are left out, but for the one that has raised."""
+    with pytest.raises(TypeError) as caught:
+        to_seconds("no")
+    raised, called = trail_of(caught.value).split(", called at ")
+    assert raised.split()[1] == "to_seconds"
+    assert called.split()[1] == "test_a_trail_of_an_exception"
+    assert trail_of(ValueError("never raised")) == ""

@@ -21,6 +21,7 @@ import gevent
 import zmq
 from gevent.event import Event
 
+from ..seldom import Seldom
 from ._turns import let_others_run
 from .socket import Socket
 
@@ -86,6 +87,7 @@ class _Proxy:
     capture: Any
     traffic: tuple[_Traffic, _Traffic] = field(default_factory=lambda: (_Traffic(), _Traffic()))
     flowing: Event = field(default_factory=Event)
+    seldom: Seldom = field(default_factory=Seldom)
 
     def run(self, control: Any) -> None:
         """Run both directions and the commands until one of them ends."""
@@ -105,6 +107,7 @@ class _Proxy:
                 ended.get()
         finally:
             gevent.killall(running)
+            self.seldom.flush()
 
     def _copy(self, source: Any, received: _Traffic, sink: Any, sent: _Traffic) -> None:
         outlets = [sink] if self.capture is None else [sink, self.capture]
@@ -127,7 +130,7 @@ class _Proxy:
             received.received += len(frames)
             received.bytes_received += size
             for outlet in reversed(outlets):
-                _pass_on(outlet, frames)
+                self._pass_on(outlet, frames)
             sent.sent += len(frames)
             sent.bytes_sent += size
             copied += 1
@@ -156,11 +159,10 @@ class _Proxy:
             if command == [b"TERMINATE"]:
                 return
 
-
-def _pass_on(outlet: Any, frames: Sequence[Any]) -> None:
-    try:
-        outlet.send_multipart(frames, copy=False, timeout=None)
-    except zmq.ZMQError as error:
-        if error.errno != zmq.EHOSTUNREACH:
-            raise
-        log.info("message dropped by a proxy: its peer is gone")
+    def _pass_on(self, outlet: Any, frames: Sequence[Any]) -> None:
+        try:
+            outlet.send_multipart(frames, copy=False, timeout=None)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.seldom.say(log, logging.INFO, "message dropped by a proxy: its peer is gone")

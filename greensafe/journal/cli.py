@@ -9,6 +9,8 @@
 All but vacuum work while a server holds the file; forget then leaves alone what is open. The exit code is 0 if all is well, 1
 if it is not (no such file or request, the file is damaged or in use), 2 for wrong arguments.
 
+What clients and handlers have chosen is printed in one line, with what a terminal would obey escaped.
+
 It does not know how the file is read; see `reading`.
 """
 
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import JournalError
+from ..printable import printable
 from ..sansio.envelope import Kind
 from .reading import Entry, Reading, Summary, forget, vacuum
 from .steps import JsonOrBytes
@@ -62,7 +65,7 @@ def _guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Names
     try:
         return run(arguments)
     except JournalError as error:
-        print(f"greensafe: {error}", file=sys.stderr)
+        print(f"greensafe: {printable(str(error), None)}", file=sys.stderr)
         return 1
 
 
@@ -96,7 +99,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     with Reading(arguments.file) as reading:
         faults = list(reading.faults())
         count = 0 if faults else sum(reading.summary().counts.values())
-    print("\n".join(faults) if faults else f"whole: {count} requests")
+    print("\n".join(printable(fault.replace("\n", "; ")) for fault in faults) if faults else f"whole: {count} requests")
     return 1 if faults else 0
 
 
@@ -134,7 +137,7 @@ def _shown(entry: Entry) -> Iterator[str]:
     if entry.metadata:
         yield f"metadata  {_text(entry.metadata, WIDTH)}"
     for name, number, value in entry.steps:
-        yield f"step      {name} ({number}): {_result(value)}"
+        yield f"step      {printable(name)} ({number}): {_result(value)}"
     what = "body" if entry.state == "open" else Kind(entry.kind).name.lower() if entry.kind in set(Kind) else str(entry.kind)
     for frame in entry.frames:
         yield f"{what:<9} {_text(frame)}"

@@ -236,10 +236,11 @@ class Requester:
         pending: The requests that are open, by id; to be looked at only.
         late: Answers to requests that are not open: given up, answered before, or never asked.
         malformed: Messages without delimiter, body or header.
+        noted: How many of these the caller has noted: its to set.
         ignored: Messages that mean nothing here: kinds that are unknown, or a client's.
     """
 
-    __slots__ = ("_due", "_patience_ms", "ignored", "late", "malformed", "patience", "pending")
+    __slots__ = ("_due", "_patience_ms", "ignored", "late", "malformed", "noted", "patience", "pending")
 
     def __init__(self, patience: float | None = None) -> None:
         self.patience = patience
@@ -248,6 +249,7 @@ class Requester:
         self._due: DueQueue[Asked] = DueQueue(_is_due)
         self.late = 0
         self.malformed = 0
+        self.noted = 0
         self.ignored = 0
 
     def __len__(self) -> int:

@@ -37,6 +37,7 @@ from typing import Any, Literal, Self
 
 import gevent
 
+from ..seldom import Seldom
 from ._connection import Connection, Mark, Pipe
 from ._faults import Faults
 from ._sockets import Entrance, check_target, dial, send_at_once
@@ -84,6 +85,7 @@ class FaultyLink:
         self._faults = (Faults(), Faults())
         self._connections: set[Connection] = set()
         self._closed = False
+        self._seldom = Seldom()
         self._acceptor = gevent.spawn(self._accept, self._entrance.listener)
 
     # What lasts.
@@ -236,7 +238,7 @@ class FaultyLink:
             try:
                 client, _ = listener.accept()
             except OSError as error:
-                log.warning("%r could not accept a connection: %s", self, error)
+                self._seldom.say(log, logging.WARNING, "%s could not accept a connection: %s", self.endpoint, error)
                 gevent.sleep(ACCEPT_AGAIN)
                 continue
             send_at_once(client)

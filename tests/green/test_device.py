@@ -11,6 +11,7 @@ import pytest
 from helpers import LONG, wait_until
 
 import greensafe as zmq
+from greensafe import seldom
 from greensafe.green.device import BATCH, _Proxy
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -174,3 +175,20 @@ def test_a_steerable_proxy_obeys(context: zmq.Context, kind: int) -> None:
     assert worker.recv(timeout=LONG) == b"again"
     assert command(b"TERMINATE") == [b""]
     running.get()
+
+
+def test_peers_that_are_gone_do_not_fill_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each message for one is dropped: a line a second, and the number of the others."""
+
+    class Gone:
+        def send_multipart(self, frames: Any, **options: Any) -> None:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+
+    monkeypatch.setattr(seldom, "PERIOD", LONG)
+    caplog.set_level("INFO", "greensafe.green.device")
+    proxy = _Proxy(None, None, None)
+    for _ in range(100):
+        proxy._pass_on(Gone(), [b"x"])
+    assert [record.getMessage() for record in caplog.records] == ["message dropped by a proxy: its peer is gone"]
+    proxy.seldom.flush()
+    assert "(the last of 99 more" in caplog.text

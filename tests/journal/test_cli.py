@@ -395,3 +395,38 @@ def test_installed_and_as_a_module() -> None:
     for start in ([str(installed)], [sys.executable, "-m", "greensafe"]):
         done = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True, cwd=ROOT, timeout=LONG)
         assert done.stdout == f"greensafe {greensafe.__version__}\n"
+
+
+def test_what_others_have_chosen_is_escaped(command: Command, path: Path) -> None:
+    """A step's name, a body, a client's id and metadata stay in their lines, and no terminal obeys them."""
+    evil = "x\x1b[2J\rrequest   forged\nstate     done\u2028\x9b"
+    made = SqliteJournal(path)
+    made.open()
+    fields = {"since": made.now(), "client": evil.encode(), "metadata": evil.encode()}
+    made.commit([Begin(OPEN, [evil.encode()], **fields), Step(OPEN, evil, 1, json.dumps(evil).encode().join([b"j", b""]))])
+    made.close()
+    for arguments in (("show", "a1"), ("ls",), ("forget", "a1")):
+        result = command(*arguments, path)
+        assert result.code == 0
+        assert all(line.isprintable() for line in result.out.split("\n"))
+        assert len([line for line in result.out.splitlines() if line.startswith(("request", "state"))]) <= 2
+        if arguments[0] == "show":
+            assert r"step      x\x1b[2J\rrequest   forged\nstate     done\u2028\x9b (1): '" in result.out
+
+
+def test_what_stands_in_a_damaged_file_is_escaped(command: Command, path: Path) -> None:
+    """Also where it is named in an error, or by `verify`."""
+    fill(path).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE greensafe_requests SET client = ? WHERE id = ?", ("\x1b[2J\nforged", OPEN))
+    for arguments in (("show", "a1"), ("verify",)):
+        result = command(*arguments, path)
+        assert result.code == 1
+        said = result.out + result.err
+        assert "impossible client" in said
+        assert all(line.isprintable() for line in said.split("\n"))
+        assert not [line for line in said.splitlines() if line.startswith("forged")]
+    missing = command("ls", path.parent / "no\nfile\x1b[2J")
+    assert missing.code == 1
+    assert missing.err.count("\n") == 1
+    assert "\x1b" not in missing.err
