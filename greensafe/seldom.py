@@ -109,10 +109,11 @@ class Seldom:
 class _Kind:
     """Lines that are counted together, while one of them was written less than a second ago."""
 
-    __slots__ = ("_key", "_level", "_log", "_owner", "_since", "_timer", "count", "last", "written")
+    __slots__ = ("_key", "_level", "_log", "_owner", "_process", "_since", "_timer", "count", "last", "written")
 
     def __init__(self, owner: Seldom, key: Hashable, log: logging.Logger, level: int) -> None:
         self._owner = owner
+        self._process = owner._process
         self._key = key
         self._log = log
         self._level = level
@@ -126,7 +127,7 @@ class _Kind:
         self._timer.start(self._on_timer, update=True)
 
     def _on_timer(self) -> None:
-        if self._owner._process != os.getpid() or not self.count:
+        if self._process != os.getpid() or not self.count:
             self.end()
         else:
             self._close()
@@ -143,7 +144,7 @@ class _Kind:
         self._close()
         if self._owner._kinds.get(self._key) is self:
             del self._owner._kinds[self._key]
-        if self.count and self._owner._process == os.getpid():
+        if self.count and self._process == os.getpid():
             self._tell(self._since)
 
     def _tell(self, since: float) -> None:

@@ -24,6 +24,7 @@ __all__ = ["ClientStats", "EndpointStats", "JournalStats", "ServerStats", "Zombi
 #: Calls that `trail` names besides the innermost one, and packages in which it looks for none.
 CALLERS = 2
 _LIBRARIES = frozenset({"gevent", "greenlet", "greensafe", "zmq"})
+_RAISING = frozenset({"greensafe.deadlines", "greensafe.preemption"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +230,16 @@ def _outwards(frame: FrameType | None) -> _Steps:
 
 
 def _without_gevent(outwards: _Steps) -> _Steps:
-    """What is left without gevent's frames at the inner end; all of it if there are no others."""
-    return list(itertools.dropwhile(lambda step: _package(step) == "gevent", outwards)) or outwards
+    """What is left without the frames at the inner end that are gevent's, or raise a deadline; all if there are no others."""
+    return list(itertools.dropwhile(lambda step: _package(step) == "gevent" or _module(step) in _RAISING, outwards)) or outwards
+
+
+def _module(step: tuple[FrameType, int]) -> str:
+    return str(step[0].f_globals.get("__name__"))
 
 
 def _package(step: tuple[FrameType, int]) -> str:
-    return str(step[0].f_globals.get("__name__")).partition(".")[0]
+    return _module(step).partition(".")[0]
 
 
 def _place(step: tuple[FrameType, int]) -> str:

@@ -197,9 +197,7 @@ def test_a_deadline_that_the_handler_meets_itself(context: zmq.Context, caplog: 
         with Client(ENDPOINT, context=context) as client, pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
             client.request(b"x")
     (line,) = [line for line in _lines(caplog) if "has missed the deadline" in line.getMessage()]
-    assert re.search(
-        r"its handler was at .*deadlines\.py:\d+ check, called at .*test_lines\.py:\d+ .*handler$", line.getMessage()
-    )
+    assert re.search(r"its handler was at \S+test_lines\.py:\d+ \S+handler$", line.getMessage())
 
 
 def _ask_with_limit(peer: Any, number: int, limit_ms: int) -> None:

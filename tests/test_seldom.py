@@ -199,14 +199,17 @@ def test_a_forked_child_does_not_write_its_parents_counts() -> None:
     """Each line is counted by the process in which it was said."""
     program = """if 1:
         import logging, os, gevent
-        from greensafe.seldom import Seldom
+        from greensafe import seldom
+        seldom.PERIOD = 0.05
         logging.basicConfig(format="%(process)d %(message)s")
-        lines = Seldom()
+        lines = seldom.Seldom()
         for _ in range(3):
             lines.say(logging.getLogger("x"), logging.WARNING, "bad")
         pid = gevent.os.fork()
         for _ in range(2):
             lines.say(logging.getLogger("x"), logging.WARNING, "bad")
+        while "kinds=0" not in repr(lines):
+            gevent.sleep(0.01)
         if pid:
             gevent.os.waitpid(pid, 0)
         print("parent" if pid else "child", os.getpid())

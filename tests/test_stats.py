@@ -16,9 +16,10 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, stats
-from greensafe.deadlines import TICK, to_seconds
+from greensafe.deadlines import TICK
 from greensafe.green._pump import Pump
 from greensafe.green._vanished import Vanished
+from greensafe.options import check_heartbeat
 from greensafe.sansio.envelope import Header, Kind
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
@@ -336,8 +337,8 @@ def test_a_trail_names_the_innermost_calls() -> None:
 def test_a_trail_of_an_exception() -> None:
     """The same from its traceback; greensafe's own calls are left out, but for the one that has raised."""
     with pytest.raises(TypeError) as caught:
-        to_seconds("no")
-    raised, called = trail_of(caught.value).split(", called at ")
-    assert raised.split()[1] == "to_seconds"
+        check_heartbeat("no")
+    raised, called = trail_of(caught.value).split(", called at ")  # what raises a deadline is none of either
+    assert raised.split()[1] == "check_heartbeat"
     assert called.split()[1] == "test_a_trail_of_an_exception"
     assert trail_of(ValueError("never raised")) == ""

@@ -150,7 +150,7 @@ def test_a_journal_that_fails_is_not_described(
 def test_what_cannot_be_stored(
     context: zmq.Context, asker: Asker, caplog: pytest.LogCaptureFixture, tmp_path: Path, what: str
 ) -> None:
-    """Where the journal does not take a request or an answer, the client is told that, and the log why, with the request's id."""
+    """Where the journal does not take a request or an answer the client is told that; the log says why, with its id."""
 
     class Failing(SqliteJournal):
         def commit(self, writes: Any) -> Any:
