@@ -5,7 +5,7 @@ one it was (also as `request_id` of the log record), whose, and why.
 
 | line | level | at most |
 | --- | --- | --- |
-| malformed message, second answer, what could not be stored | WARNING, ERROR | 1 a second |
+| malformed message, second answer, what could not be stored, cancelled scope | WARNING, ERROR | 1 a second |
 | body that is no JSON, error that a handler has raised for its client, limit of the client's own | INFO | 1 a second |
 | failed handler, missed deadline, zombie | ERROR, WARNING | 10 a second for each place in the code |
 
@@ -67,7 +67,10 @@ class Lines:
 
     def cancelled(self, request: Request, cause: BaseException) -> None:
         """A handler's scope was cancelled by the program, for this."""
-        self._say(logging.INFO, request, "%s: its deadline scope was cancelled: %s", _shown(cause))
+        if is_meant(cause):
+            self.failed(request, cause)
+        else:
+            self._say(logging.WARNING, request, "%s: its deadline scope was cancelled: %s", _shown(cause))
 
     def on_error_failed(self, request: Request, error: BaseException) -> None:
         """on_error has raised this."""
