@@ -72,6 +72,10 @@ CODES = frozenset(
 )
 
 
+#: Characters of a peer's text that an error's str shows.
+_LONG = 10_000
+
+
 class GreensafeError(Exception):
     """The root of greensafe's errors."""
 
@@ -249,7 +253,7 @@ class RemoteError(GreensafeError):
         self._is_from_peer = False
 
     def __str__(self) -> str:
-        return f"{self.code}: {printable(self.message)}" + (f" ({printable(self.type)})" if self.type else "")
+        return f"{self.code}: {printable(self.message, _LONG)}" + (f" ({printable(self.type)})" if self.type else "")
 
     def to_reply(self) -> bytes:
         """The frame that carries this error: JSON `{"error": {"code", "type", "message"}}`."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
-from traceback import walk_tb
 
 from .errors import JournalError, RemoteProtocolError
 from .printable import printable
@@ -154,9 +153,8 @@ def _state(request: Request, signal: BaseException | None) -> tuple[str, str]:
 
 
 def _raised_at(error: BaseException) -> str:
-    """What tells this failure from others, in text: it must keep nothing."""
-    frame, line = next(reversed(list(walk_tb(error.__traceback__))), (None, 0))
-    return f"{type(error).__name__} {'' if frame is None else frame.f_code.co_filename}:{line}"
+    """What tells this failure from others, in text: it must keep nothing. The library's line alone that raises is many's."""
+    return f"{type(error).__name__} {trail_of(error)}"
 
 
 def _shown(error: BaseException) -> str:
