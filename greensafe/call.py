@@ -16,7 +16,7 @@ from .errors import GreensafeError, RemoteError, RemoteProtocolError
 from .sansio.envelope import CALLER_LIMIT
 from .sansio.requester import Asked, Resolution
 
-__all__ = ["Call", "error_in", "raise_error"]
+__all__ = ["Call", "data_in", "error_in", "raise_error"]
 
 #: Seconds by which a server may see the caller's limit run out before the caller does.
 SKEW = 0.05
@@ -74,10 +74,24 @@ class Call:
 
 def error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
     """The error in an answer that the server has marked as one."""
-    error = RemoteError.from_reply(answer.body[0]) if len(answer.body) == 1 else None
+    error = RemoteError.from_reply(answer.body[0], is_error=True) if len(answer.body) == 1 else None
     if error is not None:
         return error
     return RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {answer.body[0][:80]!r}")
+
+
+def data_in(answer: Resolution) -> list[bytes]:
+    """Return the frames of a plain peer's answer that begins as an error does; raise RemoteError if it is one.
+
+    Its type says nothing of the caller's limit, which a plain peer does not know.
+    """
+    error = RemoteError.from_reply(answer.body[0]) if len(answer.body) == 1 else None
+    if error is None:
+        return answer.body
+    try:
+        raise error
+    finally:
+        del error  # its traceback holds this frame
 
 
 def raise_error(answer: Resolution, at: float | None) -> None:

@@ -29,13 +29,14 @@ from gevent import get_hub, getcurrent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
-from .call import Call, raise_error
+from .call import Call, data_in, raise_error
 from .deadlines import DeadlineSignal, allowed_until, to_seconds
 from .endpoints import check_endpoint
 from .errors import (
     Cancelled,
     GreensafeError,
     OperationTimeout,
+    RemoteError,
     RemoteProtocolError,
 )
 from .failover import Failover
@@ -140,7 +141,7 @@ class Client:
             Disconnected: The connection that carried the request is gone.
             PeerSilent: The server gives no more signs of life; `.silent` says what is silent.
             Refused: The server refuses this client, or is none; trying again cannot help.
-            RemoteError: A greensafe server answered with an error.
+            RemoteError: The peer answered with an error: a greensafe server, or a REP under `supervise` or `supervised`.
             RemoteProtocolError: The reply has several frames: use request_multipart.
             Cancelled: The client was closed meanwhile, or its context was terminated; or a loop of its own has failed too often
                 (see `restarts`), with the error that is its __cause__.
@@ -334,8 +335,11 @@ class Client:
             finally:
                 del outcome  # the error's traceback holds this frame
         if outcome is not None:
-            if outcome.kind != _ERROR:
+            kind = outcome.kind
+            if kind == _REPLY or (kind == _REQUEST and not outcome.body[0].startswith(_ERROR_HEAD)):
                 return outcome.body
+            if kind == _REQUEST:
+                return data_in(outcome)
             raise_error(outcome, at)
         raise self._timeout_of(call, limit)
 
@@ -385,7 +389,10 @@ class Client:
         return error
 
 
-_ERROR = int(Kind.ERROR)
+#: The kinds of answers: a greensafe server's, and a plain peer's, which returns the request's header.
+_REPLY, _REQUEST = int(Kind.REPLY), int(Kind.REQUEST)
+
+_ERROR_HEAD = RemoteError.FRAME_HEAD
 
 
 def _ended(error: Exception | None) -> Cancelled:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import errno
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import zmq.error
 from gevent.timeout import Timeout
@@ -240,6 +240,12 @@ class RemoteError(GreensafeError):
         traceback: The peer's traceback as text, if it tells it.
     """
 
+    #: How the frame of every error begins. No program writes that by accident, so it tells an error from data.
+    FRAME_HEAD: ClassVar[bytes] = b'{"greensafe": 1, "error": {"code": "'
+
+    #: The most bytes of such a frame.
+    MAX_FRAME: ClassVar[int] = 65_536
+
     def __init__(self, code: str, message: str, type: str = "", traceback: str | None = None) -> None:
         if code not in CODES:
             raise ValueError(f"{code!r} is none of the error codes: {', '.join(sorted(CODES))}")
@@ -256,21 +262,51 @@ class RemoteError(GreensafeError):
         return f"{self.code}: {printable(self.message, _LONG)}" + (f" ({printable(self.type)})" if self.type else "")
 
     def to_reply(self) -> bytes:
-        """The frame that carries this error: JSON `{"error": {"code", "type", "message"}}`."""
-        return json.dumps({"error": {"code": self.code, "type": self.type, "message": self.message}}).encode()
+        """Return the frame that carries this error, in JSON; see "Errors" in docs/protocol.md.
+
+        It has at most `MAX_FRAME` bytes: of a longer text the beginning is kept, and how much is left out is said.
+        """
+        frame = _frame(self.code, self.type, self.message)
+        if len(frame) <= self.MAX_FRAME:
+            return frame
+        left_out = max(len(self.message) - _KEPT_MESSAGE, 0)
+        note = f" ... ({left_out} more characters)" if left_out else ""
+        return _frame(self.code, self.type[:_KEPT_TYPE], self.message[:_KEPT_MESSAGE] + note)
 
     @classmethod
-    def from_reply(cls, body: bytes) -> RemoteError | None:
-        """The error in a reply, or None if the reply is data; never raises, whatever the bytes are."""
-        if not body.startswith(b'{"error"'):
-            return None
+    def from_reply(cls, body: bytes, *, is_error: bool = False) -> RemoteError | None:
+        """Return the error in a reply of one frame, or None if the reply is data; never raises, whatever the bytes are.
+
+        Args:
+            body: The frame.
+            is_error: The reply's header says that it is an error: then `{"error": ...}` without the mark is one, too.
+        """
         try:
-            error = json.loads(body)["error"]
-            found = cls(error["code"], str(error["message"]), str(error.get("type", "")))
-            found._is_from_peer = True
-            return found
+            if body.startswith(cls.FRAME_HEAD) and len(body) <= cls.MAX_FRAME:
+                # Pairs instead of dicts: they show what stands there twice, or besides. The head is that of two objects.
+                match json.loads(body.decode(), object_pairs_hook=list):
+                    case [_, ("error", [("code", str(code)), ("type", str(name)), ("message", str(message))])]:
+                        return cls._told_by_peer(code, message, name)
+            elif is_error:
+                error = json.loads(body)["error"]
+                return cls._told_by_peer(error["code"], str(error["message"]), str(error.get("type", "")))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
+            pass
+        return None
+
+    @classmethod
+    def _told_by_peer(cls, code: str, message: str, type: str) -> RemoteError:
+        error = cls(code, message, type)
+        error._is_from_peer = True
+        return error
+
+
+#: Characters that are kept of a text which is too long for a frame: JSON makes twelve bytes of one at most.
+_KEPT_MESSAGE, _KEPT_TYPE = 5000, 200
+
+
+def _frame(code: str, name: str, message: str) -> bytes:
+    return json.dumps({"greensafe": 1, "error": {"code": code, "type": name, "message": message}}).encode()
 
 
 class Cancelled(GreensafeError):

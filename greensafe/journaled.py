@@ -191,7 +191,7 @@ class Journaled(Watchdog):
         try:
             if isinstance(action, Replay):
                 self.replayed += 1
-                error = RemoteError.from_reply(action.body[0]) if action.kind == Kind.ERROR else None
+                error = RemoteError.from_reply(action.body[0], is_error=True) if action.kind == Kind.ERROR else None
                 self._answer_now(exchange, action.body, Kind(action.kind), error)
             else:
                 assert isinstance(action, Refuse)

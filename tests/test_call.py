@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from greensafe.call import error_in
+import pytest
+
+from greensafe.call import data_in, error_in
 from greensafe.errors import RemoteError, RemoteProtocolError
-from greensafe.sansio.envelope import Kind
+from greensafe.sansio.envelope import CALLER_LIMIT, Kind
 from greensafe.sansio.requester import Asked, Resolution
 
 
@@ -19,5 +21,20 @@ def test_error_in_an_answer() -> None:
     error = RemoteError("INTERNAL", "it broke", "ValueError")
     found = _error(error.to_reply())
     assert (found.code, found.message, found.type) == ("INTERNAL", "it broke", "ValueError")
+    assert isinstance(_error(error.to_reply().replace(b'"greensafe": 1, ', b"")), RemoteError)  # as a journal may hold it
     for body in ([b"data"], [error.to_reply(), b""]):
         assert isinstance(_error(*body), RemoteProtocolError)
+
+
+@pytest.mark.parametrize("kind", ["", CALLER_LIMIT])
+def test_an_error_in_a_plain_answer(kind: str) -> None:
+    """It is raised, whatever its type: a plain peer does not know its caller's limit. Beside other frames it is data."""
+    frame = RemoteError("INTERNAL", "it broke", kind).to_reply()
+    with pytest.raises(RemoteError, match="it broke"):
+        data_in(_plain(frame))
+    for body in ([frame, b""], [frame + b"x"]):
+        assert data_in(_plain(*body)) == body
+
+
+def _plain(*body: bytes) -> Resolution:
+    return Resolution(cast(Asked, None), list(body), Kind.REQUEST, b"")

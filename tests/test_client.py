@@ -250,7 +250,7 @@ while True:
 
 
 def test_plain_rep(context: zmq.Context) -> None:
-    """A plain REP answers a Client; what looks like an error there is data, since a plain REP has no errors."""
+    """A plain REP answers a Client; an error frame beside others is data, since an error has one frame."""
     process = subprocess.Popen([sys.executable, "-c", PLAIN_REP], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

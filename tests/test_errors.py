@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import pickle
 
 import gevent
@@ -116,18 +117,58 @@ def test_remote_error_travels() -> None:
         RemoteError("NOPE", "x")
 
 
-@given(st.one_of(st.binary(), st.binary().map(lambda tail: b'{"error"' + tail)))
+HEAD = RemoteError.FRAME_HEAD
+
+
+@given(st.one_of(st.binary(), *(st.binary().map(head.__add__) for head in (b'{"error"', HEAD, HEAD + b'INTERNAL", "type": "'))))
 def test_from_reply_takes_anything(body: bytes) -> None:
     """Bytes that are no error frame are data, and nothing raises."""
-    found = RemoteError.from_reply(body)
-    assert found is None or found.code in CODES
+    for is_error in (False, True):
+        found = RemoteError.from_reply(body, is_error=is_error)
+        assert found is None or found.code in CODES
 
 
-@pytest.mark.parametrize(
-    "body", [b'{"error": 1}', b'{"error": {"code": "X", "message": ""}}', b'{"error": []}', b'{"error"' * 5000]
-)
+@given(code=st.sampled_from(sorted(CODES)), message=st.text(st.characters(categories=["L", "Cs", "Cc"])), type=st.text())
+def test_any_error_travels(code: str, message: str, type: str) -> None:
+    """Whatever its texts hold, its frame begins with the mark, is JSON for everybody, and gives the same error."""
+    frame = RemoteError(code, message, type).to_reply()
+    assert frame.startswith(HEAD)
+    assert json.loads(frame) == {"greensafe": 1, "error": {"code": code, "type": type, "message": message}}
+    again = RemoteError.from_reply(frame)
+    assert again is not None
+    assert (again.code, again.message, again.type) == (code, message, type)
+
+
+#: Data, however much it looks like an error.
+DATA = [
+    b'{"error": 1}',
+    b'{"error": {"code": "X", "message": ""}}',
+    b'{"error": []}',
+    b'{"error"' * 5000,
+    b'{"error": {"code": "INTERNAL", "type": "", "message": ""}}',
+    b'{"greensafe": 1, "error": {"code": "NONE", "type": "", "message": ""}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "message": ""}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "message": "", "type": ""}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": null}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": "", "more": 1}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": ""}, "more": 1}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": ""}, "error": 1}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "code": "ABORTED", "type": "", "message": ""}}',
+    b'{"greensafe": 2, "error": {"code": "INTERNAL", "type": "", "message": ""}}',
+    b'{"greensafe":1,"error":{"code":"INTERNAL","type":"","message":""}}',
+    b' {"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": ""}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": "\xff"}}',
+    b'{"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": ""}} more',
+    b'{"quoted": {"greensafe": 1, "error": {"code": "INTERNAL", "type": "", "message": ""}}}',
+    HEAD + b'INTERNAL", "type": "", "message": "' + b"x" * RemoteError.MAX_FRAME + b'"}}',
+    HEAD + b'INTERNAL", "type": ' + b"[" * 60_000,
+    HEAD,
+]
+
+
+@pytest.mark.parametrize("body", DATA, ids=range(len(DATA)))
 def test_from_reply_refuses_what_only_looks_like_an_error(body: bytes) -> None:
-    """A frame of the wrong shape or with an unknown code is data."""
+    """A frame without the mark, of another shape, with an unknown code, or too long is data."""
     assert RemoteError.from_reply(body) is None
 
 
@@ -141,3 +182,36 @@ def test_a_peers_text_stays_in_one_line() -> None:
     assert str(error).startswith(r"INTERNAL: no\n2026-01-01 CRITICAL root: forged \x1b[2J (no\n")
     assert (error.message, error.type) == (forged, forged)
     assert len(str(RemoteError("INTERNAL", "x" * 10**6))) < 11_000
+
+
+def test_an_error_that_its_header_marks() -> None:
+    """Where the header says that it is an error the frame needs no mark: a journal may hold one from before there was any."""
+    old = b'{"error": {"code": "NOT_FOUND", "type": "KeyError", "message": "no"}}'
+    found = RemoteError.from_reply(old, is_error=True)
+    assert found is not None
+    assert (found.code, found.type, found.message) == ("NOT_FOUND", "KeyError", "no")
+    again = RemoteError.from_reply(found.to_reply(), is_error=True)
+    assert again is not None
+    assert again.code == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("character", ["x", "\U0001f600", "\0", "\ud800"])
+def test_a_long_text_is_cut(character: str) -> None:
+    """An error's frame is never longer than is taken for one, and says how much is left out; the error itself keeps all."""
+    error = RemoteError("INTERNAL", 70_000 * character, 70_000 * character)
+    frame = error.to_reply()
+    assert len(frame) <= RemoteError.MAX_FRAME
+    again = RemoteError.from_reply(frame)
+    assert again is not None
+    assert again.message == 5000 * character + " ... (65000 more characters)"
+    assert again.type == 200 * character
+    assert len(error.message) == 70_000
+
+
+def test_a_text_that_just_fits_is_not_cut() -> None:
+    """Up to the limit all of it travels."""
+    room = RemoteError.MAX_FRAME - len(RemoteError("INTERNAL", "").to_reply())
+    error = RemoteError("INTERNAL", room * "x")
+    again = RemoteError.from_reply(error.to_reply())
+    assert again is not None
+    assert again.message == error.message

@@ -118,7 +118,7 @@ def _server_header(frame: bytes) -> ServerHeader:
 
 @hops
 def test_a_plain_rep_answers(context: zmq.Context, reach: Reach, hops: int) -> None:
-    """A plain REP answers greensafe's requests, through any number of proxies, and what looks like an error is data there."""
+    """A plain REP answers greensafe's requests, through any number of proxies; an error frame beside others is data there."""
     error = RemoteError("INTERNAL", "x").to_reply()
     with Client(reach(hops, "rep"), context=context, timeout=LONG) as client:
         for body in ([b"a"], [b"a", b"", b"b"], [b""], [error]):

@@ -320,6 +320,87 @@ def test_a_request_that_cannot_be_decoded_is_answered(
         serving.kill()
 
 
+def _served(sock: Any, how: str, handler: Callable[[Request], Any]) -> Any:
+    """A greenlet that serves a socket with a handler, by `supervise` or in a loop of `supervised`."""
+
+    def loop() -> None:
+        while not sock.closed:
+            with supervised(sock, deadline=LONG) as request:
+                request.reply(handler(request))
+
+    return gevent.spawn(loop) if how == "supervised" else gevent.spawn(supervise, sock, handler, deadline=LONG)
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+@pytest.mark.parametrize("how", ["supervise", "supervised"])
+def test_a_client_is_told_of_errors(context: zmq.Context, kind: int, how: str) -> None:
+    """Client.request raises RemoteError for an error of a supervised REP or ROUTER; what merely looks like one stays data."""
+    sock = context.socket(kind)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+    lookalike = b'{"error": {"code": "INTERNAL", "type": "ValueError", "message": "no"}}'
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"fail":
+            raise KeyError("no such thing")
+        return request.body
+
+    serving = _served(sock, how, handler)
+    records: list[Any] = []
+    with zmq.Client(f"tcp://127.0.0.1:{port}", context=context, retries=3, hooks=records.append) as client:
+        for ask in (client.request, lambda body: client.request_multipart([body])):
+            with pytest.raises(zmq.RemoteError) as caught:
+                ask(b"fail")
+            assert (caught.value.code, caught.value.type) == ("INTERNAL", "KeyError")
+            assert (type(records[-1]), records[-1].error_name) == (zmq.hooks.CallFailed, "RemoteError")
+        assert client.request(lookalike) == lookalike
+        assert client.stats.failures == {"RemoteError": 2}
+        assert client.stats.retries == 0
+    serving.kill()
+
+
+def test_a_client_of_a_rep_that_is_reset(context: zmq.Context) -> None:
+    """What a program gives up by reset() is a RemoteError for its client."""
+    sock = context.socket(zmq.REP)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+    with zmq.Client(f"tcp://127.0.0.1:{port}", context=context, timeout=LONG) as client:
+        asked = gevent.spawn(client.request, b"x")
+        sock.recv()
+        sock.reset()
+        with pytest.raises(zmq.RemoteError, match="ABORTED"):
+            asked.get()
+
+
+def test_an_error_that_is_passed_on(context: zmq.Context) -> None:
+    """An error frame that a REP has received and returns is raised by its own client; as a Server's reply it is data."""
+    frame = zmq.RemoteError("NOT_FOUND", "elsewhere").to_reply()
+    sock = context.socket(zmq.REP)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+    serving = gevent.spawn(supervise, sock, lambda request: frame, deadline=LONG)
+    with zmq.Client(f"tcp://127.0.0.1:{port}", context=context) as client:
+        with pytest.raises(zmq.RemoteError, match="elsewhere"):
+            client.request(b"x")
+    serving.kill()
+    with zmq.Server("inproc://s", lambda request: frame, deadline=LONG, context=context):
+        with zmq.Client("inproc://s", context=context) as client:
+            assert client.request(b"x") == frame
+
+
+def test_on_error_of_a_rep(context: zmq.Context) -> None:
+    """What on_error returns is data for a Client, unless it is an error's frame."""
+    sock = context.socket(zmq.REP)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+
+    def on_error(request: Request, error: zmq.RemoteError) -> bytes:
+        return b"sorry" if request.body == b"own" else zmq.RemoteError("UNKNOWN", "another").to_reply()
+
+    serving = gevent.spawn(supervise, sock, lambda request: None, deadline=LONG, on_error=on_error)
+    with zmq.Client(f"tcp://127.0.0.1:{port}", context=context) as client:
+        assert client.request(b"own") == b"sorry"
+        with pytest.raises(zmq.RemoteError, match="another"):
+            client.request(b"x")
+    serving.kill()
+
+
 @pytest.mark.parametrize("receive", ["recv_json", "recv_string", "recv_pyobj"])
 def test_a_loop_of_its_own_that_cannot_decode(context: zmq.Context, receive: str) -> None:
     """A REP's program that receives by itself gets the error, and reset() answers the requester in its place."""

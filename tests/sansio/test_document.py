@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from greensafe.errors import CODES
+from greensafe.errors import CODES, RemoteError
 from greensafe.sansio import responder
 from greensafe.sansio.envelope import (
     CALLER_LIMIT,
@@ -93,6 +93,14 @@ def test_codes() -> None:
     assert {row[1] for row in table} == {Kind.ERROR.name, Kind.REJECTED.name, Kind.INTERRUPTED.name}
 
 
+def test_error_frame() -> None:
+    """The example is an error frame."""
+    (example,) = re.findall(r"```json\n(.*)\n```", TEXT)
+    error = RemoteError.from_reply(example.encode())
+    assert error is not None
+    assert error.to_reply() == example.encode()
+
+
 @pytest.mark.parametrize(
     "sentence",
     [
@@ -108,6 +116,8 @@ def test_codes() -> None:
         f"the type `{CALLER_LIMIT}`",
         f"the code FAILED_PRECONDITION and the type `{OTHER_JOURNAL}`",
         f"(type `{SERVER_STOPPED}`)",
+        f"begins with these bytes: `{RemoteError.FRAME_HEAD.decode()}`",
+        f"at most {RemoteError.MAX_FRAME:,} bytes",
     ],
 )
 def test_numbers(sentence: str) -> None:
