@@ -31,7 +31,7 @@ from .green import *  # noqa: F403
 from .green import __all__ as _green_names
 from .request import LATER as LATER, Request as Request
 from .server import Server as Server, serve as serve
-from .supervision import supervise as supervise, supervised as supervised
+from .supervision import stats_of as stats_of, supervise as supervise, supervised as supervised
 
 __version__ = "0.1.0"
 
@@ -65,6 +65,7 @@ __all__ = [
     "serve",
     "shield",
     "stats",
+    "stats_of",
     "supervise",
     "supervised",
 ]

@@ -22,6 +22,6 @@ from .errors import (
 from .green import *  # noqa: F403
 from .request import LATER as LATER, Request as Request
 from .server import Server as Server, serve as serve
-from .supervision import supervise as supervise, supervised as supervised
+from .supervision import stats_of as stats_of, supervise as supervise, supervised as supervised
 
 __version__: str

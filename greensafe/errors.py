@@ -279,17 +279,17 @@ class RemoteError(GreensafeError):
 
         Args:
             body: The frame.
-            is_error: The reply's header says that it is an error: then `{"error": ...}` without the mark is one, too.
+            is_error: The reply's header says that it is an error: then `{"error": ...}` needs no mark, and may hold more.
         """
         try:
+            if is_error:
+                error = json.loads(body)["error"]
+                return cls._told_by_peer(error["code"], str(error["message"]), str(error.get("type", "")))
             if body.startswith(cls.FRAME_HEAD) and len(body) <= cls.MAX_FRAME:
                 # Pairs instead of dicts: they show what stands there twice, or besides. The head is that of two objects.
                 match json.loads(body.decode(), object_pairs_hook=list):
                     case [_, ("error", [("code", str(code)), ("type", str(name)), ("message", str(message))])]:
                         return cls._told_by_peer(code, message, name)
-            elif is_error:
-                error = json.loads(body)["error"]
-                return cls._told_by_peer(error["code"], str(error["message"]), str(error.get("type", "")))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         return None

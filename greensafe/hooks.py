@@ -1,6 +1,7 @@
 """How does a program hear of what happens in its servers and clients?
 
-`Server(..., hooks=hook)` and `Client(..., hooks=hook)` call each hook with one frozen record for each thing that happens:
+`Server(..., hooks=hook)`, `Client(..., hooks=hook)`, `supervise` and `supervised` call each hook with one frozen record for
+each thing that happens:
 
     def hook(record: Record) -> None:
         match record:
@@ -68,14 +69,14 @@ _FROM_OUTSIDE = (gevent.GreenletExit, gevent.Timeout, KeyboardInterrupt)
 
 @dataclass(frozen=True, slots=True)
 class ServerStarted:
-    """A server is bound to `endpoint` and reads requests."""
+    """A server is bound to `endpoint` and reads requests; or `supervise` begins to read them from a socket."""
 
     endpoint: str
 
 
 @dataclass(frozen=True, slots=True)
 class ServerStopped:
-    """A server has closed its socket; `answered` requests were answered since its start."""
+    """A server has closed its socket, or `supervise` has ended; `answered` requests were answered since its start."""
 
     endpoint: str
     answered: int

@@ -124,13 +124,17 @@ class Lines:
         """Something else has happened that clients can cause."""
         self._seldom.say(log, level, text, *args, extra={"endpoint": self._endpoint})
 
+    def say_of(self, log: logging.Logger, level: int, request: Request, text: str, *args: object) -> None:
+        """Something else has happened to a request; `text` names it first."""
+        if log.isEnabledFor(level):
+            self._seldom.say(log, level, text, request, *args, extra=extra(self._endpoint, request))
+
     def killed(self, count: int) -> None:
         """The server has come to its end before so many handlers."""
         log.warning("%d handlers still run at the end, and are killed", count, extra={"endpoint": self._endpoint})
 
     def _say(self, level: int, request: Request, text: str, *args: object) -> None:
-        if log.isEnabledFor(level):
-            self._seldom.say(log, level, text, request, *args, extra=extra(self._endpoint, request))
+        self.say_of(log, level, request, text, *args)
 
     def _at_place(self, level: int, request: Request, error: BaseException, text: str, *args: object) -> None:
         details, key = extra(self._endpoint, request), _raised_at(error)

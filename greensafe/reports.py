@@ -12,7 +12,7 @@ import gevent
 from .errors import RemoteError
 from .hooks import RequestAnswered, RequestFailed, RequestStarted
 from .options import Handler
-from .request import Request
+from .request import Request, shown
 from .stats import Zombie, where
 
 __all__ = ["answered", "extra", "started", "zombie"]
@@ -45,7 +45,7 @@ def zombie(request: Request, handler: Handler, greenlet: gevent.Greenlet, now: f
 
 def extra(endpoint: str, request: Request) -> dict[str, str]:
     """What a log line about a request carries besides its text."""
-    return {"endpoint": endpoint, "request_id": request.id}
+    return {"endpoint": endpoint, "request_id": request.id, "client": shown(request.client)}
 
 
 def _age(request: Request) -> float:

@@ -17,7 +17,7 @@ from .journal.steps import InTransaction
 from .sansio.envelope import Header
 from .sansio.exchange import Exchange
 
-__all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for"]
+__all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for", "shown"]
 
 
 class Later:
@@ -77,7 +77,11 @@ class Request:
 
     @property
     def client(self) -> bytes:
-        """The routing id of the connection that the request came by; the same for all on a REP, which keeps it to itself."""
+        """The routing id of the connection that the request came by.
+
+        A REP keeps that to itself. There it is the client's address, as far as libzmq tells it: the number by tcp
+        (b"127.0.0.1"), the numbers of user, group and process by ipc (b"localhost:1000:1000:4711"), b"REP" by inproc.
+        """
         return self._exchange.envelope.route[0]
 
     @property
@@ -151,7 +155,16 @@ class Request:
         return self._gate.step(self, name, fn, args)
 
     def __repr__(self) -> str:
-        return f"<Request {self.id} {self._exchange.state.name.lower()} {len(self.frames)} frames>"
+        return f"<Request {self.id} from {shown(self.client)} {self._exchange.state.name.lower()} {len(self.frames)} frames>"
+
+
+def shown(client: bytes) -> str:
+    """Return a routing id for people: as text if all of it can be printed, else in hex."""
+    try:
+        text = client.decode("ascii")
+    except UnicodeDecodeError:
+        return client.hex()
+    return text if text.isprintable() else client.hex()
 
 
 def error_for(error: BaseException) -> RemoteError:

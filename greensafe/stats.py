@@ -1,11 +1,12 @@
 """How do a server and a client stand, at the moment when they are asked?
 
-`server.stats` and `client.stats` are made when asked for, of counts that are kept anyway, and do not change afterwards.
+`server.stats`, `client.stats` and `stats_of(sock)` are made when asked for, of counts that are kept anyway, and do not change
+afterwards.
 
 Rules:
 
-* All counts begin at the last `start` of a server, at the making of a client, and anew in a forked child (with the client's
-  first request there).
+* All counts begin at the last `start` of a server, at the making of a client, when a socket is first supervised, and anew in a
+  forked child (with the client's first request there).
 * Ages are seconds on the monotonic clock; what is bounded says so.
 * A record's dicts are copies: `dataclasses.asdict` of a record can be sent as JSON, but for the bytes in it.
 
@@ -77,7 +78,7 @@ class JournalStats:
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """How a Server stands.
+    """How a Server stands, or (`stats_of`) a socket under `supervise` or `supervised`.
 
     Attributes:
         endpoint: Where it is bound; where it is to be bound before the first start.

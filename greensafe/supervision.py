@@ -4,15 +4,13 @@
 What the seed calls resetting the socket is here: the pending request is answered with an error, which puts a REP back into
 its receiving state. (Closing and binding again would lose the requests of every other client that are queued.)
 
-A REP keeps the envelope to itself, so the watchdog is shown a made-up one, which is taken off again before sending.
+A REP keeps the envelope to itself, so the watchdog is shown a made-up one, which is taken off again before sending (see
+`answers`). What is counted of a socket stays with it (see `tally`).
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -20,26 +18,26 @@ import gevent
 import zmq
 from gevent.event import Event
 
+from .answers import Sender, SocketWatchdog, has_sent
 from .deadlines import DeadlineSignal
 from .descriptors import DescriptorWatch
 from .errors import RemoteError
 from .green._waits import Waiter
 from .green.socket import Socket
+from .hooks import Hooks, ServerStarted, ServerStopped, teller
 from .lines import Lines
 from .options import Handler, OnError, check_handler, check_limits, check_options
+from .reports import started
 from .request import Request
 from .restarts import Restarts
+from .stats import ServerStats
+from .tally import Tally, tally_of
 from .watchdog import Watchdog
 
-__all__ = ["supervise", "supervised"]
+__all__ = ["stats_of", "supervise", "supervised"]
 
-log = logging.getLogger(__name__)
-
-#: What stands for the envelope that a REP keeps: a routing id and the delimiter.
-_REP_ROUTE = [b"REP", b""]
-
-#: Seconds that an answer waits for a ROUTER's client whose pipe is full before it is dropped.
-FULL_PEER = 30.0
+#: What stands for a REP's client whose address libzmq does not tell.
+NO_ADDRESS = b"REP"
 
 
 def supervise(
@@ -51,6 +49,7 @@ def supervise(
     max_inflight: int = 1000,
     on_error: OnError | None = None,
     tell_errors: bool = True,
+    hooks: Hooks | None = None,
 ) -> None:
     """Serve a REP or ROUTER that the caller owns; returns when it is closed.
 
@@ -60,7 +59,7 @@ def supervise(
 
     Args:
         sock: A bound or connected greensafe REP or ROUTER; nobody else may receive from it meanwhile.
-        handler, deadline, grace, on_error, tell_errors: As for Server.
+        handler, deadline, grace, on_error, tell_errors, hooks: As for Server. `stats_of` has the counts.
         max_inflight: For a ROUTER: requests handled at a time; see Server.
 
     Raises:
@@ -72,28 +71,36 @@ def supervise(
     check_handler(handler)
     limit, after = check_limits(deadline, grace)
     check_options(max_inflight, on_error)
+    tell = teller(hooks)
     room, lines = Event(), _lines_of(sock)
     is_rep = sock.type == zmq.REP
     # Held weakly: a killed greenlet keeps its traceback, and that this frame, so it would keep itself, and the socket.
     hub, caller = gevent.get_hub(), weakref.ref(gevent.getcurrent())
     ending: list[Any] = []
-    restarts = Restarts(repr(sock), lambda error: ending.append(hub.loop.run_callback(_throw, caller, error)))
-    watchdog = Watchdog(
+    tally, endpoint = tally_of(sock), _name_of(sock)
+    restarts = Restarts(endpoint, lambda error: ending.append(hub.loop.run_callback(_throw, caller, error)), tell)
+    watchdog = SocketWatchdog(
         handler,
-        _sender(sock, lines, room.set),
+        Sender(sock, tally, lines, room.set),
         limit=limit,
         grace=after,
         max_inflight=max_inflight,
-        instance=_instance_of(sock),
+        instance=tally.instance,
         on_error=on_error,
         tell_errors=tell_errors,
         lines=lines,
         on_room=room.set,
+        endpoint=endpoint,
+        tell=tell,
         restarts=restarts,
     )
     stopped = RemoteError("UNAVAILABLE", "the server is stopping", "ServerStopped")
-    descriptors = DescriptorWatch(repr(sock), is_ipc=(sock._endpoint() or "").startswith("ipc:"))
+    descriptors = DescriptorWatch(endpoint, tell, is_ipc=endpoint.startswith("ipc:"))
+    tally.begin(endpoint, watchdog, restarts, descriptors)
+    before = watchdog.responder.answered
     try:
+        if tell is not None:
+            tell(ServerStarted(endpoint))
         while not sock.closed:
             frames = _receive(sock)
             if frames is None:
@@ -109,6 +116,23 @@ def supervise(
         watchdog.abort_all(stopped)
         watchdog.close()
         lines.flush()
+        tally.end(watchdog)
+        if tell is not None:
+            tell(ServerStopped(endpoint, watchdog.responder.answered - before))
+
+
+def stats_of(sock: Socket) -> ServerStats:
+    """Return how a socket under `supervise` or `supervised` stands now, in the words of `Server.stats`.
+
+    All counts begin when the socket is supervised for the first time. `state` is "started" while `supervise` runs or a block of
+    `supervised` receives or handles a request, else "closed", or "failed" if `supervise` has ended because a loop of its own
+    had failed too often. Call it in the socket's own thread; the socket may be closed, or never have been supervised.
+
+    Raises:
+        TypeError: It is no greensafe REP or ROUTER.
+    """
+    _check_socket(sock)
+    return tally_of(sock).stats()
 
 
 def _throw(caller: weakref.ref[Any], error: Exception) -> None:
@@ -156,84 +180,132 @@ class supervised:
         sock: A greensafe REP or ROUTER.
         deadline: Seconds from the request's arrival until it is answered DEADLINE_EXCEEDED and the block gets the signal;
             None, in writing, for no limit. The block runs in the caller's greenlet, so it is never killed.
-        on_error, tell_errors: As for Server.
+        on_error, tell_errors, hooks: As for Server; no record says that a server was started or stopped. `stats_of` has
+            the counts.
     """
 
-    def __init__(self, sock: Socket, *, deadline: Any, on_error: OnError | None = None, tell_errors: bool = True) -> None:
+    def __init__(
+        self,
+        sock: Socket,
+        *,
+        deadline: Any,
+        on_error: OnError | None = None,
+        tell_errors: bool = True,
+        hooks: Hooks | None = None,
+    ) -> None:
         _check_socket(sock)
-        limit, grace = check_limits(deadline, 1.0)
+        self._limit, self._grace = check_limits(deadline, 1.0)
         check_options(1, on_error)
         self._sock = sock
-        self._watchdog = Watchdog(
-            _no_handler,
-            _sender(sock, _lines_of(sock)),
-            limit=limit,
-            grace=grace,
-            instance=_instance_of(sock),
-            reads_on=False,
-            on_error=on_error,
-            tell_errors=tell_errors,
-            lines=_lines_of(sock),
-        )
+        self._on_error = on_error
+        self._tell_errors = tell_errors
+        self._tell = None if hooks is None else teller(hooks)
+        self._watchdog: Watchdog | None = None
         self._request: Request | None = None
 
     def __enter__(self) -> Request:
-        if self._request is not None:
+        if self._watchdog is not None:
             raise RuntimeError("a supervised block watches one request: make a new one inside of it")
-        request = self._next()
-        self._request = request
-        request.deadline._attach(gevent.getcurrent())
-        return request
+        self._tally = tally = tally_of(self._sock)
+        lines = _lines_of(self._sock)
+        self._endpoint = tally.endpoint or _name_of(self._sock)  # to ask libzmq costs 2 % of a block
+        self._restarts = Restarts(self._endpoint, lambda error: None, self._tell)
+        self._watchdog = watchdog = SocketWatchdog(
+            _no_handler,
+            Sender(self._sock, tally, lines),
+            limit=self._limit,
+            grace=self._grace,
+            instance=tally.instance,
+            reads_on=False,
+            on_error=self._on_error,
+            tell_errors=self._tell_errors,
+            lines=lines,
+            endpoint=self._endpoint,
+            tell=self._tell,
+            restarts=self._restarts,
+        )
+        tally.begin(self._endpoint, watchdog, self._restarts)
+        try:
+            return self._next(watchdog, tally)
+        except BaseException:
+            self._end(watchdog)
+            raise
 
-    def _next(self) -> Request:
+    def _next(self, watchdog: Watchdog, tally: Tally) -> Request:
         """The next request that is worth running; what else arrives is dealt with."""
         while True:
             frames = _receive(self._sock)
             if frames is None:
                 raise zmq.ZMQError(zmq.ENOTSOCK)
-            request = self._watchdog.open(frames)
-            if request is not None:
-                if not request.replied:
-                    self._watchdog.begin(request)
-                    self._watchdog.greet(request)
-                    return request
-                self._watchdog.finish(request)  # overdue when it came
+            tally.renumber(watchdog)
+            request = watchdog.open(frames)
+            if request is None:
+                continue
+            if request.replied:
+                watchdog.finish(request)  # overdue when it came
+            elif self._begin(watchdog, request):
+                return request
+
+    def _begin(self, watchdog: Watchdog, request: Request) -> bool:
+        """Watch over a request. False: its deadline has come in a hook, and it is answered."""
+        try:
+            watchdog.begin(request)
+            watchdog.greet(request)
+            request.deadline._attach(gevent.getcurrent())
+            if self._tell is not None:
+                self._tell(started(self._endpoint, request))
+        except BaseException as error:  # nobody else would answer: the block is not entered
+            request.deadline._detach()
+            self._answer(watchdog, request, error)
+            if _is_signal_of(request, error):
+                return False
+            raise
+        self._request = request
+        return True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        request = self._request
+        watchdog, request = self._watchdog, self._request
+        assert watchdog is not None
         assert request is not None
         request.deadline._detach()
         try:
-            if not self._sock.closed:
-                self._answer(request, error)
+            self._answer(watchdog, request, error)
         finally:
-            self._watchdog.close()
-            self._request = None
-        is_own_signal = isinstance(error, DeadlineSignal) and error.scope is request.deadline
-        return is_own_signal or isinstance(error, Exception)
+            self._end(watchdog)
+        return error is not None and (isinstance(error, Exception) or _is_signal_of(request, error))
 
-    def _answer(self, request: Request, error: BaseException | None) -> None:
-        lockstep = self._sock._lockstep
-        if lockstep is not None and not lockstep.is_open and not request.replied:
-            self._watchdog.note_answered(request)
+    def _end(self, watchdog: Watchdog) -> None:
+        self._restarts.close()
+        watchdog.close()
+        self._tally.end(watchdog)
+        self._watchdog = self._request = None
+
+    def _answer(self, watchdog: Watchdog, request: Request, error: BaseException | None) -> None:
         try:
-            if error is not None:
-                self._watchdog.raised(request, error)
+            if not request.replied and has_sent(self._sock):
+                watchdog.note_answered(request)
         finally:
-            self._watchdog.finish(request)
+            try:
+                if error is not None:
+                    watchdog.raised(request, error)
+            finally:
+                watchdog.finish(request)
 
 
-def _instance_of(sock: Socket) -> bytes:
-    """What tells clients this socket from one that is made later: the same for all its requests."""
-    instance: bytes = sock.__dict__.setdefault("_instance", os.urandom(16))
-    return instance
+def _is_signal_of(request: Request, error: BaseException | None) -> bool:
+    return isinstance(error, DeadlineSignal) and error.scope is request.deadline
+
+
+def _name_of(sock: Socket) -> str:
+    """What records and log lines call this socket: where it was bound or connected last."""
+    return sock._endpoint() or repr(sock)
 
 
 def _lines_of(sock: Socket) -> Lines:
     """What logs about this socket's requests: the same for all its `supervised` blocks, or each would begin to count anew."""
     lines: Lines | None = sock.__dict__.get("_lines")
     if lines is None:
-        lines = sock.__dict__["_lines"] = Lines(repr(sock))
+        lines = sock.__dict__["_lines"] = Lines(_name_of(sock))
     return lines
 
 
@@ -253,52 +325,19 @@ def _check_socket(sock: object) -> None:
 def _receive(sock: Socket) -> list[bytes] | None:
     """The next request as a ROUTER receives it, None when the socket is closed."""
     try:
-        frames: list[bytes] = sock.recv_multipart(timeout=None)
+        if sock.type == zmq.ROUTER:
+            return sock.recv_multipart(timeout=None)
+        frames = sock.recv_multipart(timeout=None, copy=False)
     except zmq.ZMQError as error:
         if error.errno in (zmq.ENOTSOCK, zmq.ETERM):
             return None
         raise
-    return frames if sock.type == zmq.ROUTER else _REP_ROUTE + frames
+    return [_address_in(frames[0]), b"", *[frame.bytes for frame in frames]]
 
 
-def _sender(sock: Socket, lines: Lines, then: Callable[[], object] | None = None) -> Callable[[list[bytes]], None]:
-    """What sends an answer without waiting, and then calls `then`."""
-
-    def send(frames: list[bytes]) -> None:
-        if sock.closed:
-            lines.say(log, logging.WARNING, "answer dropped: the socket was closed before it")
-        elif sock.type == zmq.REP:
-            _send_rep(sock, frames[len(_REP_ROUTE) :])
-        else:
-            _send_router(sock, frames, lines)
-        if then is not None:
-            then()
-
-    return send
-
-
-def _send_rep(sock: Socket, body: list[bytes]) -> None:
-    lockstep = sock._lockstep
-    assert lockstep is not None
-    if lockstep.is_half_sent:
-        sock.reset()  # what went out cannot be taken back: the message is ended where it is
-    elif lockstep.is_open:
-        sock.send_multipart(body, zmq.NOBLOCK)
-
-
-def _send_router(sock: Socket, frames: list[bytes], lines: Lines) -> None:
+def _address_in(frame: zmq.Frame) -> bytes:
+    """Where a message has come from, as far as libzmq tells: by tcp a number without the port, by ipc user and process."""
     try:
-        sock.send_multipart(frames, zmq.NOBLOCK)
-    except zmq.Again:
-        gevent.spawn(_send_later, sock, frames, lines)
-    except zmq.ZMQError as error:
-        if error.errno != zmq.EHOSTUNREACH:
-            raise
-        lines.say(log, logging.INFO, "answer dropped: its client is gone")
-
-
-def _send_later(sock: Socket, frames: list[bytes], lines: Lines) -> None:
-    try:
-        sock.send_multipart(frames, timeout=FULL_PEER)
-    except zmq.ZMQError as error:
-        lines.say(log, logging.WARNING, "answer dropped: %s", error)
+        return str(frame.get("Peer-Address")).encode()
+    except zmq.ZMQError:  # inproc
+        return NO_ADDRESS

@@ -316,6 +316,7 @@ class Watchdog:
     def note_answered(self, request: Request) -> None:
         """The program has answered on its own socket: open the gate without sending."""
         self.responder.answer(request._exchange, [b""])
+        self._count(request._exchange, None)
 
     def cancel_from(self, routing_id: bytes) -> None:
         """Stop the handlers of the requests that came by a connection which is gone."""

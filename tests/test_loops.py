@@ -19,6 +19,8 @@ TESTS = [
     "preemption",
     "systemd",
     "supervision",
+    "answers",
+    "tally",
     "server",
     "client",
     "journaled",

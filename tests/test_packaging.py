@@ -105,6 +105,7 @@ def test_public_names() -> None:
         "serve",
         "supervise",
         "supervised",
+        "stats_of",
         "deadline",
         "move_on",
         "shield",

@@ -44,7 +44,7 @@ def test_what_a_handler_sees() -> None:
     assert (request.body, request.frames) == (b"1", [b"1", b"", b"3"])
     assert (request.id, request.client, request.metadata, request.attempt) == (ID.hex(), b"rid", b"trace", 1)
     assert not request.replied
-    assert repr(request) == f"<Request {ID.hex()} running 3 frames>"
+    assert repr(request) == f"<Request {ID.hex()} from rid running 3 frames>"
     request, _ = _request(b"1", header=False)
     assert (request.id, request.client, request.metadata) == ("7", b"rid", b"")
 

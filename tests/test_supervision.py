@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import gevent
+import gevent.event
 import pytest
 import zmq as plain
 from helpers import LONG, MS, check_freed_by_a_kill, wait_until
 
 import greensafe as zmq
 from greensafe import Request, deadline, supervise, supervised, supervision
+from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted, ServerStarted, ServerStopped
 from greensafe.sansio.responder import Responder
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -320,15 +323,17 @@ def test_a_request_that_cannot_be_decoded_is_answered(
         serving.kill()
 
 
-def _served(sock: Any, how: str, handler: Callable[[Request], Any]) -> Any:
-    """A greenlet that serves a socket with a handler, by `supervise` or in a loop of `supervised`."""
+def _serving(sock: Any, how: str, handler: Callable[[Request], Any], **options: Any) -> None:
+    """Serve a socket with a handler, by `supervise` or in a loop of `supervised`."""
+    if how == "supervise":
+        supervise(sock, handler, deadline=LONG, **options)
+    while not sock.closed:
+        with supervised(sock, deadline=LONG, **options) as request:
+            request.reply(handler(request))
 
-    def loop() -> None:
-        while not sock.closed:
-            with supervised(sock, deadline=LONG) as request:
-                request.reply(handler(request))
 
-    return gevent.spawn(loop) if how == "supervised" else gevent.spawn(supervise, sock, handler, deadline=LONG)
+def _served(sock: Any, how: str, handler: Callable[[Request], Any], **options: Any) -> Any:
+    return gevent.spawn(_serving, sock, how, handler, **options)
 
 
 @pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
@@ -401,6 +406,231 @@ def test_on_error_of_a_rep(context: zmq.Context) -> None:
     serving.kill()
 
 
+def _act(request: Request) -> bytes:
+    if request.body == b"fail":
+        raise KeyError("no such thing")
+    if request.body == b"hang":
+        gevent.sleep(LONG)
+    return request.body
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+@pytest.mark.parametrize("how", ["supervise", "supervised"])
+def test_hooks(context: zmq.Context, kind: int, how: str) -> None:
+    """Each request is told when it starts and when it is answered, with an id of its own and where it has come from."""
+    sock = context.socket(kind)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+    endpoint = f"tcp://127.0.0.1:{port}"
+    records: list[Any] = []
+    ran_in: list[Any] = []
+
+    def hook(record: Any) -> None:
+        records.append(record)
+        if type(record) is RequestStarted:
+            ran_in.append(gevent.getcurrent())
+
+    def handler(request: Request) -> bytes:
+        ran_in.append(gevent.getcurrent())
+        return _act(request)
+
+    serving = _served(sock, how, handler, hooks=hook)
+    req = context.socket(zmq.REQ)
+    req.connect(endpoint)
+    for body in (b"x", b"fail"):
+        req.send(body)
+        req.recv()
+    wait_until(lambda: len(records) >= 4 + (how == "supervise"))
+    if kind == zmq.ROUTER:
+        with zmq.Client(endpoint, context=context) as client:
+            client.request(b"y", metadata=b"trace")
+        wait_until(lambda: len(records) >= 6 + (how == "supervise"))
+        started, answered = records[-2:]
+        assert (type(started), started.metadata) == (RequestStarted, b"trace")
+        assert started.request_id == answered.request_id
+        assert len(bytes.fromhex(started.request_id)) == 16
+        del records[-2:]
+    serving.kill()
+    if how == "supervise":
+        assert records.pop(0) == ServerStarted(endpoint)
+        assert records.pop() == ServerStopped(endpoint, 2 if kind == zmq.REP else 3)
+    assert [type(record) for record in records] == [RequestStarted, RequestAnswered, RequestStarted, RequestFailed]
+    assert [record.request_id for record in records] == ["1", "1", "2", "2"]
+    assert {record.endpoint for record in records} == {endpoint}
+    assert len({record.client for record in records}) == 1
+    if kind == zmq.REP:
+        assert records[0].client == b"127.0.0.1"
+    assert (records[3].code, records[3].type) == ("INTERNAL", "KeyError")
+    assert 0 <= records[0].seconds <= records[1].seconds < LONG
+    assert all(ran_in[each] is ran_in[each + 1] for each in range(0, len(ran_in), 2))
+
+
+def test_hooks_of_a_block_that_sends_by_itself(context: zmq.Context) -> None:
+    """The socket's own send is an answer like any other, also when the deadline comes behind it; half of one is not."""
+    sock, peer = _bound(context, zmq.REP)
+    records: list[Any] = []
+    errors: list[Any] = []
+    ways: list[tuple[Callable[[], object], float]] = [
+        (lambda: sock.send(b"own"), LONG),
+        (lambda: (sock.send(b"own"), gevent.sleep(LONG)), 20 * MS),
+        (lambda: sock.send(b"own", zmq.SNDMORE), LONG),
+    ]
+    for act, limit in ways:
+        peer.send_multipart([b"", b"x"])
+        with supervised(sock, deadline=limit, hooks=records.append, on_error=lambda *args: errors.append(args)):
+            act()
+        assert peer.recv_multipart()[:2] == [b"", b"own"]
+    ends = [type(record) for record in records if type(record) is not RequestStarted]
+    assert ends == [RequestAnswered, RequestAnswered, RequestFailed]
+    assert len(errors) == 1
+    assert zmq.stats_of(sock).failures == {"INTERNAL": 1}
+
+
+HOOK_ERRORS = [ValueError, SystemExit, KeyboardInterrupt, gevent.GreenletExit, gevent.Timeout]
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+def test_a_client_that_gives_up(context: zmq.Context, kind: int) -> None:
+    """A ROUTER's handler is stopped, and knows its client's limit and metadata; a REP's knows neither, and goes on."""
+    sock = context.socket(kind)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+    may_end = gevent.event.Event()
+    ended: list[Any] = []
+    seen: list[Any] = []
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"warm":
+            return b""
+        seen.append((request.metadata, request.deadline.at is None))
+        try:
+            may_end.wait()
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+        ended.append(None)
+        return b"late"
+
+    serving = gevent.spawn(supervise, sock, handler, deadline=None)
+    with zmq.Client(f"tcp://127.0.0.1:{port}", context=context) as client:
+        client.request(b"warm")
+        asked = gevent.spawn(client.request, b"x", timeout=LONG, metadata=b"trace")
+        wait_until(lambda: seen)
+        asked.kill()
+        if kind == zmq.REP:
+            gevent.sleep(5 * MS)
+            assert not ended
+            may_end.set()
+        wait_until(lambda: ended)
+        assert seen == ([(b"", True)] if kind == zmq.REP else [(b"trace", False)])
+        assert ended == [None] if kind == zmq.REP else ended != [None]
+        assert client.request(b"warm") == b""
+    serving.kill()
+
+
+@pytest.mark.parametrize("when", [ServerStarted, RequestStarted, RequestAnswered, RequestFailed, ServerStopped])
+@pytest.mark.parametrize("raised", HOOK_ERRORS)
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+@pytest.mark.parametrize("how", ["supervise", "supervised"])
+def test_exactly_one_answer_whatever_a_hook_raises(
+    context: zmq.Context, kind: int, how: str, raised: type[BaseException], when: type
+) -> None:
+    """Each request gets one answer, and the socket can be supervised again."""
+    sock, peer = _bound(context, kind)
+    error = raised()
+    left = [error]
+
+    def hook(record: Any) -> None:
+        if type(record) is when and left:
+            raise left.pop()
+
+    def serve() -> None:
+        while not sock.closed:
+            try:
+                _serving(sock, how, _act, hooks=hook)
+            except BaseException as caught:  # what has the form of a kill goes on its way
+                if caught is not error and not sock.closed:
+                    raise
+
+    serving = gevent.spawn(serve)
+    for body in (b"x", b"fail", b"x"):
+        peer.send_multipart([b"", body])
+        delimiter, answer = peer.recv_multipart()
+        assert delimiter == b""
+        if when is not RequestStarted:
+            assert (answer == body) == (body == b"x")
+    assert not peer.poll(1)
+    sock.close(0)
+    serving.join()
+    assert zmq.stats_of(sock).received == zmq.stats_of(sock).answered == 3
+    assert zmq.stats_of(sock).inflight == 0
+
+
+def test_a_deadline_that_comes_in_a_hook(context: zmq.Context) -> None:
+    """A hook that waits for too long costs its request the answer, the block is not entered for it, and the next one is."""
+    sock, peer = _bound(context, zmq.REP)
+
+    ids: list[str] = []
+
+    def hook(record: Any) -> None:
+        if type(record) is RequestStarted:
+            ids.append(record.request_id)
+            if len(ids) == 1:
+                gevent.sleep(LONG)
+
+    for body in (b"1", b"2"):
+        peer.send_multipart([b"", body])
+    with supervised(sock, deadline=20 * MS, hooks=hook) as request:
+        assert request.body == b"2"
+        sock.send(b"two")
+    assert json.loads(peer.recv_multipart()[1])["error"]["code"] == "DEADLINE_EXCEEDED"
+    assert peer.recv_multipart() == [b"", b"two"]
+    assert deadline.current() is None
+    assert ids == ["1", "2"]
+    assert zmq.stats_of(sock).received == 2
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+@pytest.mark.parametrize("how", ["supervise", "supervised"])
+def test_log_lines_name_the_request_and_its_client(
+    context: zmq.Context, caplog: pytest.LogCaptureFixture, kind: int, how: str
+) -> None:
+    """In their text, and as attributes of the record."""
+    sock = context.socket(kind)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+    serving = _served(sock, how, _act)
+    peer = context.socket(zmq.DEALER)
+    peer.routing_id = b"peer"
+    peer.connect(f"tcp://127.0.0.1:{port}")
+    for body in (b"x", b"fail"):
+        peer.send_multipart([b"", body])
+        peer.recv_multipart()
+    serving.kill()
+    (failed,) = caplog.records
+    name = "127.0.0.1" if kind == zmq.REP else "peer"
+    assert f"<Request 2 from {name} " in failed.getMessage()
+    told = {key: failed.__dict__[key] for key in ("endpoint", "request_id", "client")}
+    assert told == {"endpoint": f"tcp://127.0.0.1:{port}", "request_id": "2", "client": name}
+
+
+@pytest.mark.parametrize("transport", ["ipc", "inproc"])
+def test_a_rep_names_its_client_as_far_as_it_is_told(context: zmq.Context, tmp_path: Any, transport: str) -> None:
+    """By ipc with user and process, by inproc not at all."""
+    sock, peer = context.socket(zmq.REP), context.socket(zmq.DEALER)
+    sock.bind("inproc://s" if transport == "inproc" else f"ipc://{tmp_path}/s")
+    peer.connect(sock.last_endpoint.decode())
+    peer.send_multipart([b"", b"x"])
+    with supervised(sock, deadline=LONG) as request:
+        client = request.client.decode()
+        request.reply(b"")
+    assert client == "REP" if transport == "inproc" else client.endswith(f":{os.getpid()}")
+
+
+@pytest.mark.parametrize("how", ["supervise", "supervised"])
+def test_wrong_hooks(context: zmq.Context, how: str) -> None:
+    """They are refused before anything is read."""
+    with pytest.raises(TypeError, match="hooks"):
+        _serving(context.socket(zmq.REP), how, _act, hooks=5)
+
+
 @pytest.mark.parametrize("receive", ["recv_json", "recv_string", "recv_pyobj"])
 def test_a_loop_of_its_own_that_cannot_decode(context: zmq.Context, receive: str) -> None:
     """A REP's program that receives by itself gets the error, and reset() answers the requester in its place."""
@@ -466,7 +696,10 @@ def test_a_watchdog_that_fails(
         assert not sock.closed
     restarts = [record for record in caplog.records if record.name == "greensafe.restarts"]
     assert len(restarts) == min(count, 4)
-    assert repr(sock) in restarts[0].getMessage()
+    assert {record.__dict__["endpoint"] for record in restarts} == {"inproc://supervised"}
+    assert zmq.stats_of(sock).restarts == {"watchdog": min(count, 3)}
+    assert zmq.stats_of(sock).state == ("closed" if count == 1 else "failed")
+    assert zmq.stats_of(sock).loop_error == ("" if count == 1 else "RuntimeError: 3")
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -183,6 +183,10 @@ class Responder:
         """Requests that have come."""
         return self._key
 
+    def go_on_from(self, received: int) -> None:
+        """Number the next requests as if so many had come before; `received` counts those as well."""
+        self._key = received
+
     def is_open(self, request_id: bytes) -> bool:
         """With a journal: whether the request with this id is owed an answer."""
         return self._ids is not None and request_id in self._ids

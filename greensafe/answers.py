@@ -1,0 +1,143 @@
+"""The way by which answers leave a REP or ROUTER that the caller owns.
+
+Rules:
+
+* Nothing waits for a client: what a ROUTER's pipe has no room for is sent by a greenlet of its own, within `FULL_PEER` seconds.
+* The program may answer a REP's request by the socket's own send. Then that was the answer, and nothing else is sent.
+* What is dropped is counted in the socket's `Tally`; an answer that is dropped is logged, with its request.
+
+It does not know how requests are received; see `supervision`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import gevent
+import zmq
+
+from .errors import RemoteError
+from .green.socket import Socket
+from .lines import Lines
+from .request import Gate, Request
+from .sansio.envelope import Kind
+from .sansio.exchange import Exchange
+from .tally import Tally
+from .watchdog import Watchdog
+
+__all__ = ["FULL_PEER", "Sender", "SocketWatchdog", "has_sent"]
+
+#: The name that docs/observation.md gives: a user looks for `supervise`.
+log = logging.getLogger("greensafe.supervision")
+
+#: Seconds that an answer waits for a ROUTER's client whose pipe is full before it is dropped.
+FULL_PEER = 30.0
+
+
+def has_sent(sock: Socket) -> bool:
+    """Whether the program has answered a REP's pending request by the socket's own send."""
+    lockstep = sock._lockstep
+    return lockstep is not None and not lockstep.is_open and not lockstep.is_half_sent
+
+
+class Sender:
+    """What sends the answers of one watchdog by a socket: it does not wait, and calls `then` behind each.
+
+    Attributes:
+        answering: The request whose answer is sent; None for what is nobody's answer.
+    """
+
+    __slots__ = ("_lines", "_sock", "_tally", "_then", "answering")
+
+    def __init__(self, sock: Socket, tally: Tally, lines: Lines, then: Callable[[], object] | None = None) -> None:
+        self._sock = sock
+        self._tally = tally
+        self._lines = lines
+        self._then = then
+        self.answering: Exchange | None = None
+
+    def __call__(self, frames: list[bytes]) -> None:
+        if self._sock.closed:
+            self._tally.unreachable += 1
+            self._drop(logging.WARNING, "the socket was closed before it", self.answering)
+        elif self._sock.type == zmq.REP:
+            self._send_rep(frames[2:])
+        else:
+            self._send_router(frames)
+        if self._then is not None:
+            self._then()
+
+    def has_sent(self) -> bool:
+        """Whether the program has answered by itself; see the function."""
+        return has_sent(self._sock)
+
+    def _send_rep(self, body: list[bytes]) -> None:
+        lockstep = self._sock._lockstep
+        assert lockstep is not None
+        if lockstep.is_half_sent:
+            self._sock.reset()  # what went out cannot be taken back: the message is ended where it is
+        elif lockstep.is_open:
+            self._sock.send_multipart(body, zmq.NOBLOCK)
+
+    def _send_router(self, frames: list[bytes]) -> None:
+        try:
+            self._sock.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            gevent.spawn(self._send_later, frames, self.answering)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._tally.unreachable += 1
+            self._drop(logging.INFO, "its client is gone", self.answering)
+
+    def _send_later(self, frames: list[bytes], answering: Exchange | None) -> None:
+        self._tally.unsent += 1
+        try:
+            self._sock.send_multipart(frames, timeout=FULL_PEER)
+        except zmq.Again as error:
+            self._tally.unread += 1
+            self._drop(logging.WARNING, str(error), answering)
+        except zmq.ZMQError as error:
+            self._tally.unreachable += 1
+            self._drop(logging.WARNING, str(error), answering)
+        finally:
+            self._tally.unsent -= 1
+
+    def _drop(self, level: int, why: str, answering: Exchange | None) -> None:
+        """Log that an answer is dropped; what is nobody's answer is counted only."""
+        if answering is not None:
+            request = Request(cast(Gate, None), answering, answering.owner)  # to be named only
+            self._lines.say_of(log, level, request, "answer to %s dropped: %s", why)
+
+
+class SocketWatchdog(Watchdog):
+    """The watchdog over a socket of the caller's, which may answer a REP's request by the socket's own send.
+
+    Its `send` is a Sender.
+    """
+
+    _send: Sender
+
+    def answer(
+        self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY, error: RemoteError | None = None
+    ) -> None:
+        self._send.answering = exchange
+        try:
+            super().answer(exchange, body, kind, error)
+        finally:
+            self._send.answering = None
+
+    def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
+        if not request.replied and self._send.has_sent():
+            self.note_answered(request)  # that answer has left
+        else:
+            super().fail(request, error, kind, told)
+
+    def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
+        self._send.answering = request._exchange
+        try:
+            super()._reply(request, frames)
+        finally:
+            self._send.answering = None
