@@ -11,8 +11,9 @@ Rules:
   delivered behind the back of a caller who was told of the loss.
 * libzmq says DISCONNECTED, then hands over what it had read, then says CONNECT_RETRIED: so everything is read once more after
   the event that follows, and only then is a request lost. Where none follows (a peer that broke the protocol), after `SETTLE`.
-* Signs of life of a TCP connection are counted in the kernel (see `sansio.liveness`); elsewhere libzmq's heartbeats are used,
-  whose end looks like a lost connection. inproc has neither, and no monitor: there a peer that is gone cannot be sent to.
+* Signs of life of a TCP connection are counted in the kernel (see `sansio.liveness`); elsewhere messages are, and a second
+  connection tells (see `secondlook`). Never by libzmq's HEARTBEAT_TIMEOUT, which kills a connection behind a long message.
+* inproc has none of these, and no monitor: there a peer that is gone cannot be sent to.
 * Never IMMEDIATE=1 or RECONNECT_IVL<=0: both throw replies away that have been received.
 * libzmq is never given a name to resolve (see `names`). While a name is resolved the DEALER stands, connected to nobody.
 
@@ -335,11 +336,15 @@ class Channel:
         if late:
             self._requester.forgive(self.connection, now)
         silent = self._pulse.look(None if self._is_mute else self._sample(), late)
-        trouble = self._second.judge(silent, self._pulse, self.connection.under_way, self._descriptor, now)
-        if self._pulse.is_busy or self._second.is_open:
+        second, connection = self._second, self.connection
+        says_working = connection.is_known and connection.is_direct
+        trouble = second.judge(silent, self._pulse, connection.under_way, self._descriptor, now, says_working)
+        if self._pulse.is_busy or (second.is_open and (self._counts or second.has_reason)):
             self._requester.forgive(self.connection, now)
         if trouble is not None:
             self._lose(trouble)
+        elif second.is_open or second.has_reason:
+            pass  # the pulse's verdict comes first
         elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
             self._lose(SILENT["hub" if self._counts else "server"])
         elif unheard:
@@ -406,8 +411,7 @@ class Channel:
             return
         limit = max(LOOKS, round(self._limit * 1000))
         sock.setsockopt(zmq.HEARTBEAT_IVL, limit // LOOKS)
-        # Later than a missing WORKING is noticed, which tells more than a lost connection.
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 0 if self._counts else 2 * limit)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 0)
         sock.setsockopt(zmq.CONNECT_TIMEOUT, limit)
         sock.setsockopt(zmq.HANDSHAKE_IVL, limit)
 
@@ -438,6 +442,7 @@ class Channel:
     def _set_up(self) -> None:
         if not self.is_up:
             self.is_up = True
+            self.begin_looks(monotonic())
             self._has_warned = False
             self.trouble = self._failing_since = None
             log.debug("%s: up", self.endpoint, extra={"endpoint": self.endpoint})
@@ -562,7 +567,9 @@ class Channel:
         connection = self.connection
         was_heard = connection.is_heard
         answer = self._requester.receive(frames, connection, monotonic())
-        if self._counts and (answer is None or not connection.is_direct):
+        if not self._counts:
+            self._taken += 1
+        elif answer is None or not connection.is_direct:
             # Answers of a server without a proxy need not be counted: it is there, and the next may stand right behind.
             self._taken += sum(map(len, frames)) + FRAMING * len(frames)
         if self.connection.is_known and not self.connection.is_direct:
@@ -702,4 +709,6 @@ class Channel:
         self._seldom.say(log, level, text, self.endpoint, *args, extra={"endpoint": self.endpoint})
 
     def _sample(self) -> Sample | None:
-        return sample(self._descriptor, self._taken) if self._counts and self._descriptor >= 0 else None
+        if not self._counts:
+            return Sample.of_messages(self._taken)
+        return sample(self._descriptor, self._taken) if self._descriptor >= 0 else None

@@ -84,8 +84,7 @@ class Client:
             does not tell whether anybody is there: it waits.)
         heartbeat: Seconds of silence after which a server is taken for dead (PeerSilent), also while requests take long. While
             long requests may be under way it takes longer, since the silence may be theirs (docs/operations.md). None: no
-            heartbeats; then a frozen or cut-off server is not noticed. (A plain server over ipc: Disconnected, within a
-            little more than twice that.) It takes a peer that answers ZMTP 3.1's PING, as
+            heartbeats; then a frozen or cut-off server is not noticed. It takes a peer that answers ZMTP 3.1's PING, as
             libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.
         hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
         context: The Context to use, with its options for sockets (CURVE keys, say); by default the shared one.

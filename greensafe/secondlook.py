@@ -8,9 +8,13 @@ finish a handshake on a connection of its own.
 Rules:
 
 * There is none in ordinary operation: it takes a verdict of `sansio.liveness.Pulse`, and enough bytes under way to explain it.
+  Where the kernel counts nothing (ipc; tcp elsewhere than on Linux) a plain peer that works on a request gives no sign of life:
+  it is looked at in this way as long as that takes.
 * One at a time for each channel, for a few looks at the most, then it is closed. It never sends a message.
 * Answered: the silence is forgiven, and begins to count anew; again and again, as long as what is under way explains it. Not if
   nothing on the first connection is acknowledged: then a firewall, say, has forgotten that connection, and drops what comes.
+* That nobody listens at an ipc path any more proves nothing: the connection to a process that has ended is lost. What it has
+  not read does.
 * It goes to the address that the first connection leads to, so no name is resolved. It never uses that one's routing id, or a
   ROUTER with ROUTER_HANDOVER would send it the other's answers.
 """
@@ -24,11 +28,11 @@ from typing import Any
 
 import zmq
 
-from .counts import peer
+from .counts import is_counted, peer, unread
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .names import host_in
-from .sansio.liveness import Pulse, explains, looks_allowed
+from .sansio.liveness import SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
 from .seldom import Seldom
 from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
@@ -37,6 +41,9 @@ __all__ = ["SecondLook"]
 log = logging.getLogger(__name__)
 
 _CONNECTED = zmq.EVENT_CONNECTED
+
+#: Looks within which a second connection has to get its handshake where nobody counts: nothing else tells of the peer there.
+LOOKS_UNCOUNTED = 3
 
 #: What a ZeroMQ process answers a new connection with; that it refuses this client shows just as well that it lives.
 _ANSWERS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -54,7 +61,9 @@ class SecondLook:
     __slots__ = (
         "__weakref__",
         "_context",
+        "_counts",
         "_endpoint",
+        "_has_reason",
         "_is_answered",
         "_is_connected",
         "_limit",
@@ -67,6 +76,7 @@ class SecondLook:
 
     def __init__(self, endpoint: str, context: zmq.Context[Any], limit: float) -> None:
         self._endpoint = endpoint
+        self._counts = is_counted(endpoint)
         self._context = context
         self._limit = max(1, round(limit * 1000))
         self._seldom = Seldom()
@@ -74,7 +84,7 @@ class SecondLook:
         self._monitor: Monitor | None = None
         self._looks = 0
         self._is_connected = self._is_answered = False
-        self._was_answered = False
+        self._was_answered = self._has_reason = False
 
     def __repr__(self) -> str:
         state = "closed" if self._sock is None else "answered" if self._is_answered else f"open for {self._looks} looks"
@@ -85,8 +95,19 @@ class SecondLook:
         """Whether an answer is being waited for: until then the peer's silence means nothing."""
         return self._sock is not None
 
+    @property
+    def has_reason(self) -> bool:
+        """Whether, at the last look, the peer was silent and what is under way explained that: then no WORKING could come."""
+        return self._has_reason
+
     def judge(
-        self, silent: str | None, pulse: Pulse, under_way: Callable[[float], int], descriptor: int, now: float
+        self,
+        silent: str | None,
+        pulse: Pulse,
+        under_way: Callable[[float], int],
+        descriptor: int,
+        now: float,
+        says_working: bool = True,
     ) -> Trouble | None:
         """Decide on a verdict of the pulse; called after each of its looks.
 
@@ -96,6 +117,7 @@ class SecondLook:
             under_way: Returns the bytes that were handed over by a time and may not have arrived.
             descriptor: Of the first connection.
             now: When this look was.
+            says_working: Whether a peer that is alive would have said so. Else its silence proves nothing where nobody counts.
 
         Returns:
             Why the first connection is to be given up; None if it is not, or not yet.
@@ -104,14 +126,17 @@ class SecondLook:
         if since is None:  # a sign of life
             self.end()
             return None
+        size = under_way(since)
+        self._has_reason = explains(size, now - since, SLOWEST if self._counts else SLOWEST_UNCOUNTED)
         if silent is None:
             return None
-        size = under_way(since)
         if self._sock is None:
-            if not explains(size, now - since):
+            if self._counts and not self._has_reason:
                 return STUCK if self._was_answered else SILENT[silent]
+            if says_working and not self._has_reason:
+                return None  # that it does not is a verdict of its own
             self._begin(descriptor)
-            return UNASKED[silent] if self._sock is None else None
+            return UNASKED[silent] if self._counts and self._sock is None else None
         self._looks += 1
         if self._has_answer():
             self._close()
@@ -120,13 +145,18 @@ class SecondLook:
             self._was_answered = True
             pulse.forgive()
             return None
-        if self._looks < looks_allowed(size, pulse.owed):
+        allowed = looks_allowed(size, pulse.owed)
+        if self._looks < (allowed if self._counts else max(allowed, LOOKS_UNCOUNTED)):
+            return None
+        if not self._is_connected and self._endpoint.startswith("ipc:") and not unread(descriptor):
+            self._close()
+            pulse.forgive()
             return None
         return UNANSWERED["process" if self._is_connected else silent]
 
     def end(self) -> None:
         """Forget all of it: the peer is heard of, nobody waits for it any more, or its connection is gone."""
-        self._was_answered = False
+        self._was_answered = self._has_reason = False
         if self._sock is not None:
             self._close()
 

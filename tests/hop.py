@@ -1,4 +1,4 @@
-"""A proxy over tcp that takes whatever clients send at once, and passes it on when the test says so.
+"""A proxy over tcp or ipc that takes whatever clients send at once, and passes it on when the test says so.
 
 To a client's kernel all has arrived. What servers send passes at once. It runs in the hub of the thread that made it.
 """
@@ -25,21 +25,25 @@ _DROP = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
 class Hop:
     """A hop to a target; to be used in a `with`.
 
+    Args:
+        target: Where the first connections lead.
+        endpoint: Where to listen by ipc; by default at any port.
+
     Attributes:
         target: Where the connections that come next lead.
         endpoint: Where clients connect.
         accepted: Connections so far.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, endpoint: str | None = None) -> None:
         self.target = target
         self.accepted = 0
         self._passes: list[Event] = []
         self._running: list[Any] = []
-        self._sockets = [socket.socket()]
-        self._sockets[0].bind(("127.0.0.1", 0))
+        self._sockets = [_socket_for(endpoint or "")]
+        self._sockets[0].bind(_address(endpoint) if endpoint else ("127.0.0.1", 0))
         self._sockets[0].listen()
-        self.endpoint = f"tcp://127.0.0.1:{self._sockets[0].getsockname()[1]}"
+        self.endpoint = endpoint or f"tcp://127.0.0.1:{self._sockets[0].getsockname()[1]}"
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -67,11 +71,10 @@ class Hop:
 
     def _accept(self) -> None:
         while True:
-            client, server = self._sockets[0].accept()[0], socket.socket()
+            client, server = self._sockets[0].accept()[0], _socket_for(self.target)
             self._sockets += [client, server]
             self.accepted += 1
-            host, port = self.target.removeprefix("tcp://").split(":")
-            server.connect((host, int(port)))
+            server.connect(_address(self.target))
             passes = Event()
             passes.set()
             self._passes.append(passes)
@@ -94,6 +97,17 @@ class Hop:
         while data := client.recv(1 << 20):
             kept.append(data)
             arrived.set()
+
+
+def _socket_for(endpoint: str) -> Any:
+    return socket.socket(socket.AF_UNIX if endpoint.startswith("ipc:") else socket.AF_INET)
+
+
+def _address(endpoint: str) -> Any:
+    if endpoint.startswith("ipc:"):
+        return endpoint.removeprefix("ipc://")
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    return host, int(port)
 
 
 def _copy(source: Any, sink: Any) -> None:

@@ -182,7 +182,7 @@ def test_frozen_process(context: zmq.Context, start: Start, address: str) -> Non
     with Client(server.endpoint, context=context, heartbeat=LIMIT) as client:
         (asked,) = _asked(client, server, b"sleep %f" % (6 * LONG))
         (call,) = client._requester.asked()
-        wait_until(lambda: call.is_heard)  # stopped before that it could be a plain REP, which over ipc is Disconnected
+        wait_until(lambda: call.is_heard)  # stopped before that it could be a plain REP, which a second look tells from others
         server.signal(signal.SIGSTOP)
         error = _error(asked)
         assert isinstance(error, PeerSilent)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -16,7 +18,7 @@ from zmtp import Listener
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, PeerSilent, Request, Server
 from greensafe.counts import is_counted
-from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SILENT_LOOKS, SLOWEST, Pulse, Sample
+from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SILENT_LOOKS, SLOWEST, SLOWEST_UNCOUNTED, Pulse, Sample
 from greensafe.secondlook import SecondLook
 from greensafe.trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
@@ -40,8 +42,8 @@ class Quiet:
         self.pulse.quiet_since = 100.0 - seconds
         self.size = size
 
-    def judge(self, silent: str | None = "process") -> Trouble | None:
-        return self.look.judge(silent, self.pulse, lambda until: self.size, -1, 100.0)
+    def judge(self, silent: str | None = "process", says_working: bool = True) -> Trouble | None:
+        return self.look.judge(silent, self.pulse, lambda until: self.size, -1, 100.0, says_working)
 
 
 @pytest.fixture
@@ -176,10 +178,10 @@ def test_a_name_whose_address_cannot_be_told(context: zmq.Context) -> None:
 class Site:
     """A server that answers with a body's length, and b"wait" when `go` is set."""
 
-    def __init__(self, context: zmq.Context) -> None:
+    def __init__(self, context: zmq.Context, endpoint: str = "tcp://127.0.0.1:0") -> None:
         self.go = gevent.event.Event()
         self.seen: list[int] = []
-        self.server = Server("tcp://127.0.0.1:0", self._handle, deadline=LONG, context=context)
+        self.server = Server(endpoint, self._handle, deadline=LONG, context=context)
         self.server.start()
         self.endpoint = str(self.server.endpoint)
 
@@ -273,6 +275,24 @@ def test_a_server_that_works_on_others_meanwhile(context: zmq.Context, site: Sit
         assert working.get() == b"4"
 
 
+def test_a_server_that_has_finished_others_meanwhile(context: zmq.Context, site: Site) -> None:
+    """It has nothing to say WORKING of until the long request has arrived: a second connection tells, before the verdict."""
+    with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        working = gevent.spawn(client.request, b"wait")
+        wait_until(lambda: site.seen)
+        (first,) = client._requester.asked()
+        with hop.holding():
+            asked = gevent.spawn(client.request, BODY)
+            wait_until(lambda: len(client._requester.asked()) == 2)
+            until = client._requester.asked()[1].heard_at + SHORT / 2
+            wait_until(lambda: first.heard_at > until)
+            site.go.set()
+            assert working.get() == b"4"
+            wait_until(lambda: hop.accepted == 3 or asked.dead)
+            assert _losses(client) == 0
+        assert asked.get() == b"%d" % len(BODY)
+
+
 def test_a_server_that_is_dead_behind_the_hop(context: zmq.Context, site: Site, listener: Listener) -> None:
     """The hop takes everything and accepts, but no handshake comes: PeerSilent, which does not claim to know why."""
     with Hop(site.endpoint) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
@@ -343,3 +363,98 @@ def test_nobody_waits_any_more(context: zmq.Context, site: Site, listener: Liste
             assert not channel._second.is_open
             with pytest.raises(zmq.Cancelled):
                 asked.get()
+
+
+# Over ipc, where the kernel counts nothing.
+
+#: Longer than the silences here may be.
+LONGER = bytes(200 * SLOWEST_UNCOUNTED)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[str, str]:
+    """Endpoints of a server and of a hop to it."""
+    return f"ipc://{tmp_path}/server", f"ipc://{tmp_path}/hop"
+
+
+@pytest.fixture
+def rep(context: zmq.Context, paths: tuple[str, str]) -> Any:
+    sock = context.socket(plain.REP)
+    sock.bind(paths[0])
+    return sock
+
+
+def test_a_long_request_over_ipc(context: zmq.Context, paths: tuple[str, str]) -> None:
+    """Behind a hop that takes all of it a server that says WORKING is silent for several limits, and not taken for dead."""
+    site = Site(context, paths[0])
+    with Hop(*paths) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT, retries=3) as client:
+        assert client.request(b"x") == b"1"
+        with hop.holding():
+            asked = [gevent.spawn(client.request, body, idempotent=True) for body in (LONGER, b"small")]
+            wait_until(lambda: hop.accepted == 4 or any(each.dead for each in asked))
+            assert _losses(client) == 0
+        assert [each.get() for each in asked] == [b"%d" % len(LONGER), b"5"]
+    assert site.seen == [1, len(LONGER), 5]
+    site.server.close()
+
+
+@pytest.mark.parametrize("body", [LONGER, b"small"])
+def test_a_plain_server_over_ipc(context: zmq.Context, paths: tuple[str, str], rep: Any, body: bytes) -> None:
+    """A REP that works on a request for several limits, or has not got it yet, is not taken for dead either."""
+    with Hop(*paths) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        with hop.holding():
+            asked = gevent.spawn(client.request, body)
+            wait_until(lambda: hop.accepted == 4 or asked.dead)
+            assert _losses(client) == 0
+        rep.send(b"%d" % len(rep.recv()))
+        assert asked.get() == b"%d" % len(body)
+        assert not rep.poll(0)
+
+
+def test_a_plain_server_that_is_silent_over_ipc(context: zmq.Context, paths: tuple[str, str], rep: Any, tmp_path: Path) -> None:
+    """Who accepts a second connection, and does not finish its handshake: PeerSilent."""
+    with Hop(*paths) as hop, Client(hop.endpoint, context=context, heartbeat=SHORT) as client:
+        asked = gevent.spawn(client.request, b"first")
+        rep.send(rep.recv())
+        asked.get()
+        with Listener(f"ipc://{tmp_path}/silent") as silent, hop.holding():
+            hop.target = silent.endpoint
+            with pytest.raises(PeerSilent) as caught:
+                client.request(b"x")
+        assert caught.value.silent == "process"
+        assert caught.value.maybe_executed
+
+
+def test_a_path_that_is_gone(context: zmq.Context, paths: tuple[str, str], rep: Any) -> None:
+    """Nobody can make a second connection; who reads what the first one carries is not silent."""
+    with Client(paths[0], context=context, heartbeat=SHORT) as client:
+        (channel,) = client._channels
+        asked = gevent.spawn(client.request, b"x")
+        request = rep.recv()
+        os.unlink(paths[0].removeprefix("ipc://"))
+        for _ in range(2):
+            wait_until(lambda: channel._second.is_open or asked.dead)
+            wait_until(lambda: not channel._second.is_open)
+        rep.send(request)
+        assert asked.get() == b"x"
+
+
+def test_a_path_that_is_gone_and_what_is_not_read(
+    context: zmq.Context, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody is there any more to read it."""
+    monkeypatch.setattr("greensafe.secondlook.unread", lambda descriptor: 9)
+    quiet = Quiet(paths[0], context)
+    found = [quiet.judge(says_working=False) for _ in range(LOOKS + 1)]
+    assert found == [None] * LOOKS + [UNANSWERED["process"]]
+    quiet.look.end()
+
+
+def test_a_server_that_says_working_over_ipc(context: zmq.Context, paths: tuple[str, str]) -> None:
+    """As long as nothing under way explains its silence, that is a verdict of its own: nobody looks twice."""
+    quiet = Quiet(paths[0], context, size=3 * SLOWEST_UNCOUNTED, seconds=3.0)
+    assert quiet.judge() is None
+    assert not quiet.look.is_open
+    assert quiet.judge(says_working=False) is None
+    assert quiet.look.is_open
+    quiet.look.end()

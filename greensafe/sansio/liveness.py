@@ -14,6 +14,8 @@ thread of its own, so a peer that is alive is heard of, whatever its program doe
 * Something in between may take a long message whole, at once, and acknowledge all of it. Then silence means nothing for as long
   as it takes to pass that on (`explains`), if a second look by another connection shows that the peer is there. Where nobody
   acknowledges anything (`is_cut`), nobody has taken it.
+* Where nobody counts bytes (`Sample.of_messages`) a message is the only sign of life. A plain peer that works on a request
+  sends none, so there a silence shows nothing before a second look.
 * A look that comes late judges nothing: this process was itself stopped or blocked, and what came meanwhile is still unread.
 
 Time and counts are arguments.
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LONG", "LOOKS", "SLOWEST", "WORDLESS", "Pulse", "Sample", "explains", "looks_allowed"]
+__all__ = ["LONG", "LOOKS", "SLOWEST", "SLOWEST_UNCOUNTED", "WORDLESS", "Pulse", "Sample", "explains", "looks_allowed"]
 
 #: Looks within the limit, PINGs, and WORKINGs of a server.
 LOOKS = 5
@@ -39,6 +41,9 @@ PONGS = 256
 
 #: Bytes per second that anything in between passes on, at the least. A silence longer than that takes has another cause.
 SLOWEST = 1000
+
+#: The same where nobody counts what a connection carries: there a request may have arrived long ago, and its server be stuck.
+SLOWEST_UNCOUNTED = 100_000
 
 #: Bytes under way that may hold up a second connection, too, if something in between (`ssh -L`) sends both by one line.
 LONG = 100_000
@@ -60,6 +65,11 @@ class Sample(NamedTuple):
     waiting: int
     unacked: int
     taken: int = 0
+
+    @classmethod
+    def of_messages(cls, count: int) -> Sample:
+        """What stands for it where nobody counts bytes: the messages that have come."""
+        return cls(count, 0, 0, 0, count)
 
 
 class Pulse:
@@ -142,9 +152,9 @@ class Pulse:
         return "link" if is_cut else "process"
 
 
-def explains(size: int, seconds: float) -> bool:
-    """Whether so many bytes under way may be the cause of a silence of so many seconds."""
-    return size > SLOWEST * seconds
+def explains(size: int, seconds: float, slowest: int = SLOWEST) -> bool:
+    """Whether so many bytes under way, on a line of so many bytes per second, may cause a silence of so many seconds."""
+    return size > slowest * seconds
 
 
 def looks_allowed(size: int, owed: int) -> int:

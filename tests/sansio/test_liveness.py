@@ -7,7 +7,18 @@ import math
 import pytest
 from hypothesis import given, strategies as st
 
-from greensafe.sansio.liveness import LONG, LOOKS, SILENT_LOOKS, SLOWEST, WORDLESS, Pulse, Sample, explains, looks_allowed
+from greensafe.sansio.liveness import (
+    LONG,
+    LOOKS,
+    SILENT_LOOKS,
+    SLOWEST,
+    SLOWEST_UNCOUNTED,
+    WORDLESS,
+    Pulse,
+    Sample,
+    explains,
+    looks_allowed,
+)
 
 #: Bytes of a ZMTP PING and of its PONG, on the wire.
 PING, PONG = 9, 7
@@ -150,9 +161,19 @@ def test_rest() -> None:
 
 
 def test_nobody_counts() -> None:
-    """Without counts (ipc, another system) there is no verdict from here."""
+    """Of a peer that cannot be counted (of ZMTP 2, which knows no PING) there is no verdict from here."""
     pulse = Pulse(5.0)
     assert [pulse.look(None, pulse.is_late(float(now))) for now in range(100)] == [None] * 100
+
+
+def test_messages_are_counted() -> None:
+    """Where nobody counts bytes (ipc, another system) a message is a sign of life; however many come, none is a long one."""
+    pulse = Pulse(5.0)
+    found = []
+    for now, count in enumerate((0, 1, 1001, 1001, 1001, 1001)):
+        found.append(pulse.look(Sample.of_messages(count), pulse.is_late(float(now))))
+        assert not pulse.is_busy
+    assert found == [None] * 5 + ["process"]
 
 
 @given(st.lists(st.booleans(), max_size=60))
@@ -232,6 +253,7 @@ def test_what_is_under_way_explains_a_silence() -> None:
     assert explains(4_000_000, 4_000_000 / SLOWEST - 1)
     assert not explains(4_000_000, 4_000_000 / SLOWEST)
     assert not explains(0, 0.0)
+    assert not explains(4_000_000, 4_000_000 / SLOWEST_UNCOUNTED, SLOWEST_UNCOUNTED)
 
 
 def test_looks_for_a_second_connection() -> None:
