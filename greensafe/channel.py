@@ -320,18 +320,27 @@ class Channel:
             self._pulse.rest(now)
             self._second.end()
 
+    def end_looks(self) -> None:
+        """Nothing is looked at until then, so nothing is late."""
+        if self._pulse is not None and not self.is_inherited:
+            self._pulse.rest()
+            self._second.end()
+
     def look(self, now: float) -> None:
         """Look for signs of life, or whether it is time to connect again; called `LOOKS` times within the limit while requests
         wait, here or elsewhere, and once more."""
         if self.is_inherited:
             return
+        early = self._pulse is not None and self._pulse.is_early(now)
+        late = not early and self._pulse is not None and self._pulse.is_late(now)
         self._revive(now)
-        if not self.is_up and self._is_legacy(now):
+        if not self.is_up and not late and self._is_legacy(now):
             self._guess(now)
+        if early:
+            return
         if self._pulse is None or not self.connection.sent or not self.is_up:
             self.begin_looks(now)
             return
-        late = self._pulse.is_late(now)
         self.drain()
         if late:
             self._requester.forgive(self.connection, now)
@@ -484,7 +493,7 @@ class Channel:
             self._unmask(event)
         elif kind == _NO_DETAIL:
             self._has_failed = True
-            self._fail(self._bad_handshake(event))
+            self._on_bad_handshake(event)
         elif kind == zmq.EVENT_CLOSED:
             self._has_tried = True
             self._failing_since = None
@@ -500,21 +509,27 @@ class Channel:
         self.connection.is_over = is_mistaken  # libzmq still waits for the handshake: so it has sent no request
         self._lose(NO_ANSWER if is_mistaken else LOST)
 
-    def _bad_handshake(self, event: ConnectionEvent) -> Trouble:
-        """It may be a server that dies as it starts, or somebody who will never answer: time tells."""
-        if event.value == errno.EAGAIN:
-            return NO_ANSWER
+    def _on_bad_handshake(self, event: ConnectionEvent) -> None:
+        """It may be a server that dies as it starts, or one who will never answer: time tells, unless that was slept away."""
         now = monotonic()
-        self._failing_since = now if self._failing_since is None else self._failing_since
-        is_hopeless = self._limit is not None and now - self._failing_since >= self._limit
-        return NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else NO_HANDSHAKE
+        was_away = self._pulse is not None and self._pulse.was_away(now)
+        if was_away:
+            self._failing_since = None
+        if event.value != errno.EAGAIN:
+            self._failing_since = now if self._failing_since is None else self._failing_since
+            is_hopeless = self._limit is not None and now - self._failing_since >= self._limit
+            self._fail(NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else NO_HANDSHAKE)
+        elif was_away:
+            self.failed_attempts += 1  # libzmq's limit was over because libzmq did not run; it tries again
+        else:
+            self._fail(NO_ANSWER)
 
     def _on_disconnected(self) -> None:
         self._connected_at = math.inf
         if self.is_up:
             self._is_dying = True
             self.is_up = False  # what comes now waits for the next connection
-            self._settle = start_timer(gevent.get_hub(), SETTLE, lambda: self._guarded(self._on_settled))
+            self._begin_settling(partial(self._on_settled, monotonic() + SETTLE))
             return  # nothing is done to the socket before all is read that has arrived
         if self._by_name is not None:
             self._by_name.on_failed()
@@ -523,9 +538,15 @@ class Channel:
         elif self.trouble is None or self.trouble.kind is not Refused:
             self._fail(WRONG_TYPE)  # neither up nor failed: libzmq does not say so, nor try again
 
-    def _on_settled(self) -> None:
-        self._settle = None
-        self._lose(LOST)
+    def _begin_settling(self, then: Callable[[], None]) -> None:
+        self._settle = start_timer(gevent.get_hub(), SETTLE, lambda: self._guarded(then))
+
+    def _on_settled(self, due: float) -> None:
+        self._stop_settling()
+        if monotonic() - due > SETTLE:  # if this process was stopped, so was libzmq: it may just be handing things over
+            self._begin_settling(partial(self._lose, LOST))
+        else:
+            self._lose(LOST)
 
     def _on_closed(self) -> None:
         if self._by_name is not None and self._by_name.on_failed():

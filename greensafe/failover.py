@@ -354,6 +354,8 @@ class Failover:
             self._looks.stop()
             self._looks.close()
             self._looks = None
+            for channel in self.channels:
+                channel.end_looks()
 
 
 def _look(failover: weakref.ref[Failover], timer: Any) -> None:

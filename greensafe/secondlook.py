@@ -32,7 +32,7 @@ from .counts import is_counted, peer, unread
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .names import host_in
-from .sansio.liveness import SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
+from .sansio.liveness import MARGIN, SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
 from .seldom import Seldom
 from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
@@ -82,12 +82,12 @@ class SecondLook:
         self._seldom = Seldom()
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: Monitor | None = None
-        self._looks = 0
+        self._looks = 0.0
         self._is_connected = self._is_answered = False
         self._was_answered = self._has_reason = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._sock is None else "answered" if self._is_answered else f"open for {self._looks} looks"
+        state = "closed" if self._sock is None else "answered" if self._is_answered else f"open for {self._looks:.1f} looks"
         return f"<SecondLook {state} {self._endpoint}>"
 
     @property
@@ -137,7 +137,7 @@ class SecondLook:
                 return None  # that it does not is a verdict of its own
             self._begin(descriptor)
             return UNASKED[silent] if self._counts and self._sock is None else None
-        self._looks += 1
+        self._looks += pulse.step
         if self._has_answer():
             self._close()
             if pulse.is_cut:
@@ -146,7 +146,7 @@ class SecondLook:
             pulse.forgive()
             return None
         allowed = looks_allowed(size, pulse.owed)
-        if self._looks < (allowed if self._counts else max(allowed, LOOKS_UNCOUNTED)):
+        if self._looks < (allowed if self._counts else max(allowed, LOOKS_UNCOUNTED)) - MARGIN:
             return None
         if not self._is_connected and self._endpoint.startswith("ipc:") and not unread(descriptor):
             self._close()
@@ -161,7 +161,7 @@ class SecondLook:
             self._close()
 
     def _begin(self, descriptor: int) -> None:
-        self._looks = 0
+        self._looks = 0.0
         self._is_connected = self._is_answered = False
         try:
             self._sock = plain_socket(self._context, zmq.DEALER)

@@ -105,9 +105,13 @@ class Stop:
 
     def _drain(self) -> None:
         run = self._run
-        quiet_at = monotonic() + self._least
+        quiet, before = self._least, monotonic()
         run.drain()
-        while run.is_open() and (now := monotonic()) < self._at and (run.is_busy() or now < quiet_at):
+        while run.is_open() and (now := monotonic()) < self._at:
+            quiet -= min(now - before, 2 * POLL)  # if this process was stopped meanwhile, it has heard nobody
+            if quiet <= 0 and not run.is_busy():
+                break
+            before = now
             self._news.clear()
             with move_on(min(POLL, self._at - now)):
                 self._news.wait()

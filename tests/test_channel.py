@@ -31,7 +31,7 @@ from greensafe import (
     seldom,
 )
 from greensafe.auth import Authenticator
-from greensafe.channel import SHY
+from greensafe.channel import SETTLE, SHY
 from greensafe.sansio.requester import Connection
 from greensafe.testing import FaultyLink
 from greensafe.trouble import LOST, Loss
@@ -237,6 +237,31 @@ def test_somebody_who_only_listens(context: zmq.Context, listener: Listener) -> 
         error = _error_of(client, PeerSilent, listener.endpoint, False)
         assert isinstance(error, PeerSilent)
         assert error.silent == "process"
+
+
+def test_a_handshake_whose_limit_was_slept_away(context: zmq.Context, listener: Listener) -> None:
+    """This process did not turn meanwhile, so it cannot tell: the request waits for the next handshake, which tells."""
+    with Client(listener.endpoint, context=context, heartbeat=SHORT) as client:
+        (channel,) = client._channels
+        asked = gevent.spawn(client.request, b"x")
+        wait_until(lambda: channel._connected_at < math.inf)
+        time.sleep(1.5 * SHORT)
+        wait_until(lambda: client.stats.endpoints[0].failed_attempts)
+        assert not asked.dead
+        with pytest.raises(PeerSilent, match="nobody answers the handshake"):
+            asked.get()
+
+
+def test_a_connection_that_ends_while_this_process_is_stopped(context: zmq.Context, listener: Listener) -> None:
+    """What libzmq had read may only be on its way when the time for that is over: it gets it once more."""
+    with Client(listener.endpoint, context=context) as client:
+        asked = gevent.spawn(client.request, b"x")
+        listener.accept().receive()
+        (channel,) = client._channels
+        channel._on_settled(time.monotonic() - 2 * SETTLE)
+        assert not client.stats.endpoints[0].losses
+        with pytest.raises(Disconnected):
+            asked.get()
 
 
 # Unreachable.

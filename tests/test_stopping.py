@@ -13,7 +13,9 @@ import pytest
 from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
-from greensafe import Client, RemoteError
+from greensafe import Client, RemoteError, move_on, stopping
+from greensafe.stopping import POLL
+from greensafe.testing import ManualClock
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -181,6 +183,44 @@ def test_the_limit_runs_out(number: int) -> None:
             waits()
         (line,) = [line for line in service.end() if "stopped at" in line]
         assert "the last 4 of them UNAVAILABLE" in line
+
+
+class _Stopped:
+    """One run of a server whose process is stopped as it begins to drain. Each look takes a `POLL`."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.looks = 0
+        self._clock = clock
+        self._is_open = True
+
+    def drain(self) -> None:
+        self._clock.advance(3600.0)
+
+    def is_open(self) -> bool:
+        self.looks += 1
+        self._clock.advance(POLL)
+        return self._is_open
+
+    def is_busy(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._is_open = False
+
+
+def test_a_pause_of_its_own_is_no_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that was stopped as it began to drain has heard nobody meanwhile: it listens as long as it would have."""
+    clock = ManualClock(100.0)
+    monkeypatch.setattr(stopping, "monotonic", clock)
+    monkeypatch.setattr(stopping, "move_on", lambda seconds: move_on(0))
+    run = _Stopped(clock)
+    stop = stopping.Stop(run, 10 * POLL)
+    wait_until(lambda: not run._is_open)
+    assert 10 <= run.looks <= 13
+    stop.end()
 
 
 def test_without_requests_it_ends_soon() -> None:

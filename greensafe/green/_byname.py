@@ -194,6 +194,11 @@ class ByName:
             self._do_without(answer.trouble, answer.is_definite)
 
     def _on_late(self) -> None:
+        now = monotonic()
+        if now - self._asked_at > 2 * LIMIT:  # this process was stopped, or blocked: so was the resolver
+            self._asked_at = now
+            self._start_timer(LIMIT, ByName._on_late)
+            return
         self._do_without(f"the name service does not answer: {self.host.name} is not resolved after {LIMIT:g} s", False)
 
     def _do_without(self, trouble: str, is_definite: bool) -> None:

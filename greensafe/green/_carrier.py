@@ -88,7 +88,7 @@ class Carrier:
 
     __slots__ = (
         "__weakref__", "_connections", "_inproc", "_is_open", "_lockstep", "_monitor", "_probe", "_silence", "_sock", "_timer",
-        "_timer_at", "error", "is_off",
+        "_timer_at", "_timer_seconds", "error", "is_off",
     )  # fmt: skip
 
     unmonitored = 0
@@ -103,7 +103,7 @@ class Carrier:
         self._silence: float | None = None
         self._probe: tuple[Loss, bool] | None = None
         self._timer: Any = None
-        self._timer_at = 0.0
+        self._timer_at = self._timer_seconds = 0.0
         self.error: PeerError | None = None
         self.is_off = False
 
@@ -171,6 +171,7 @@ class Carrier:
             self._monitor.drain()
         timer = self._timer
         if timer is not None and monotonic() >= self._timer_at and timer.loop is gevent.get_hub().loop:
+            self._timer_seconds = 0.0  # late or not: nobody may look again soon
             self.on_timer(timer)
 
     @property
@@ -277,6 +278,7 @@ class Carrier:
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
         hub = gevent.get_hub()
+        self._timer_seconds = seconds
         self._timer_at = monotonic() + seconds
         self._timer = hub.loop.timer(seconds, ref=False)
         self._timer.start(_on_timer, weakref.ref(self), self._timer, update=True)
@@ -295,6 +297,11 @@ class Carrier:
         if not is_mine:
             return  # the socket has moved to another thread meanwhile
         self._timer = None
+        seconds = self._timer_seconds
+        if monotonic() - self._timer_at > seconds > 0:  # this process was stopped, or blocked: once more, not again and again
+            self._start_timer(seconds)
+            self._timer_seconds = 0.0
+            return
         if self._monitor is not None:
             self._monitor.drain()  # a hub that was blocked finds the timer first
         if self._probe is not None:

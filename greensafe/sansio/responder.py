@@ -138,6 +138,7 @@ class Responder:
         "_key",
         "_pulses",
         "_reads_on",
+        "_spared",
         "answered",
         "cancelled",
         "duplicates",
@@ -163,6 +164,8 @@ class Responder:
         self._due: DueQueue[Exchange] = DueQueue(_is_due)
         self._pulses: DueQueue[_Caller] = DueQueue(_is_pulse)
         self._callers: dict[tuple[bytes, ...], _Caller] = {}
+        #: Those whose kill was put off, since this process was away when its time came; some may have ended since.
+        self._spared: set[Exchange] = set()
         #: With a journal: what is owed an answer, by the client's id.
         self._ids: dict[bytes, Exchange] | None = None if journal == NO_JOURNAL else {}
         self.inflight = 0
@@ -434,6 +437,8 @@ class Responder:
             if not exchange.is_expired:
                 exchange.is_expired = True
                 effects.append(Expire(exchange))
+            elif self._spares(exchange, now):
+                pass  # this process was stopped, or blocked: the handler has not had its grace
             else:
                 exchange.kills += 1
                 if exchange.kills == 2:
@@ -453,6 +458,14 @@ class Responder:
                     # Only now, so that a client that asks one thing after another is not forgotten after each.
                     self._callers.pop(caller.origin, None)
         return effects
+
+    def _spares(self, exchange: Exchange, now: float) -> bool:
+        """Whether a kill comes so late that it is put off, once."""
+        at = now if exchange.at is None else exchange.at
+        if exchange.kills or exchange in self._spared or now - at <= max(self._grace, AGAIN):
+            return False
+        self._spared = {each for each in self._spared if each.is_running} | {exchange}
+        return True
 
     def next_deadline(self) -> float | None:
         """When `tick` is to be called next, None for not at all."""

@@ -146,6 +146,21 @@ def test_a_name_service_that_does_not_answer(owner: Owner, resolver: NameService
     by_name.end()
 
 
+def test_a_pause_of_its_own_is_not_the_name_services(
+    owner: Owner, resolver: NameService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes too late after a process was stopped is not said of a service that was stopped with it, or not yet read."""
+    resolver.hang("peer")
+    by_name = owner.begin()
+    by_name._asked_at -= 3 * _byname.LIMIT
+    monkeypatch.setattr(_byname, "LIMIT", 10 * MS)
+    by_name._on_late()
+    assert not owner.troubles
+    wait_until(lambda: owner.troubles)
+    resolver.answer("peer")
+    by_name.end()
+
+
 def test_pauses_grow(owner: Owner, resolver: NameService, monkeypatch: pytest.MonkeyPatch) -> None:
     """An owner that asks again later does so after pauses that grow; one that does not is woken by its next use."""
     pauses: list[int] = []

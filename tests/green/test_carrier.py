@@ -105,6 +105,18 @@ def _bound(context: zmq.Context, kind: int, endpoint: str) -> tuple[Any, str]:
     return sock, sock.last_endpoint.decode().rstrip("\0")
 
 
+def test_a_limit_that_was_slept_away(context: zmq.Context, req: Any) -> None:
+    """A process that was stopped, or blocked, waits for what libzmq tells once more, and not again and again."""
+    _, endpoint = _bound(context, zmq.REP, "tcp://127.0.0.1:*")
+    req.connect(endpoint)
+    carrier = req._lockstep.carrier
+    carrier._start_timer(LONG)
+    for is_last in (False, True):
+        carrier._timer_at -= 3 * LONG
+        carrier.on_timer(carrier._timer)
+        assert (carrier._timer is None) is is_last
+
+
 @pytest.mark.parametrize("how", ["recv", "recv_multipart", "recv_json", "recv_into", "poll", "Poller", "select"])
 def test_killed_while_the_reply_is_waited_for(start: Callable[[str], Process], place: str, req: Any, how: str) -> None:
     """Every way to wait ends with Disconnected, and the same socket asks the restarted server."""

@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 from greensafe.sansio.liveness import (
     LONG,
     LOOKS,
+    MARGIN,
     SILENT_LOOKS,
     SLOWEST,
     SLOWEST_UNCOUNTED,
@@ -133,6 +134,59 @@ def test_a_process_that_was_itself_away() -> None:
     assert [tcp.look(), tcp.look()] == [None, None]
     assert tcp.look(after=60.0) is None
     assert [tcp.look() for _ in range(3)] == [None, None, "process"]
+
+
+def test_a_timer_that_fires_twice_after_a_pause() -> None:
+    """As libev's does: the second look is none, though nothing has come, and the peer gets three in their time."""
+    tcp = _Tcp()
+    tcp.look(received=PONG)
+    assert tcp.look(after=60.0) is None
+    assert tcp.pulse.is_early(tcp.now + 0.01)
+    assert tcp.look(after=0.01) is None  # who looks all the same
+    assert [tcp.look() for _ in range(3)] == [None, None, "process"]
+
+
+def test_looks_that_come_soon_after_one_another() -> None:
+    """However many there are, what counts is how long nothing was heard: three of five looks' time, less a half."""
+    tcp = _Tcp()
+    tcp.look(received=PONG)
+    assert [tcp.look(after=0.125) for _ in range(19)] == [None] * 19
+    assert tcp.look(after=0.125) == "process"
+
+
+@given(st.lists(st.integers(0, 80), max_size=40))
+def test_no_verdict_before_its_time(eighths: list[int]) -> None:
+    """However late, or how many at once, looks come: a verdict only after 2.5 looks' time in which none was late."""
+    tcp = _Tcp()
+    tcp.look(received=PONG)
+    since = tcp.now
+    for gap in eighths:
+        silent = tcp.look(after=gap / 8)
+        if gap > 16:
+            since = tcp.now
+        assert silent is None or tcp.now - since >= SILENT_LOOKS - MARGIN
+
+
+def test_what_is_early() -> None:
+    """Less than half an interval after the look before; the first is never early, nor is the first after looks had ended."""
+    pulse = Pulse(5.0)
+    assert not pulse.is_early(100.0)
+    assert not pulse.is_late(100.0)
+    assert [pulse.is_early(now) for now in (100.0, 100.49, 100.5, 200.0)] == [True, True, False, False]
+    pulse.rest()
+    assert not pulse.is_early(100.1)
+
+
+def test_who_was_away() -> None:
+    """As long as a look is overdue, and for an interval after one that was late; not when nobody was to look."""
+    pulse = Pulse(5.0)
+    assert not pulse.was_away(100.0)
+    pulse.rest(100.0)
+    assert [pulse.was_away(now) for now in (101.0, 102.0, 102.1)] == [False, False, True]
+    assert pulse.is_late(103.0)
+    assert [pulse.was_away(now) for now in (103.0, 103.9, 104.0)] == [True, True, False]
+    pulse.rest()
+    assert not pulse.was_away(1000.0)
 
 
 def test_what_is_late() -> None:

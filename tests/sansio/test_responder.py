@@ -191,6 +191,27 @@ def test_escalation() -> None:
     assert responder.next_deadline() is None
 
 
+def test_a_kill_that_comes_late() -> None:
+    """This process was stopped when the handler's grace began: it gets it once more, and only once; it is killed then."""
+    responder = _responder()
+    first, second = _open(responder, 1, limit=5.0), _open(responder, 2, limit=5.0)
+    assert responder.tick(5.0) == [Expire(first), Expire(second)]
+    responder.answer(first, [b"overdue"], Kind.ERROR)
+    assert responder.tick(100.0) == []
+    assert responder.next_deadline() == 100.0 + GRACE
+    responder.finish(first)
+    assert responder.tick(200.0) == [Kill(second)]
+    assert responder.tick(300.0) == [Zombie(second), Kill(second)]
+
+
+def test_a_kill_that_comes_a_little_late() -> None:
+    """A busy machine is no reason to put it off."""
+    responder = _responder()
+    exchange = _open(responder, limit=5.0)
+    responder.tick(5.0)
+    assert responder.tick(5.0 + 2 * GRACE) == [Kill(exchange)]
+
+
 def test_a_zombie_that_ends() -> None:
     """A handler that ends after the first kill was none; after the second it was one, and is none any more."""
     for kills, zombies in ((1, 0), (2, 1), (3, 1)):
