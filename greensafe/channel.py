@@ -326,9 +326,14 @@ class Channel:
             self._pulse.rest()
             self._second.end()
 
-    def look(self, now: float) -> None:
+    def look(self, now: float, is_awaited: bool = False) -> None:
         """Look for signs of life, or whether it is time to connect again; called `LOOKS` times within the limit while requests
-        wait, here or elsewhere, and once more."""
+        wait, here or elsewhere, and once more.
+
+        Args:
+            now: When this is.
+            is_awaited: Whether requests wait for this channel to take them: if it is up they must not wait for a dead server.
+        """
         if self.is_inherited:
             return
         early = self._pulse is not None and self._pulse.is_early(now)
@@ -338,7 +343,7 @@ class Channel:
             self._guess(now)
         if early:
             return
-        if self._pulse is None or not self.connection.sent or not self.is_up:
+        if self._pulse is None or not self.is_up or not (self.connection.sent or is_awaited):
             self.begin_looks(now)
             return
         self.drain()
@@ -346,7 +351,7 @@ class Channel:
             self._requester.forgive(self.connection, now)
         silent = self._pulse.look(None if self._is_mute else self._sample(), late)
         second, connection = self._second, self.connection
-        says_working = connection.is_known and connection.is_direct
+        says_working = bool(connection.sent) and connection.is_known and connection.is_direct
         trouble = second.judge(silent, self._pulse, connection.under_way, self._descriptor, now, says_working)
         if self._pulse.is_busy or (second.is_open and (self._counts or second.has_reason)):
             self._requester.forgive(self.connection, now)
@@ -633,6 +638,8 @@ class Channel:
         self._was_silent = trouble.kind is PeerSilent
         self._losses = 1 if monotonic() - self._opened_at > SHORT_LIVED else self._losses + 1
         self.connection = Connection()
+        if self._was_silent:
+            self.trouble = trouble
         self._tell_lost(loss)
         if not self._is_closed and self._pump is None and self._owner.is_wanted(self):
             self._connect_again()

@@ -9,7 +9,8 @@ Rules:
 * A request that may have run for one journal alone, and waits to be sent there again, waits until its caller's limit, whatever
   accepts connections meanwhile in its server's place. It pays nothing for that: only what was sent counts as a try.
 * What a server has rejected, or what was not handed over, was not run: it goes elsewhere without an error, if there is a place.
-* As long as requests are open all channels are looked at, also those that carry none: so a server that is back is found.
+* As long as requests are open all channels are looked at, also those that carry none: so a server that is back is found. One
+  that is up, and takes none for now (its server drains, say), is judged as long as requests wait for it.
 
 It does not know how a connection is made, watched and lost (see `channel`), nor who waits for an answer, and how long.
 """
@@ -31,7 +32,7 @@ from .call import Call, error_in
 from .channel import Channel
 from .choice import choose, hopeless, keepers
 from .deadlines import TICK, start_timer
-from .errors import GreensafeError, Refused, RemoteError
+from .errors import GreensafeError, PeerSilent, Refused, RemoteError
 from .green._forks import generation
 from .hooks import CallRetried, ConnectionFailed, ConnectionLost, ConnectionUp, Tell
 from .restarts import Restarts
@@ -228,6 +229,8 @@ class Failover:
             lost, unsent = len(loss.lost), len(loss.unsent)
             self._tell(ConnectionLost(channel.endpoint, kind.__name__, message, silent, lost, unsent))
         now = monotonic()
+        if self.waiting and loss.trouble.kind is PeerSilent:
+            self._end_hopeless()
         for asked in loss.unsent:
             if asked.is_open:
                 asked.owner.avoids = ()  # it must not wait for a better place while there is any
@@ -329,10 +332,13 @@ class Failover:
     def _on_look(self) -> None:
         now = monotonic()
         for channel in self.channels:
-            channel.look(now)
+            channel.look(now, self._is_awaited(channel))
         self._note_awaited(now)
         if not self._requester.pending:
             self._stop_looking()
+
+    def _is_awaited(self, channel: Channel) -> bool:
+        return any(not call.asked.is_bound or channel.keeps(call.asked.journal) for call in self.waiting)
 
     def _note_awaited(self, now: float) -> None:
         """Log once for each such wait that requests wait for a journaling server: without a limit they do so for ever."""

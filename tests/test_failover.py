@@ -16,7 +16,7 @@ import zmq as plain
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import Client, Disconnected, OperationTimeout, RemoteError, Request, Server, Unreachable
+from greensafe import Client, Disconnected, OperationTimeout, PeerSilent, RemoteError, Request, Server, Unreachable
 from greensafe.sansio.backoff import RESERVE, SHARE
 from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
 from greensafe.testing import FaultyLink
@@ -24,6 +24,8 @@ from greensafe.testing import FaultyLink
 pytestmark = pytest.mark.usefixtures("limit")
 
 ANY_PORT = "tcp://127.0.0.1:0"
+
+JOURNAL = b"journal".ljust(16)
 
 
 class Site:
@@ -394,6 +396,61 @@ def test_the_only_server_stops(context: zmq.Context, build: Build) -> None:
         site.server._bind_to = site.server.endpoint
         wait_until(lambda: _starts(site.server))
         assert asked.get() == b"1"
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def drained(request: pytest.FixtureRequest, context: zmq.Context, tmp_path: Path) -> Iterator[tuple[Raw, FaultyLink, Client]]:
+    """A server that has said that it drains, and has nothing in flight; a link to it; and a client, which knows that."""
+    raw = Raw(context, ANY_PORT)
+    listen = ANY_PORT if request.param == "tcp" else f"ipc://{tmp_path}/link"
+    with FaultyLink(raw.endpoint, listen) as link, Client(link.endpoint, context=context, heartbeat=400 * MS) as client:
+        asked = gevent.spawn(client.request, b"x")
+        frames, _ = raw.receive()
+        raw.say(frames, Kind.DRAINING, b"", JOURNAL)
+        raw.say(frames, Kind.REPLY, b"y", JOURNAL)
+        assert asked.get() == b"y"
+        assert raw.receive()[1].kind == Kind.ACK
+        assert client.stats.endpoints[0].is_draining
+        yield raw, link, client
+
+
+def test_a_draining_server_that_is_cut_off(drained: tuple[Raw, FaultyLink, Client]) -> None:
+    """What waits for it is told as soon as what it works on is; it is provably not run."""
+    _, link, client = drained
+    asked = gevent.spawn(client.request, b"x")
+    wait_until(lambda: client.stats.waiting == 1)
+    link.cut()
+    with pytest.raises(PeerSilent) as caught:
+        asked.get()
+    assert not caught.value.maybe_executed
+    assert client.stats.endpoints[0].losses == 1
+
+
+def test_a_draining_server_that_is_only_slow_to_end(drained: tuple[Raw, FaultyLink, Client]) -> None:
+    """What waits for the next one goes on to wait, for several limits; nothing is sent to this one."""
+    raw, _, client = drained
+    asked = gevent.spawn(client.request, b"x")
+    until = monotonic() + 2 * 400 * MS
+    wait_until(lambda: monotonic() > until or asked.dead)
+    assert not asked.dead
+    assert client.stats.endpoints[0].losses == 0
+    assert not raw.sock.poll(0)
+    asked.kill()
+
+
+def test_what_is_for_the_journal_of_a_draining_server(drained: tuple[Raw, FaultyLink, Client]) -> None:
+    """It waits on when that server is cut off, and goes there when it can be reached again."""
+    raw, link, client = drained
+    asked = gevent.spawn(client.request, b"x")
+    wait_until(lambda: client.stats.waiting == 1)
+    client._requester.bind(client._requester.asked()[0], JOURNAL)
+    link.cut()
+    wait_until(lambda: client.stats.endpoints[0].losses)
+    assert not asked.dead
+    link.heal()
+    frames, _ = raw.receive()
+    raw.say(frames, Kind.REPLY, b"z", JOURNAL)
+    assert asked.get() == b"z"
 
 
 def test_the_only_server_is_stuck_for_a_while(context: zmq.Context) -> None:
