@@ -456,7 +456,8 @@ class Channel:
     def _set_up(self) -> None:
         if not self.is_up:
             self.is_up = True
-            self.begin_looks(monotonic())
+            if self._pulse is not None:
+                self._pulse.renew()
             self._has_warned = False
             self.trouble = self._failing_since = None
             log.debug("%s: up", self.endpoint, extra={"endpoint": self.endpoint})
@@ -525,7 +526,7 @@ class Channel:
             is_hopeless = self._limit is not None and now - self._failing_since >= self._limit
             self._fail(NO_HANDSHAKE._replace(kind=Refused) if is_hopeless else NO_HANDSHAKE)
         elif was_away:
-            self.failed_attempts += 1  # libzmq's limit was over because libzmq did not run; it tries again
+            self.failed_attempts += 1  # the limit may be over only because this process did not run; libzmq tries again
         else:
             self._fail(NO_ANSWER)
 

@@ -113,6 +113,10 @@ class Pulse:
         self.quiet_since = None
         self.is_busy = False
 
+    def renew(self) -> None:
+        """It is another connection: what was counted of the one before means nothing. Looks go on as they were."""
+        self.rest(self._last)
+
     def forgive(self) -> None:
         """Count the silence so far for nothing: the peer was heard of by another way."""
         self._silent = 0.0

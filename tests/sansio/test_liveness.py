@@ -167,6 +167,18 @@ def test_no_verdict_before_its_time(eighths: list[int]) -> None:
         assert silent is None or tcp.now - since >= SILENT_LOOKS - MARGIN
 
 
+def test_another_connection() -> None:
+    """What was counted of the last one is forgotten; when the next look is due is not."""
+    tcp = _Tcp()
+    tcp.look(received=PONG)
+    assert [tcp.look(), tcp.look()] == [None, None]
+    tcp.pulse.renew()
+    assert [tcp.look() for _ in range(4)] == [None, None, None, "process"]
+    tcp.pulse.renew()
+    assert tcp.pulse.is_early(tcp.now + 0.1)
+    assert tcp.pulse.is_late(tcp.now + 10)
+
+
 def test_what_is_early() -> None:
     """Less than half an interval after the look before; the first is never early, nor is the first after looks had ended."""
     pulse = Pulse(5.0)
