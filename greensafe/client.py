@@ -87,7 +87,7 @@ class Client:
             heartbeats; then a frozen or cut-off server is not noticed. It takes a peer that answers ZMTP 3.1's PING, as
             libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.
         hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
-        context: The Context to use, with its options for sockets (CURVE keys, say); by default the shared one.
+        context: The Context to use, with its options for sockets (CURVE keys, say) but ROUTING_ID; the shared one by default.
 
     Raises:
         TypeError, ValueError: An argument is not usable; the text says which.

@@ -15,14 +15,12 @@ Rules:
   nothing on the first connection is acknowledged: then a firewall, say, has forgotten that connection, and drops what comes.
 * That nobody listens at an ipc path any more proves nothing: the connection to a process that has ended is lost. What it has
   not read does.
-* It goes to the address that the first connection leads to, so no name is resolved. It never uses that one's routing id, or a
-  ROUTER with ROUTER_HANDOVER would send it the other's answers.
+* It goes to the address that the first connection leads to, so no name is resolved.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -183,8 +181,6 @@ class SecondLook:
         sock.setsockopt(zmq.CONNECT_TIMEOUT, self._limit)
         sock.setsockopt(zmq.HANDSHAKE_IVL, self._limit)
         sock.setsockopt(zmq.PROBE_ROUTER, 0)
-        if zmq.ROUTING_ID in self._context.sockopts:
-            sock.setsockopt(zmq.ROUTING_ID, b"second look " + os.urandom(8))
 
     def _address(self, sock: zmq.Socket[bytes], descriptor: int) -> str | None:
         """Where to connect; None if only libzmq could tell, by resolving a name."""

@@ -109,6 +109,9 @@ class Server:
         step_codec: Has encode and decode for the results of steps; by default bytes and JSON.
         takeover: Take an ipc path over from a server that listens there, for a rolling restart: who connects from now on comes
             here, the other one keeps its clients until it ends. Other endpoints cannot be taken over: EADDRINUSE.
+        handover: Whether a connection that announces a routing id takes the place of the one that has it; if not it is never
+            read. For peers with a ROUTING_ID of their own that come back before their old connection is known to be dead. Any
+            peer can take over any other's answers then: see docs/security.md.
         context: The Context to use; by default the shared one.
 
     Raises:
@@ -137,6 +140,7 @@ class Server:
         max_attempts: int = 3,
         step_codec: Codec | None = None,
         takeover: bool = False,
+        handover: bool = False,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         check_handler(handler)
@@ -160,6 +164,7 @@ class Server:
         self._tells_errors = bool(tell_errors)
         self._cancel_vanished = bool(cancel_vanished)
         self._takeover = bool(takeover)
+        self._handover = bool(handover)
         self._vanished: Vanished | None = None
         self._tell = teller(hooks)
         self._context = context
@@ -291,7 +296,7 @@ class Server:
         self._binding = Binding()
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            sock.setsockopt(zmq.ROUTER_HANDOVER, int(self._handover))
             self._binding.bind(sock, self._bind_to, sock.bind, takes_over=self._takeover)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         except BaseException:

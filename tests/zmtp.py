@@ -30,15 +30,16 @@ def message(frames: Sequence[bytes]) -> bytes:
     return b"".join(frame(each, MORE) for each in frames[:-1]) + frame(frames[-1])
 
 
-def ready(kind: bytes = b"ROUTER") -> bytes:
+def ready(kind: bytes = b"ROUTER", routing_id: bytes = b"") -> bytes:
     """The command that ends the handshake."""
-    return frame(b"\x05READY\x0bSocket-Type" + struct.pack("!I", len(kind)) + kind, COMMAND)
+    announced = b"\x08Identity" + struct.pack("!I", len(routing_id)) + routing_id if routing_id else b""
+    return frame(b"\x05READY\x0bSocket-Type" + struct.pack("!I", len(kind)) + kind + announced, COMMAND)
 
 
 class Connection:
     """One connection, after the handshake."""
 
-    def __init__(self, sock: Any, kind: bytes = b"ROUTER", is_old: bool = False) -> None:
+    def __init__(self, sock: Any, kind: bytes = b"ROUTER", is_old: bool = False, routing_id: bytes = b"") -> None:
         self.sock = sock
         self._rest = sock.makefile("rb")
         sock.sendall(OLD_GREETING if is_old else GREETING)
@@ -48,7 +49,7 @@ class Connection:
         else:
             self._rest.read(52)
             assert self._frame()[0] & COMMAND
-            sock.sendall(ready(kind))
+            sock.sendall(ready(kind, routing_id))
 
     def receive(self) -> list[bytes]:
         """The frames of the next message; commands (PING) are not answered."""
@@ -83,14 +84,14 @@ class Connection:
         return data
 
 
-def connect(endpoint: str, kind: bytes = b"DEALER", buffer: int | None = None) -> Connection:
-    """A client's connection over tcp, whose kernel takes about `buffer` bytes that nobody reads."""
+def connect(endpoint: str, kind: bytes = b"DEALER", buffer: int | None = None, routing_id: bytes = b"") -> Connection:
+    """A client's connection over tcp, whose kernel takes about `buffer` bytes that nobody reads; announces any routing id."""
     host, port = endpoint.removeprefix("tcp://").split(":")
     sock = socket.socket()
     if buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     sock.connect((host, int(port)))
-    return Connection(sock, kind)
+    return Connection(sock, kind, routing_id=routing_id)
 
 
 class Listener:

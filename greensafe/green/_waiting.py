@@ -28,6 +28,7 @@ from zmq.backend import Socket as Backend
 from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout, PeerError
 from ._binding import Binding
+from ._ids import draw_ids
 from ._inheritance import noted
 from ._lockstep import Lockstep
 from ._waits import POLLIN, POLLOUT, Waits, events_of
@@ -105,6 +106,7 @@ class WaitingSocket(zmq.Socket[bytes]):
         begin_anew = getattr(ctx_or_socket, "_own", None)
         if begin_anew is not None:
             begin_anew()  # a Context of ours that was made before a fork
+        draw_ids(socket_type)
         with noted(ctx_or_socket):
             super().__init__(  # type: ignore[call-overload]
                 ctx_or_socket, socket_type, shadow=shadow, copy_threshold=copy_threshold

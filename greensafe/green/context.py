@@ -21,6 +21,7 @@ from zmq.backend import Context as Backend
 
 from ..deadlines import to_seconds
 from ._forks import generation, own_loop
+from ._ids import draw_ids
 from ._inheritance import noted
 from .socket import Socket
 
@@ -161,10 +162,17 @@ def own(context: zmq.Context[Any]) -> zmq.Context[Any]:
 
 
 def plain_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
-    """A socket for a pump, with the options that the context has for its sockets, such as CURVE keys, where they apply."""
+    """A socket for a pump, with the options that the context has for its sockets, such as CURVE keys, where they apply.
+
+    A DEALER gets no ROUTING_ID. A ROUTER that has an id still, because it has not noticed the loss of the last connection yet,
+    never reads another one that announces the same: a client would wait for ever.
+    """
     with noted(own(context)):
+        draw_ids(kind)
         sock = zmq.Socket(context, kind)
     for option, value in context.sockopts.items():
+        if kind == zmq.DEALER and option == zmq.ROUTING_ID:
+            continue
         try:
             sock.setsockopt(option, value)
         except zmq.ZMQError as error:
