@@ -35,12 +35,14 @@ from typing import Any, Final
 import gevent
 import zmq
 import zmq.auth
+from gevent.hub import Hub
 from zmq.auth import CURVE_ALLOW_ANY, create_certificates, load_certificate, load_certificates
 
 from .green.context import Context
 from .green.socket import Socket
 from .sansio.backoff import Intensity
 from .seldom import Seldom
+from .threads import call_in, is_elsewhere
 
 __all__ = ["CURVE_ALLOW_ANY", "Authenticator", "create_certificates", "load_certificate", "load_certificates"]
 
@@ -88,9 +90,10 @@ class Authenticator(zmq.auth.Authenticator):
         self._checks_log = _ChecksLog(self.log)
         self._handling: dict[_Handshake, gevent.Greenlet] = {}
         self._reader: gevent.Greenlet | None = None
+        self._hub: Hub | None = None
 
     def start(self) -> None:
-        """Answer from now on, until `stop()` or the context's end; both in the thread that called this.
+        """Answer from now on, in this thread's hub, until `stop()` or the context's end.
 
         Raises:
             zmq.ZMQError: EADDRINUSE if the context has an authenticator already, this one or another. Nothing has changed.
@@ -106,15 +109,20 @@ class Authenticator(zmq.auth.Authenticator):
                 zmq.EADDRINUSE, f"this context has an authenticator already ({ENDPOINT} is bound): stop that one first"
             ) from None
         self.zap_socket = sock
+        self._hub = gevent.get_hub()
         self._reader = gevent.spawn(self._serve, sock)
 
     def stop(self) -> None:
         """Answer no more. Who is being checked is told to come again; callbacks that still run are killed.
 
-        Returns at once. Stopping what is not started does nothing; afterwards it can be started again.
+        Returns at once. Stopping what is not started does nothing; afterwards it can be started again. In another thread this
+        waits for a turn of the hub in which it was started; RuntimeError if there is none (see `threads.call_in`).
         """
         sock = self.zap_socket
         if sock is None:
+            return
+        if self._hub is not None and is_elsewhere(self._hub):
+            call_in(self._hub, "Authenticator.stop", self.stop)
             return
         self.zap_socket = None
         unread = []

@@ -25,38 +25,27 @@ from typing import Any, Self
 
 import gevent
 import zmq
-from gevent import get_hub, getcurrent
+from gevent import getcurrent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
 from .call import Call, data_in, raise_error
 from .deadlines import DeadlineSignal, allowed_until, to_seconds
 from .endpoints import check_endpoint
-from .errors import (
-    Cancelled,
-    GreensafeError,
-    OperationTimeout,
-    RemoteError,
-    RemoteProtocolError,
-)
+from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .failover import Failover
 from .green._forks import generation
 from .green._turns import let_others_run
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
-from .hooks import (
-    CallAnswered,
-    CallFailed,
-    CallStarted,
-    Hooks,
-    teller,
-)
+from .hooks import CallAnswered, CallFailed, CallStarted, Hooks, teller
 from .options import check_body, check_heartbeat, check_metadata, check_retries
 from .restarts import Restarts
 from .sansio.backoff import Budget
 from .sansio.envelope import Kind
 from .sansio.requester import Requester
 from .stats import ClientStats
+from .threads import call_in
 from .waking import Waking, weakly
 
 __all__ = ["HEARTBEAT", "Client"]
@@ -163,8 +152,8 @@ class Client:
             raise _ended(self.restarts.error)
         if self._generation != generation():
             self._forget_parent()
-        if get_hub() is not self._hub:
-            raise RuntimeError("this Client belongs to another thread: make one per thread")
+        if _this_thread() != self._thread:
+            raise RuntimeError("Client.request was called in another thread than made this Client: make one in each thread")
         limit = self._timeout if timeout is UNSET else to_seconds(timeout)
         now = monotonic()
         at = None if limit is None else now + limit
@@ -203,8 +192,14 @@ class Client:
             self._tell(CallFailed(call.endpoint, request_id.hex(), took, call.tries, error, name))
 
     def close(self) -> None:
-        """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers."""
-        self._shut(None)
+        """Close the connections. Requests that wait get Cancelled, and greensafe servers are told to stop their handlers.
+
+        In another thread this waits for a turn of the client's hub; RuntimeError if there is none (see `threads.call_in`).
+        """
+        if self._is_open_elsewhere:
+            call_in(self._hub, "Client.close", self._shut, None)
+        else:
+            self._shut(None)
 
     def _shut(self, error: Exception | None) -> None:
         """Close, because a loop has failed too often with an error if there is one."""
@@ -226,7 +221,7 @@ class Client:
         # thread nothing may be done to them; nor in a forked child, whose parent goes on with them, nor when all ends.
         if self._generation != generation() or self._closed or sys.is_finalizing():
             return
-        if self._hub.thread_ident == _this_thread() and self._hub.loop is not None:
+        if self._thread == _this_thread() and self._hub.loop is not None:
             self.close()
 
     def __enter__(self) -> Self:
@@ -237,7 +232,9 @@ class Client:
 
     @property
     def stats(self) -> ClientStats:
-        """How it stands now, counted since it was made; to be asked in its own thread."""
+        """How it stands now, counted since it was made. In another thread this waits for a turn of the client's hub."""
+        if self._is_open_elsewhere:
+            return call_in(self._hub, "Client.stats", lambda: self.stats)
         table, error = self._requester, self.restarts.error
         since = min((asked.owner.since for asked in table.asked()), default=None)
         return ClientStats(
@@ -254,6 +251,10 @@ class Client:
             restarts=dict(self.restarts.counts),
             loop_error="" if error is None else f"{type(error).__name__}: {error}",
         )
+
+    @property
+    def _is_open_elsewhere(self) -> bool:
+        return self._thread != _this_thread() and not self._closed and self._generation == generation()
 
     @property
     def _state(self) -> str:
@@ -290,6 +291,7 @@ class Client:
         own(self._context)
         self._generation = generation()
         self._hub: Hub = gevent.get_hub()
+        self._thread: int = self._hub.thread_ident
         self.restarts = Restarts(" ".join(self._endpoints), weakly(self._give_up), self._tell)
         self._requester = Requester(self._heartbeat)
         self._budget = Budget()

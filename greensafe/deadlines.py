@@ -305,13 +305,15 @@ class deadline:
     def extend(self, seconds: Any) -> None:
         """Give the block this many seconds from now, also when its time had run out; None lifts the limit.
 
-        Before the block it changes what the block will have, after it nothing. RuntimeError for a server's scope.
+        Before the block it changes what the block will have, after it nothing. RuntimeError for a server's scope, or in another
+        thread than its own.
         """
         limit = to_seconds(seconds)
         if self._state is _ATTACHED:
             raise RuntimeError("a server's limit for a request cannot be extended from its handler")
         if self._state is _LEFT:
             return
+        self._check_thread("extend")
         self.seconds = limit
         self._disarm()
         self.delivered = False
@@ -325,8 +327,10 @@ class deadline:
     def cancel(self, cause: object = None) -> None:
         """End the block now, or at its first wait if it has not begun; afterwards nothing happens.
 
-        The block raises `cause` if that is an exception, otherwise Cancelled(cause).
+        The block raises `cause` if that is an exception, otherwise Cancelled(cause). RuntimeError in another thread than
+        its own.
         """
+        self._check_thread("cancel")
         self._cause = cause
         self._is_cancelled = True
         if self._state in (_ENTERED, _ATTACHED):
@@ -380,6 +384,15 @@ class deadline:
             _unlink(greenlet, self)
             raise RuntimeError("a deadline was left in another greenlet than it was entered in: it limits nobody any more")
         _unlink(greenlet, self)
+
+    def _check_thread(self, name: str) -> None:
+        """Refuse another thread than the block's, whose timer and greenlet nobody else can touch."""
+        greenlet = self._greenlet
+        if greenlet is not None and _root(greenlet) is not _root(getcurrent()):
+            raise RuntimeError(
+                f"deadline.{name} was called in another thread than its block runs in: have that thread's hub do it, by"
+                " hub.loop.run_callback_threadsafe"
+            )
 
     def _is_due(self) -> bool:
         return self._is_cancelled or (self.at is not None and monotonic() >= self.at)
@@ -539,6 +552,13 @@ def _outermost_due(scope: deadline) -> deadline:
         if scope._state is _ENTERED and scope._is_due() and not scope.delivered:
             found = scope
     return found
+
+
+def _root(greenlet: Any) -> Any:
+    """The greenlet that a thread began with: each thread has one of its own."""
+    while greenlet.parent is not None:
+        greenlet = greenlet.parent
+    return greenlet
 
 
 def _unlink(greenlet: Any, scope: deadline) -> None:

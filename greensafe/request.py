@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import gevent
+from gevent.hub import Hub
+from gevent.monkey import get_original
 
 from .deadlines import deadline
 from .errors import Cancelled, JournalError, RemoteError, RemoteProtocolError
 from .journal.steps import InTransaction
 from .sansio.envelope import Header
 from .sansio.exchange import Exchange
+from .threads import call_in
+
+_this_thread: Callable[[], int] = get_original("_thread", "get_ident")
 
 __all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for", "shown"]
 
@@ -36,7 +41,14 @@ class InvalidBodyError(RemoteProtocolError, ValueError):
 
 
 class Gate(Protocol):
-    """Who sends answers, and sees to it that there is one."""
+    """Who sends answers, and sees to it that there is one.
+
+    Attributes:
+        hub, thread: Where everything happens, and the number of that thread.
+    """
+
+    hub: Hub
+    thread: int
 
     def answer(self, exchange: Exchange, body: Sequence[bytes]) -> None:
         """Send the answer; LocalProtocolError if there was one."""
@@ -113,13 +125,20 @@ class Request:
             raise InvalidBodyError(f"the request's body is not JSON: {error}") from error
 
     def reply(self, *frames: bytes) -> None:
-        """Answer with these frames, now, from any greenlet of the server's thread.
+        """Answer with these frames, now, from any greenlet.
+
+        In another thread than the server's this waits until the server's hub has had a turn, and done it.
 
         Raises:
             LocalProtocolError: The request has been answered already, by the handler or by the watchdog; nothing is sent.
             TypeError: A frame is not bytes; nothing is sent, and the request can still be answered.
+            RuntimeError: In another thread: the server's hub has had no turn (see `threads.call_in`); nothing is sent.
         """
-        self._gate.answer(self._exchange, check_frames(frames))
+        gate = self._gate
+        if _this_thread() != gate.thread:
+            call_in(gate.hub, "Request.reply", self.reply, *frames)
+            return
+        gate.answer(self._exchange, check_frames(frames))
 
     def reply_json(self, obj: object) -> None:
         """Answer with one frame of JSON. Errors as in `reply`, and what json.dumps raises."""
@@ -127,7 +146,11 @@ class Request:
 
     def error(self, code: str, message: str) -> None:
         """Answer with an error; `code` is one of `errors.CODES`. Errors as in `reply`."""
-        self._gate.fail(self, RemoteError(code, message))
+        error = RemoteError(code, message)
+        if _this_thread() != self._gate.thread:
+            call_in(self._gate.hub, "Request.error", self._gate.fail, self, error)
+        else:
+            self._gate.fail(self, error)
 
     def step(self, name: str, fn: Callable[..., Any] | InTransaction, *args: Any) -> Any:
         """Call `fn(*args)`, once for all runs of this request, and return its result.
@@ -147,7 +170,13 @@ class Request:
         Raises:
             TypeError, ValueError: The result cannot be encoded; `fn` was called, nothing is stored.
             JournalError: It could not be stored; `fn` was called. Let it out, and the client is told UNAVAILABLE.
+            RuntimeError: This is another thread than the server's; `fn` was not called.
         """
+        if _this_thread() != self._gate.thread:
+            raise RuntimeError(
+                "Request.step was called in another thread than the server's: call it in the handler, and let its function"
+                " do the work in a thread, by gevent.get_hub().threadpool.apply"
+            )
         if not isinstance(name, str):
             raise TypeError(f"a step's name is a str, not {type(name).__name__}")
         if not callable(fn) and not isinstance(fn, InTransaction):

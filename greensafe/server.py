@@ -29,6 +29,7 @@ from typing import Any, Self
 import gevent
 import zmq
 from gevent.event import Event
+from gevent.hub import Hub
 
 from . import systemd
 from .deadlines import preemptible, shield, to_seconds
@@ -61,6 +62,7 @@ from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .stats import ServerStats
 from .stopping import Stop
+from .threads import LIMIT, call_in, check_here, is_elsewhere, wait_while
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
@@ -169,6 +171,8 @@ class Server:
         self._tell = teller(hooks)
         self._context = context
         self._generation = generation()
+        #: Of the thread in which it was started last.
+        self._hub: Hub | None = None
         self._pump: Pump | None = None
         self._watchdog: Watchdog | None = None
         self._watch: tuple[HubWatch, Wish] | None = None
@@ -202,8 +206,10 @@ class Server:
 
     @property
     def stats(self) -> ServerStats:
-        """How it stands now, counted since the last start; to be asked in its own thread."""
+        """How it stands now, counted since the last start. In another thread this waits for a turn of the server's hub."""
         self._forget_parent()
+        if self._hub is not None and self._is_open_elsewhere:
+            return call_in(self._hub, "Server.stats", lambda: self.stats)
         watchdog, pump, error = self._watchdog, self._pump, self._restarts.error
         hub = None if self._watch is None else self._watch[0]
         endpoint = self.endpoint or self._bind_to
@@ -262,19 +268,25 @@ class Server:
         return self._watchdog is None or self._watchdog.responder.zombies <= self._max_zombies
 
     def start(self) -> None:
-        """Bind and begin to serve, in this thread's hub; returns at once. Does nothing if started already.
+        """Bind and begin to serve, in this thread's hub, to which it belongs from now on; returns at once.
+
+        Does nothing if started already.
 
         Raises:
             zmq.ZMQError: The endpoint cannot be bound (in use, malformed, no such transport, no descriptor left); a note says
                 what to try, and nothing is left behind.
             JournalError: The journal cannot be opened; nothing is left behind.
-            RuntimeError: It is stopping: wait for `stop` to return. Or preempt=True cannot work here.
+            RuntimeError: It is stopping: wait for `stop` to return. Or another thread has started it: stop it first. Or
+                preempt=True cannot work here.
         """
         self._forget_parent()
         if self._stopping:
             raise RuntimeError("the server is stopping: start it again when stop() has returned")
+        if self._hub is not None and self._is_open_elsewhere:
+            check_here(self._hub, "Server.start", "another thread has started this server; stop() it first, from any thread")
         if self._pump is not None:
             return
+        self._hub = gevent.get_hub()
         if self._preempts:
             check_preempt()
         if self._journal is None:
@@ -377,11 +389,17 @@ class Server:
         In one of this server's own handlers, and in the hub (where handlers of `signal.signal` may run), it begins all that and
         returns at once: the handler can answer, and `state` is "stopping" until the end.
 
+        In another thread this waits until the server's thread has done it; who ends that wait does not end the stop.
+
         Raises:
             TypeError, ValueError: The timeout is none.
+            RuntimeError: In another thread: the server's hub has had no turn (see `threads.call_in`); nothing has changed.
         """
         limit = to_seconds(timeout)
         self._forget_parent()
+        if self._hub is not None and self._is_open_elsewhere:
+            self._stop_elsewhere(self._hub, limit)
+            return
         is_hub = gevent.getcurrent() is gevent.get_hub()
         if self._pump is None:
             if not is_hub:
@@ -391,15 +409,27 @@ class Server:
         if is_hub and limit == 0:
             self._close()
             return
+        stop = self._begin_stop(limit)
+        assert self._watchdog is not None
+        if stop is not None and not is_hub and not self._watchdog.is_handler(gevent.getcurrent()):
+            stop.join()
+            self._wait_for_address(is_hub)
+
+    def _begin_stop(self, limit: float | None) -> Stop | None:
+        if self._pump is None:
+            return None
         self._stopping = True
         if self._stop is None:
             self._stop = Stop(_Run(self, self._pump), 0.0 if self._bind_to.startswith("inproc:") else LAST_REQUESTS)
-        stop = self._stop
-        stop.end_by(math.inf if limit is None else monotonic() + limit)
-        assert self._watchdog is not None
-        if not is_hub and not self._watchdog.is_handler(gevent.getcurrent()):
-            stop.join()
-            self._wait_for_address(is_hub)
+        self._stop.end_by(math.inf if limit is None else monotonic() + limit)
+        return self._stop
+
+    def _stop_elsewhere(self, hub: Hub, limit: float | None) -> None:
+        """Have it stopped in its own thread, which may end as soon as it is."""
+        call_in(hub, "Server.stop", self._begin_stop, limit)
+        if not wait_while(lambda: self._is_open_elsewhere, hub, math.inf if limit is None else limit + LIMIT):
+            raise RuntimeError("the server was told to stop, and then its thread has ended, or its hub did not turn any more")
+        self._wait_for_address(False)
 
     def close(self) -> None:
         """Stop at once: what has arrived and is not answered is answered UNAVAILABLE.
@@ -416,6 +446,7 @@ class Server:
 
         Raises:
             TypeError, ValueError: The timeout is none; it is not started.
+            RuntimeError: Another thread has started it; see also `start`.
             Exception: A loop of its own has failed too often, with this error, and the server is closed; see `restarts`.
         """
         to_seconds(stop_timeout)  # not when a signal comes
@@ -445,6 +476,11 @@ class Server:
             f"<Server {self.state} {self.endpoint or self._bind_to} inflight={counts.inflight} answered={counts.answered}"
             f" cancelled={counts.cancelled} zombies={counts.zombies} malformed={counts.malformed}>"
         )
+
+    @property
+    def _is_open_elsewhere(self) -> bool:
+        """Whether it runs, or ends, in another thread."""
+        return is_elsewhere(self._hub) and not (self._pump is None and self._commits is None and self._stopped.is_set())
 
     @property
     def _is_accepting(self) -> bool:
@@ -510,7 +546,7 @@ class Server:
         if self._generation != generation():
             self._generation = generation()
             self._pump = self._watchdog = self._vanished = self._watch = self._systemd = self._commits = self.endpoint = None
-            self._descriptors = None
+            self._descriptors = self._hub = None
             self._binding = Binding()
             self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
             self._stopping = False

@@ -91,6 +91,7 @@ class Watchdog:
         responder: The table, with its counts.
         failures: Answers that were errors, by their code.
         scope: The kind of scope that handlers run in.
+        hub, thread: Where it was made.
     """
 
     scope: type[deadline] = deadline
@@ -135,7 +136,8 @@ class Watchdog:
         self.failures: dict[str, int] = {}
         self._lines = lines or Lines(endpoint)
         self._has_own_lines = lines is None
-        self._hub: Hub = gevent.get_hub()
+        self.hub: Hub = gevent.get_hub()
+        self.thread: int = self.hub.thread_ident
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
         self._kept = Backlog()
@@ -398,7 +400,7 @@ class Watchdog:
         # By a timer: callbacks that make callbacks are called in the same turn, up to fifty of them.
         if not self._is_starting:
             self._is_starting = True
-            self._next_turn = start_timer(self._hub, 0, self._on_next_turn)
+            self._next_turn = start_timer(self.hub, 0, self._on_next_turn)
 
     def _on_next_turn(self) -> None:
         self._stop_next_turn()
@@ -491,7 +493,7 @@ class Watchdog:
     def _tell_room(self) -> None:
         if self._kept and not self._is_starting:
             self._is_starting = True
-            self._hub.loop.run_callback(self._restarts.run, "turns", self._start_kept)
+            self.hub.loop.run_callback(self._restarts.run, "turns", self._start_kept)
         if self._on_room is not None:
             self._on_room()
 
@@ -500,8 +502,8 @@ class Watchdog:
 
         Called wherever the last reference went, which may be another thread.
         """
-        if self._hub.loop is not None:
-            self._hub.loop.run_callback_threadsafe(self._break_promise, exchange)
+        if self.hub.loop is not None:
+            self.hub.loop.run_callback_threadsafe(self._break_promise, exchange)
 
     def _break_promise(self, exchange: Exchange) -> None:
         if not exchange.is_answered:
@@ -514,7 +516,7 @@ class Watchdog:
         soonest = self.responder.soonest
         if soonest < self._timer_at:
             self._disarm()
-            self._timer = start_timer(self._hub, soonest - monotonic(), self._on_timer)
+            self._timer = start_timer(self.hub, soonest - monotonic(), self._on_timer)
             self._timer_at = soonest
 
     def _disarm(self) -> None:

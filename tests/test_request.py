@@ -22,6 +22,8 @@ class Answers:
 
     def __init__(self) -> None:
         self.given: list[Any] = []
+        self.hub = gevent.get_hub()
+        self.thread = self.hub.thread_ident
 
     def answer(self, exchange: Exchange, body: Sequence[bytes]) -> None:
         exchange.move(Event.ANSWER)

@@ -31,6 +31,7 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..endpoints import explained
+from ..threads import pause
 from ._every import Every
 from ._forks import generation
 from ._listening import PAUSE, Identity, Made, is_in_hub, is_taken, listen, remove, require_descriptor
@@ -193,7 +194,7 @@ class Binding:
         while going := [each for each in self._gone if each.is_going and (each.is_open or is_taken(each.endpoint))]:
             if monotonic() >= at:
                 return False
-            gevent.sleep(PAUSE)
+            pause(PAUSE)
             self._gone = going
         self._gone = []
         return True

@@ -28,7 +28,7 @@ from ..deadlines import start_timer
 from ._forks import forbid_in_child
 from ._turns import FIRST_SHARE, TURN, call_in_next_turn, let_others_run, next_share, seconds_since_turn
 
-__all__ = ["Waiter", "Waits", "events_of", "poll_until"]
+__all__ = ["Waiter", "Waits", "call_soon", "events_of", "poll_until"]
 
 EVENTS = int(zmq.EVENTS)
 FD = int(zmq.FD)
@@ -104,7 +104,7 @@ def poll_until(milliseconds: float | None) -> float | None:
         return None
 
 
-def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
+def call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
     """Have something called in a hub, which may be another thread's and asleep."""
     if hub.loop is None:
         return  # destroyed, and its greenlets with it
@@ -333,7 +333,7 @@ class Waits:
         if self.queue and not self.scheduled and not self.is_inherited and self._is_anyone_ready(self.events(sock)):
             assert self.hub is not None
             self.scheduled = True
-            _call_soon(self.hub, self._on_scheduled, sock, None)
+            call_soon(self.hub, self._on_scheduled, sock, None)
 
     def events(self, sock: zmq.Socket[Any]) -> int:
         """What the socket is ready for."""
@@ -348,7 +348,7 @@ class Waits:
         if self.hub is not None:
             for waiter in self.queue:
                 if waiter.mask & mask:
-                    _call_soon(self.hub, waiter.wake)
+                    call_soon(self.hub, waiter.wake)
 
     def abort(self) -> Callable[[], None]:
         """Stop watching, because the socket is about to be closed.
@@ -364,7 +364,7 @@ class Waits:
         def wake() -> None:
             if hub is not None:
                 for waiter in waiters:
-                    _call_soon(hub, waiter.wake)
+                    call_soon(hub, waiter.wake)
 
         return wake
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import gevent
 import zmq
+from gevent._hub_local import get_hub_if_exists
 from gevent.hub import Hub
 from gevent.monkey import get_original
 from zmq import Context as _Plain
 from zmq.backend import Context as Backend
 
 from ..deadlines import to_seconds
+from ..threads import is_elsewhere
 from ._forks import generation, own_loop
 from ._ids import draw_ids
 from ._inheritance import noted
@@ -100,8 +102,8 @@ class Context(zmq.Context[Socket]):
         if self._generation != generation():
             super().term()  # the parent's, which pyzmq leaves alone
             return
-        hub = gevent.get_hub()
-        if gevent.getcurrent() is hub or self._is_exiting:
+        hub = get_hub_if_exists()
+        if hub is None or gevent.getcurrent() is hub or self._is_exiting:  # nothing can, or need, go on meanwhile
             self._close_owners()
             super().term()
             return
@@ -113,9 +115,8 @@ class Context(zmq.Context[Socket]):
         ending.get()
 
     def _close_owners(self) -> None:
-        hub = gevent.get_hub()
         for owner, home in list(self._owners.items()):
-            if home is hub:
+            if not is_elsewhere(home):
                 owner.close()
             elif home.loop is not None:
                 home.loop.run_callback_threadsafe(owner.close)

@@ -40,7 +40,7 @@ from ..deadlines import DeadlineSignal, check, start_timer, to_seconds
 from ..errors import OperationTimeout
 from ._forks import generation
 from ._turns import let_others_run
-from ._waits import Waiter
+from ._waits import Waiter, call_soon
 
 if TYPE_CHECKING:
     from ._monitors import MonitoredSocket
@@ -389,6 +389,7 @@ class ConnectionEvents:
         self._sharing.add(self, first=True)
         self._events: deque[ConnectionEvent] = deque()
         self._waiters: list[Waiter] = []
+        self._hub: Hub = gevent.get_hub()  # of those that wait
 
     def __repr__(self) -> str:
         state = "closed" if self._sock is None else f"of {self._sock!r}"
@@ -441,10 +442,12 @@ class ConnectionEvents:
             return
         self._events.append(event)
         for waiter in self._waiters[: len(self._events)]:
-            gevent.get_hub().loop.run_callback(waiter.wake)
+            call_soon(self._hub, waiter.wake)
 
     def _take(self, seconds: float | None) -> ConnectionEvent | None:
         at = None if seconds is None else monotonic() + seconds
+        if self._waiters and self._hub is not gevent.get_hub():
+            raise RuntimeError("greenlets of another thread wait for these events: ask for events of your own there")
         self._sharing.monitor.drain()
         while not self._events and self._sock is not None:
             if at is not None and monotonic() >= at:
@@ -461,7 +464,7 @@ class ConnectionEvents:
         return self._events.popleft() if self._events else None
 
     def _wait(self, at: float | None) -> None:
-        hub = gevent.get_hub()
+        hub = self._hub = gevent.get_hub()
         waiter = Waiter(gevent.getcurrent().switch, _POLLIN)
         timer = None if at is None else start_timer(hub, at - monotonic(), waiter.wake)
         self._waiters.append(waiter)
@@ -478,4 +481,4 @@ class ConnectionEvents:
 
     def _wake_all(self) -> None:
         for waiter in self._waiters:
-            gevent.get_hub().loop.run_callback(waiter.wake)
+            call_soon(self._hub, waiter.wake)

@@ -24,7 +24,8 @@ What a proxy cannot do: keep back the kernel's own answers. A client's connect()
 (the connection is closed then), and what it sends is acknowledged by the link's kernel, cut or not: TCP_USER_TIMEOUT sees
 nothing, heartbeats do. Unix sockets have no RST: there its place is taken by an ordinary end.
 
-The link runs in greenlets of the thread that made it. A program in the same thread has to wait cooperatively, or nothing moves.
+The link runs in greenlets of the thread that made it, and takes commands there only. A program in the same thread has to wait
+cooperatively, or nothing moves.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import gevent
+from gevent.hub import Hub
 
 from ..seldom import Seldom
+from ..threads import check_here
 from ._connection import Connection, Mark, Pipe
 from ._faults import Faults
 from ._sockets import Entrance, check_target, dial, send_at_once
@@ -86,6 +89,7 @@ class FaultyLink:
         self._connections: set[Connection] = set()
         self._closed = False
         self._seldom = Seldom()
+        self._hub: Hub = gevent.get_hub()
         self._acceptor = gevent.spawn(self._accept, self._entrance.listener)
 
     # What lasts.
@@ -262,6 +266,7 @@ class FaultyLink:
             pipe.look_again()
 
     def _check_open(self) -> None:
+        check_here(self._hub, "a command of a FaultyLink", "call it in the thread that made the link")
         if self._closed:
             raise RuntimeError(f"this link was closed: {self!r}")
 
