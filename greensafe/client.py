@@ -45,7 +45,7 @@ from .sansio.backoff import Budget
 from .sansio.envelope import Kind
 from .sansio.requester import Requester
 from .stats import ClientStats
-from .threads import call_in
+from .threads import call_in, is_elsewhere
 from .waking import Waking, weakly
 
 __all__ = ["HEARTBEAT", "Client"]
@@ -254,7 +254,7 @@ class Client:
 
     @property
     def _is_open_elsewhere(self) -> bool:
-        return self._thread != _this_thread() and not self._closed and self._generation == generation()
+        return not self._closed and is_elsewhere(self._hub) and self._generation == generation()
 
     @property
     def _state(self) -> str:

@@ -20,9 +20,9 @@ from .sansio.envelope import Header
 from .sansio.exchange import Exchange
 from .threads import call_in
 
-_this_thread: Callable[[], int] = get_original("_thread", "get_ident")
-
 __all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for", "shown"]
+
+_this_thread: Callable[[], int] = get_original("_thread", "get_ident")
 
 
 class Later:

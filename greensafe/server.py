@@ -282,7 +282,7 @@ class Server:
         self._forget_parent()
         if self._stopping:
             raise RuntimeError("the server is stopping: start it again when stop() has returned")
-        if self._hub is not None and self._is_open_elsewhere:
+        if self._hub is not None and not self.closed:
             check_here(self._hub, "Server.start", "another thread has started this server; stop() it first, from any thread")
         if self._pump is not None:
             return

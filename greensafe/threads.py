@@ -44,8 +44,8 @@ _lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 
 
 def is_elsewhere(hub: Hub | None) -> bool:
-    """Whether this hub is another thread's; not if there is none."""
-    return hub is not None and hub.thread_ident != _this_thread()
+    """Whether this hub is another living thread's: what belonged to one that has ended is anybody's to close."""
+    return hub is not None and hub.thread_ident != _this_thread() and not _has_ended(hub)
 
 
 def check_here(hub: Hub, what: str, instead: str) -> None:
@@ -54,7 +54,7 @@ def check_here(hub: Hub, what: str, instead: str) -> None:
     Raises:
         RuntimeError: This is another one; it says `what`, and what to do `instead`.
     """
-    if is_elsewhere(hub):
+    if hub.thread_ident != _this_thread():
         raise RuntimeError(f"{what} was called in another thread than it belongs to: {instead}")
 
 

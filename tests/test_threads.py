@@ -430,6 +430,31 @@ def test_serving_in_a_thread(context: zmq.Context) -> None:
             assert client.request(b"x") == b"x"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_thread_that_has_left_them_behind(context: zmq.Context, kind: str) -> None:
+    """A client and a server whose thread has ended are anybody's to close, and the context's end need not wait for them."""
+    made: list[Any] = []
+
+    def make() -> None:
+        server = Server("inproc://server", lambda request: request.body, deadline=LONG, blocked_after=None, context=context)
+        server.start()
+        client = Client("inproc://server", context=context)
+        assert client.request(b"x") == b"x"
+        made.extend([client, server])
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    wait_until(lambda: not thread.is_alive())
+    client, server = made
+    with pytest.raises(RuntimeError, match="another thread"):
+        server.start()
+    for each in made:
+        _elsewhere(kind, each.close)
+    assert server.closed
+    assert client._closed
+    client._hub.destroy(destroy_loop=True)
+
+
 # call_in itself.
 
 

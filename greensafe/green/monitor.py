@@ -38,6 +38,7 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, start_timer, to_seconds
 from ..errors import OperationTimeout
+from ..threads import is_elsewhere
 from ._forks import generation
 from ._turns import let_others_run
 from ._waits import Waiter, call_soon
@@ -446,7 +447,7 @@ class ConnectionEvents:
 
     def _take(self, seconds: float | None) -> ConnectionEvent | None:
         at = None if seconds is None else monotonic() + seconds
-        if self._waiters and self._hub is not gevent.get_hub():
+        if self._waiters and is_elsewhere(self._hub):
             raise RuntimeError("greenlets of another thread wait for these events: ask for events of your own there")
         self._sharing.monitor.drain()
         while not self._events and self._sock is not None:
