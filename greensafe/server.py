@@ -112,8 +112,9 @@ class Server:
         takeover: Take an ipc path over from a server that listens there, for a rolling restart: who connects from now on comes
             here, the other one keeps its clients until it ends. Other endpoints cannot be taken over: EADDRINUSE.
         handover: Whether a connection that announces a routing id takes the place of the one that has it; if not it is never
-            read. For peers with a ROUTING_ID of their own that come back before their old connection is known to be dead. Any
-            peer can take over any other's answers then: see docs/security.md.
+            read. For peers with a ROUTING_ID of their own that come back before their old connection is known to be dead. What
+            is owed to the old connection goes to the new one: any peer can take over any other's answers, and a plain REQ that
+            gave up a request may take its answer for the next one's. See docs/security.md.
         context: The Context to use; by default the shared one.
 
     Raises:

@@ -143,6 +143,41 @@ def test_handover() -> None:
             assert back.receive() == [b"", b"secret"]  # what the option is for, and what it costs
 
 
+def test_req_that_gave_up(context: zmq.Context) -> None:
+    """A REQ with a ROUTING_ID that asks again is read by a later try at the latest, and never gets the answer that it gave up.
+
+    With handover=True it got that: the new connection took over the old one's name, and what was owed to it.
+    """
+    handler = _Slow()
+    with Server("tcp://127.0.0.1:0", handler, deadline=LONG, context=context) as server:
+        assert server._pump is not None
+        sock = context.socket(zmq.REQ)
+        sock.routing_id = b"agent"
+        with sock.connection_events() as events:
+            sock.connect(server.endpoint)
+            sock.send(b"slow")
+            wait_until(lambda: handler.asked)
+            server._pump.is_paused = True
+            with pytest.raises(zmq.OperationTimeout):
+                sock.recv(timeout=MS)
+            sock.send(b"again")
+            for _ in range(2):
+                while events.get().kind != zmq.Event.HANDSHAKE_SUCCEEDED:
+                    pass
+        handler.may.set()
+        gevent.sleep(MS)
+        server._pump.resume()
+
+        def answer() -> Any:
+            try:
+                return sock.recv(timeout=50 * MS)
+            except zmq.OperationTimeout:
+                sock.send(b"again")
+                return None
+
+        assert wait_until(answer) == b"again"
+
+
 def test_option_of_the_context() -> None:
     """Server's argument decides, and not ROUTER_HANDOVER among the options of its Context."""
     handler = _Slow()
