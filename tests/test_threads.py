@@ -387,6 +387,23 @@ def test_threads_that_answer_at_once(context: zmq.Context) -> None:
         wait_until(lambda: not any(thread.is_alive() for thread in answering))
 
 
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+def test_answered_under_supervise(context: zmq.Context, kind: int) -> None:
+    """A socket of the program's own, under `supervise`, sends what another thread answers in its own thread."""
+    with context.socket(kind) as sock, context.socket(zmq.REQ) as peer:
+        sock.bind("inproc://own")
+
+        def handle(request: Request) -> Any:
+            gevent.spawn(_elsewhere, KINDS[0], lambda: request.reply(b"from elsewhere"))
+            return LATER
+
+        serving = gevent.spawn(zmq.supervise, sock, handle, deadline=LONG)
+        peer.connect("inproc://own")
+        peer.send(b"x")
+        assert peer.recv() == b"from elsewhere"
+        serving.kill()
+
+
 def test_stopped_from_a_handlers_thread(context: zmq.Context) -> None:
     """stop() in a thread that a handler waits for ends within its limit, and the handler is killed."""
     server = Server(
