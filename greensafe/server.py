@@ -62,7 +62,7 @@ from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .stats import ServerStats
 from .stopping import Stop
-from .threads import LIMIT, call_in, check_here, is_elsewhere, wait_while
+from .threads import LIMIT, call_in, check_here, is_elsewhere, is_in_hub, wait_while
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
@@ -401,9 +401,9 @@ class Server:
         if self._hub is not None and self._is_open_elsewhere:
             self._stop_elsewhere(self._hub, limit)
             return
-        is_hub = gevent.getcurrent() is gevent.get_hub()
+        is_hub = is_in_hub()
         if self._pump is None:
-            if not is_hub:
+            if not is_hub and not self._is_over:
                 self._stopped.wait()  # closed in the hub, perhaps: then its journal is not, yet
             self._wait_for_address(is_hub)
             return
@@ -428,7 +428,7 @@ class Server:
     def _stop_elsewhere(self, hub: Hub, limit: float | None) -> None:
         """Have it stopped in its own thread, which may end as soon as it is."""
         call_in(hub, "Server.stop", self._begin_stop, limit)
-        if not wait_while(lambda: self._is_open_elsewhere, hub, math.inf if limit is None else limit + LIMIT):
+        if not wait_while(lambda: not self._is_over, hub, math.inf if limit is None else limit + LIMIT):
             raise RuntimeError("the server was told to stop, and then its thread has ended, or its hub did not turn any more")
         self._wait_for_address(False)
 
@@ -479,9 +479,14 @@ class Server:
         )
 
     @property
+    def _is_over(self) -> bool:
+        """Whether it is closed, and its journal as well."""
+        return self._pump is None and self._commits is None and self._stopped.is_set()
+
+    @property
     def _is_open_elsewhere(self) -> bool:
         """Whether it runs, or ends, in another thread."""
-        return is_elsewhere(self._hub) and not (self._pump is None and self._commits is None and self._stopped.is_set())
+        return not self._is_over and is_elsewhere(self._hub)
 
     @property
     def _is_accepting(self) -> bool:

@@ -25,7 +25,7 @@ from gevent.monkey import get_original
 
 from .deadlines import start_timer
 
-__all__ = ["LIMIT", "call_in", "check_here", "is_elsewhere", "pause", "wait_while"]
+__all__ = ["LIMIT", "call_in", "check_here", "is_elsewhere", "is_in_hub", "pause", "wait_while"]
 
 T = TypeVar("T")
 
@@ -46,6 +46,11 @@ _lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 def is_elsewhere(hub: Hub | None) -> bool:
     """Whether this hub is another living thread's: what belonged to one that has ended is anybody's to close."""
     return hub is not None and hub.thread_ident != _this_thread() and not _has_ended(hub)
+
+
+def is_in_hub() -> bool:
+    """Whether this is a callback of this thread's hub, which cannot wait."""
+    return gevent.getcurrent() is get_hub_if_exists()
 
 
 def check_here(hub: Hub, what: str, instead: str) -> None:

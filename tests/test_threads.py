@@ -442,6 +442,7 @@ def test_serving_in_a_thread(context: zmq.Context) -> None:
     ends.release()
     wait_until(lambda: not thread.is_alive())
     server.stop()  # though its thread has ended
+    assert _elsewhere(KINDS[0], lambda: (server.stop(), threads.get_hub_if_exists())) == (None, None)
     with server:
         with Client(server.endpoint, context=context) as client:
             assert client.request(b"x") == b"x"
@@ -470,6 +471,26 @@ def test_thread_that_has_left_them_behind(context: zmq.Context, kind: str) -> No
     assert server.closed
     assert client._closed
     client._hub.destroy(destroy_loop=True)
+
+
+def test_thread_that_ends_instead(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a server's stop is told that its thread has ended in the middle of it, instead of waiting on."""
+    monkeypatch.setattr(Server, "_begin_stop", lambda *_: stopped.set())
+    stopped, made = Event(), []
+
+    def make() -> None:
+        made.append(Server("inproc://server", lambda request: b"", deadline=LONG, blocked_after=None, context=context))
+        made[0].start()
+        stopped.wait()
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    wait_until(lambda: made and made[0].started)
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        made[0].stop()
+    monkeypatch.undo()
+    made[0].stop()
+    made[0]._hub.destroy(destroy_loop=True)
 
 
 # call_in itself.
