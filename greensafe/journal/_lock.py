@@ -6,7 +6,10 @@ Rules:
   process id for people; left behind by a kill it is in nobody's way.
 * It is an open file's, not a process's: a second server in the same process is refused as one in another process is. It ends
   at exec, and a forked child gives up its part at once: it never outlives the process that took it.
-* The file goes when the lock is given up. So whoever has locked one looks whether it is still the one that stands there.
+* The file goes when the lock is given up. So whoever has locked one checks whether it is still the one that stands there; a
+  server does so again now and then (`check`), since anybody may take a lock file for a left-over.
+* Only a file that a journal has made is written to: a regular one with nothing else in it than a process id. A link is not
+  followed.
 
 It does not know sqlite, whose own locks are held for moments: readers need none of this.
 """
@@ -14,13 +17,18 @@ It does not know sqlite, whose own locks are held for moments: readers need none
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
+import stat
 import weakref
 from typing import Any
 
 from gevent.monkey import get_original
 
-from ..errors import JournalError
+from ..errors import JournalError, JournalUnavailable
+from ._descriptors import CAREFULLY, key_of
+from ._files import in_use, is_held
 
 fcntl: Any
 try:
@@ -30,8 +38,17 @@ except ImportError:  # Windows
 
 __all__ = ["Lock", "holder"]
 
+log = logging.getLogger("greensafe.journal.sqlite")
+
 #: Behind the journal's name.
 SUFFIX = ".lock"
+
+#: Its owner's alone: to be allowed to read a file is enough for keeping it locked.
+MODE = 0o600
+
+#: What is in one: a process id, or nothing if there was no room for it.
+_CONTENT = re.compile(rb"[0-9]{0,19}\n?")
+_LONGEST = 20
 
 #: How often a lock is asked for that only those have who look (`holder`), and seconds in between.
 TRIES = 300
@@ -50,21 +67,39 @@ class Lock:
     def __init__(self, path: str) -> None:
         if fcntl is None:
             raise JournalError("journals in a file need the locks of Unix: on this system a server can have none")
+        self._of = path
         self._path = path + SUFFIX
         self._fd = _take(self._path, path)
-        # On a full disk nobody is told; there the lock holds as well.
-        with contextlib.suppress(OSError):
-            os.truncate(self._fd, 0)
-            os.write(self._fd, b"%d\n" % os.getpid())
+        #: Somebody else had it at the last check.
+        self.is_lost = False
         _held.add(self)
+
+    def check(self) -> None:
+        """Check that the lock file is still the one that is locked, and make another one if it is gone. Costs one stat.
+
+        Raises:
+            JournalUnavailable: Somebody else has made and locked another one, or it cannot be made.
+        """
+        if _is_at(self._path, self._fd):
+            return
+        self.is_lost = True
+        try:
+            fd = _take(self._path, self._of)
+        except JournalError as error:
+            raise JournalUnavailable(f"{error} (the lock file was removed or replaced while this process had it)") from error
+        log.error("the journal %s: its lock file was removed or replaced while it was open; it was made again", self._of)
+        self._drop()
+        self._fd, self.is_lost = fd, False
 
     def release(self) -> None:
         """Give it up; once more does nothing."""
         _held.discard(self)
         if self._fd >= 0:
             # Removed before it is unlocked: whoever opened it meanwhile sees that it is not there any more, and tries again.
+            # Another one that stands in its place is not ours.
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
+                if _is_at(self._path, self._fd):
+                    os.unlink(self._path)
             self._drop()
 
     def _drop(self) -> None:
@@ -76,35 +111,63 @@ class Lock:
 def holder(path: str) -> int | None:
     """The process that may write to the journal at `path`; None if nobody does, 0 if it has not said who it is."""
     try:
-        fd = os.open(path + SUFFIX, os.O_RDONLY)  # whoever may read the journal may know
-    except OSError:
-        return None
+        fd = os.open(path + SUFFIX, os.O_RDONLY | CAREFULLY)
+    except OSError:  # it may have been removed, or be another user's
+        return 0 if is_held(path) else None
     try:
-        return None if fcntl is None or _try(fd, fcntl.LOCK_SH) else _process(fd)
+        if fcntl is None:
+            return None
+        if not _try(fd, fcntl.LOCK_SH):
+            return _process(fd)
     finally:
         os.close(fd)
+    return 0 if is_held(path) else None
 
 
 def _take(name: str, path: str) -> int:
+    """Lock the file that stands at `name`, and write this process's id into it; returns its descriptor."""
     while True:
         try:
-            fd = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | CAREFULLY, MODE)
         except OSError as error:
+            link = " (it is a link, which is not followed: remove it)" if os.path.islink(name) else ""
             raise JournalError(
-                f"the journal {path} cannot be locked: {name}: {error.strerror}; its folder has to be there, and this user "
-                "must be able to write there"
+                f"the journal {path} cannot be locked: {name}: {error.strerror}{link}; its folder has to be there, and this "
+                "user must be able to write there"
             ) from error
-        if not _is_free(fd):
-            process = _process(fd)
-            os.close(fd)
-            who = "this process" if process == os.getpid() else f"process {process}" if process else "another process"
-            raise JournalError(
-                f"the journal {path} is in use by {who}: one server at a time writes to a journal; stop that one, or give this "
-                "one a file of its own"
-            )
-        if _is_at(name, fd):
+        is_locked = False
+        try:
+            _check_ours(name, path, fd)
+            if not _is_free(fd):
+                process = _process(fd)
+                who = "this process" if process == os.getpid() else f"process {process}" if process else "another process"
+                raise in_use(path, who)
+            is_locked = _is_at(name, fd)
+        finally:
+            if not is_locked:
+                os.close(fd)
+        if is_locked:
+            _say(fd)
             return fd
-        os.close(fd)
+
+
+def _check_ours(name: str, path: str, fd: int) -> None:
+    """What is in it is about to be replaced."""
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not _CONTENT.fullmatch(os.pread(fd, _LONGEST + 1, 0)):
+        raise JournalError(
+            f"the journal {path} cannot be locked: {name} is no lock file of a journal; move it away, or give the journal "
+            "another name"
+        )
+
+
+def _say(fd: int) -> None:
+    # On a full disk nobody is told; there the lock holds as well. That of an older version may be anybody's to lock.
+    with contextlib.suppress(OSError):
+        os.truncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, MODE)
 
 
 def _is_free(fd: int) -> bool:
@@ -132,7 +195,7 @@ def _try(fd: int, how: int) -> bool:
 
 def _is_at(name: str, fd: int) -> bool:
     try:
-        return os.path.samestat(os.stat(name), os.fstat(fd))
+        return key_of(os.lstat(name)) == key_of(os.fstat(fd))
     except FileNotFoundError:
         return False
 

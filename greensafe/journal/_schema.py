@@ -18,13 +18,15 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import JournalError
 from ._checking import misfit
 from ._clock import Moment, Stored, offset
+from ._descriptors import peek
+from ._place import make_draft, remove_draft
 
 __all__ = [
     "APPLICATION",
@@ -172,12 +174,16 @@ def check(path: str) -> bool:
 
 
 def _check_header(path: str) -> None:
-    """Read what every version has, without sqlite: it would change a file that it has to recover, even if it is another's."""
+    """Read what every version has, without sqlite: it would change a file that it has to recover, even if it is another's.
+
+    A file that this process has open is not read that way, see `_descriptors`; there a connection has recovered it already.
+    """
     try:
-        with open(path, "rb") as file:
-            header = file.read(_HEADER_SIZE)
+        header = peek(path, _HEADER_SIZE)
     except OSError as error:
         raise JournalError(f"the journal {path}: {error.strerror}; this user must be able to read and write it") from error
+    if header is None:
+        return
     if len(header) < _HEADER_SIZE or not header.startswith(_MAGIC):
         if _has_log(path):
             return  # a loss of power while the log was moved to the file: sqlite has what stood there in the log
@@ -248,11 +254,11 @@ def _check_alone(path: str) -> None:
 
 
 def create(path: str, here: Moment) -> None:
-    """Make a new journal, all or nothing."""
-    draft = path + ".new"
-    _remove(draft)
+    """Make a new journal, all or nothing; its owner's alone."""
+    draft = None
     try:
-        with closing(connect(draft, "rwc")) as connection:
+        draft = make_draft(path, APPLICATION.to_bytes(4, "big"))
+        with closing(connect(draft, "rw")) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             migrate(connection)
             row = (os.urandom(16), here.boot, offset(None, here), here.wall)
@@ -266,7 +272,8 @@ def create(path: str, here: Moment) -> None:
     except (OSError, sqlite3.Error) as error:
         raise explain(path, error) from error
     finally:
-        _remove(draft)
+        if draft is not None:
+            remove_draft(draft)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
@@ -286,12 +293,6 @@ def migrate(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-
-
-def _remove(draft: str) -> None:
-    for name in (draft, *(draft + suffix for suffix in ("-journal", "-wal", "-shm"))):
-        with suppress(FileNotFoundError):
-            os.unlink(name)
 
 
 def _sync(folder: str) -> None:

@@ -1,7 +1,8 @@
 """What is in a journal's file, for a person who looks while its server runs, or after it has died?
 
 A `Reading` only reads, and needs no lock: what it sees is one moment's. `forget` and `vacuum` write; what could pull the ground
-from under a running server they leave alone.
+from under a running server they leave alone. All of them may be used in the server's own process as well: a file that is open
+there is opened by sqlite only, see `_descriptors`.
 
 It does not know how anything is shown; see `cli`.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +20,10 @@ from ..errors import JournalError
 from ..sansio.records import State
 from ._checking import misfit
 from ._clock import moment, offset
+from ._descriptors import sweep
+from ._files import Files
 from ._lock import Lock, holder
+from ._log import log_faults
 from ._schema import SQLITE_ERRORS, check, check_version, connect, explain, head
 from ._writing import STATES, digest, unpack
 
@@ -109,6 +113,7 @@ class Reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._connection.close()
+        sweep()
 
     def summary(self) -> Summary:
         """The whole."""
@@ -148,6 +153,7 @@ class Reading:
             yield f"the rest cannot be read: {error}"
 
     def _faults(self) -> Iterator[str]:
+        yield from log_faults(self.path)
         for (found,) in self._all("PRAGMA integrity_check"):
             if found != "ok":
                 yield f"sqlite: {found}"
@@ -215,9 +221,8 @@ def forget(path: str, part: str) -> Entry:
         raise JournalError(
             f"request {entry.request_id} is open, and process {process} may be running it: stop that server first, or let it be"
         )
-    lock = Lock(path) if process is None else None
     try:
-        with closing(connect(path, "rw")) as connection:
+        with _alone(path) if process is None else nullcontext(), closing(connect(path, "rw")) as connection:
             connection.execute("BEGIN IMMEDIATE")
             what = (bytes.fromhex(entry.request_id), _number(entry.state))
             # Not if it was changed meanwhile.
@@ -226,9 +231,6 @@ def forget(path: str, part: str) -> Entry:
             connection.execute("COMMIT" if found else "ROLLBACK")
     except SQLITE_ERRORS as error:
         raise explain(path, error) from error
-    finally:
-        if lock is not None:
-            lock.release()
     if not found:
         raise JournalError(f"request {entry.request_id} was changed meanwhile: look again")
     return entry
@@ -242,15 +244,27 @@ def vacuum(path: str) -> tuple[int, int]:
     """
     with Reading(path) as reading:
         path = reading.path
-    lock = Lock(path)
     try:
-        before = os.path.getsize(path)
-        with closing(connect(path, "rw")) as connection:
-            connection.execute("VACUUM")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return before, os.path.getsize(path)
+        with _alone(path):
+            before = os.path.getsize(path)
+            with closing(connect(path, "rw")) as connection:
+                connection.execute("VACUUM")
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return before, os.path.getsize(path)
     except SQLITE_ERRORS as error:
         raise explain(path, error) from error
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Keep servers away, as a server does."""
+    lock = Lock(path)
+    try:
+        files = Files(path)
+        try:
+            yield
+        finally:
+            files.close()
     finally:
         lock.release()
 

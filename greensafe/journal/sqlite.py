@@ -6,16 +6,20 @@ Rules:
 
 * A batch is a transaction, and its COMMIT returns when the disk has it. What was raised before that is rolled back; if that
   fails the connection is given up, and the next batch opens another one.
+* What was committed is durable if and only if the files that have it still stand at their names. That is checked behind each
+  COMMIT, before anybody is told. It is checked before BEGIN as well when the last check has failed, while nothing happens
+  (`tidy`), and where the files cannot be guarded: so nothing more is written to files that nobody finds.
 * One thread at a time; `now`, `dropped` and `id` are read from memory by any. Nothing here waits by gevent, and there are no
   locks but the file's.
 * After a fork the child has a journal that is closed, and must not be used; the parent's goes on.
 
-The parts: `_lock` for who may write, `_schema` for what the file is, `_clock` for its time, `_writing` for batches, `_effects`
-for a caller's own part in them, `_tidying` for what goes.
+The parts: `_lock` and `_files` for who may write and where, `_place` for what stands beside it, `_schema` for what the file is,
+`_clock` for its time, `_writing` for batches, `_effects` for a caller's own part in them, `_tidying` for what goes.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import sys
@@ -29,13 +33,17 @@ from typing import Any, Literal
 from ..errors import JournalError, JournalUnavailable
 from ..sansio.records import Write
 from ._clock import moment, offset
+from ._files import Files
 from ._lock import Lock
+from ._place import warn_of_others
 from ._schema import BUSY, SQLITE_ERRORS, check, check_version, connect, create, explain, head, is_files_fault, migrate
 from ._tidying import MOST, Dropped, evict, expire, oldest, renew, size
 from ._writing import Writing
 from .base import Journal
 
 __all__ = ["SqliteJournal"]
+
+log = logging.getLogger(__name__)
 
 #: Seconds by which a request may have been first sent earlier than its `since` says: a server can only tell when it came, or
 #: work it out of what the client says, and both leave out the time on the way. What is within them counts as dropped: that is
@@ -68,7 +76,8 @@ class SqliteJournal(Journal):
     """A journal in a file, made when it is first opened.
 
     Args:
-        path: The file. Next to it there are `-wal` and `-shm` (sqlite's) and `.lock` while it is open.
+        path: The file. Next to it there are `-wal` and `-shm` (sqlite's) and `.lock` while it is open. Whatever is made is
+            its owner's alone (mode 0600).
         ttl: Seconds for which a request is remembered after it last changed; that it runs is noted as a change, each half of
             them.
         max_bytes: How large the file may become; what is oldest goes then. It may be exceeded by what is running, by the
@@ -98,7 +107,12 @@ class SqliteJournal(Journal):
             raise ValueError(f"synchronous is 'FULL' or 'NORMAL', not {synchronous!r}")
         self._synchronous = synchronous
         self._lock: Lock | None = None
+        self._files: Files | None = None
         self._connection: sqlite3.Connection | None = None
+        #: Something has failed, which may be the files' fault.
+        self._is_in_doubt = False
+        #: The batch that was committed to files that were not in their place any more, with its results.
+        self._doubtful: tuple[Sequence[Write], list[Any]] | None = None
         self._offset = 0.0
         self._horizon = _NONE
         self._has_steps = True
@@ -114,19 +128,20 @@ class SqliteJournal(Journal):
         try:
             if not check(self.path):
                 create(self.path, moment())
-            self._connection = self._connect(BUSY)
+            self._files = Files(self.path)
+            self._connection = self._connect(self._files, BUSY)
         except BaseException:
-            lock.release()
+            self._let_go(lock)
             raise
         self._lock = lock
         _opened.add(self)
+        warn_of_others(self.path)
 
     def close(self) -> None:
         _opened.discard(self)
         lock, self._lock = self._lock, None
         self._disconnect()
-        if lock is not None:
-            lock.release()
+        self._let_go(lock)
 
     def now(self) -> float:
         if self._lock is None:
@@ -159,6 +174,14 @@ class SqliteJournal(Journal):
     # Inside.
 
     def _commit(self, writes: Sequence[Write]) -> list[Any]:
+        if self._doubtful is not None:
+            doubtful, results = self._doubtful
+            is_same = len(doubtful) == len(writes) and all(one is other for one, other in zip(doubtful, writes))
+            if is_same:
+                self._ready()  # raises as long as the files are not in their place
+            self._doubtful = None
+            if is_same:
+                return results
         with self._transaction() as connection:
             now = self.now()
             writing = Writing(connection, now, self._horizon + MARGIN, self._has_steps)
@@ -167,6 +190,11 @@ class SqliteJournal(Journal):
                 # A transaction that changes nothing would succeed on a disk that is full.
                 connection.execute("UPDATE greensafe_journal SET last = ?", (now,))
         self._has_steps = writing.has_steps
+        try:
+            self._check_files()
+        except JournalUnavailable:
+            self._doubtful = writes, results
+            raise
         return results
 
     def _tidy(self, running: Collection[bytes]) -> bool:
@@ -185,6 +213,7 @@ class SqliteJournal(Journal):
             if dropped != self._dropped:
                 connection.execute(_DROP, {**dropped, "horizon": horizon, "last": now})
         self._horizon, self._dropped = horizon, dropped
+        self._check_files()
         if is_due and expired.count < MOST:
             self._next_look = max((now if first is None else first) + self._ttl / 2, now + self._ttl / _LOOKS)
         return expired.count >= MOST or (evicted.count >= MOST and self._is_too_large())
@@ -224,6 +253,7 @@ class SqliteJournal(Journal):
             raise
 
     def _roll_back(self) -> None:
+        self._is_in_doubt = True
         if self._connection is None:
             return
         try:
@@ -232,16 +262,34 @@ class SqliteJournal(Journal):
         except sqlite3.Error:
             self._disconnect()
 
-    def _ready(self) -> sqlite3.Connection:
-        if self._lock is None:
+    def _ready(self, is_sure: bool = False) -> sqlite3.Connection:
+        """The connection; `is_sure` to check first that this is the one server that may write, and where."""
+        if self._lock is None or self._files is None:
             raise JournalError(f"the journal {self.path} is not open")
+        if is_sure or self._is_in_doubt or not self._files.is_guarded:
+            self._is_in_doubt = True
+            was_lost = self._lock.is_lost
+            self._lock.check()
+            if was_lost:
+                # What is in memory of the file may be wrong by now: another one had it.
+                self._disconnect()
+            self._check_files(is_sure=True)
         if self._connection is None:
-            self._connection = self._connect(_PATIENCE)
+            self._connection = self._connect(self._files, _PATIENCE)
         return self._connection
 
-    def _connect(self, busy: float) -> sqlite3.Connection:
+    def _check_files(self, is_sure: bool = False) -> None:
+        """See that what was written is found by whoever opens the file next, or raise JournalUnavailable."""
+        self._is_in_doubt = True
+        connection, files = self._connection, self._files
+        if connection is not None and files is not None and not files.check(connection, is_sure):
+            self._disconnect()
+        self._is_in_doubt = False
+
+    def _connect(self, files: Files, busy: float) -> sqlite3.Connection:
         """Open the file, waiting `busy` seconds for other programs, and read what is kept in memory of it."""
         connection = None
+        files.guard(busy)
         try:
             connection = connect(self.path, "rw", busy)
             for setting in (
@@ -258,9 +306,10 @@ class SqliteJournal(Journal):
             self._read(connection)
             (self._has_steps,) = connection.execute("SELECT EXISTS (SELECT 1 FROM greensafe_steps)").fetchone()
             connection.execute(f"PRAGMA busy_timeout = {int(_PATIENCE * 1000)}")
+            files.note()
         except BaseException as error:
             if connection is not None:
-                connection.close()
+                files.disconnect(connection)
             if isinstance(error, SQLITE_ERRORS):
                 raise explain(self.path, error) from error
             raise
@@ -289,14 +338,22 @@ class SqliteJournal(Journal):
 
     def _is_too_large(self) -> bool:
         try:
-            return size(self._ready()) > self._max_bytes
+            return size(self._ready(is_sure=True)) > self._max_bytes
         except SQLITE_ERRORS as error:
             raise explain(self.path, error) from error
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        if connection is not None and self._files is not None:
+            self._files.disconnect(connection)
+
+    def _let_go(self, lock: Lock | None) -> None:
+        files, self._files = self._files, None
+        self._doubtful = None
+        if files is not None:
+            files.close()
+        if lock is not None:
+            lock.release()
 
     def _on_fork(self) -> None:
         """In a child: let go without touching anything. Closing might wait for ever for a thread that only the parent has."""
@@ -304,7 +361,7 @@ class SqliteJournal(Journal):
             import ctypes  # which not every Python has
 
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
-        self._connection = self._lock = None
+        self._connection = self._lock = self._files = None
 
 
 _DROP = "UPDATE greensafe_journal SET last = :last, horizon = :horizon, expired = :expired, evicted = :evicted"

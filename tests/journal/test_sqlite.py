@@ -230,14 +230,6 @@ def test_read_only_looks() -> None:
         shutil.rmtree(folder)
 
 
-def test_crash_while_it_is_made(path: Path) -> None:
-    """What a crash leaves of a file that was being made is made anew."""
-    path.with_name("requests.db.new").write_bytes(b"half")
-    store_one(path)
-    assert look(path).state is State.OPEN
-    assert sorted(contents(path.parent)) == ["requests.db"]
-
-
 def test_many_names(path: Path, tmp_path: Path) -> None:
     """Spaces and signs in a name are part of it; str and Path are the same, and so is a link to it."""
     for name in ("a b", "a?mode=memory", "100%41", "\u00e4#", ":memory:"):

@@ -1,0 +1,137 @@
+"""Descriptors of files that sqlite has open as well.
+
+sqlite's locks on a file are the process's (POSIX): they end when anything in the process closes any descriptor of that file.
+So whatever else opens one does it here: it is closed only when this process has no other descriptor of the same file. Until
+then it is kept, and used again.
+
+It does not know what the files are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import Any
+
+from ..errors import JournalError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = ["CAREFULLY", "Key", "get", "key_at", "key_of", "let_go", "peek", "sweep"]
+
+#: How files are opened that somebody else may have put there: no link is followed, and a pipe is not waited for.
+CAREFULLY = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
+
+#: What tells a file from all others: device and inode.
+Key = tuple[int, int]
+
+
+def key_of(found: os.stat_result) -> Key:
+    return found.st_dev, found.st_ino
+
+
+def key_at(name: str) -> Key | None:
+    """Of what stands there; None if that cannot be told."""
+    try:
+        return key_of(os.stat(name))
+    except OSError:
+        return None
+
+
+def peek(path: str, size: int) -> bytes | None:
+    """The beginning of a file, or None if this process has it open.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if key_at(path) in _open_files():
+        return None
+    fd = os.open(path, os.O_RDONLY | CAREFULLY)
+    try:
+        return os.read(fd, size)
+    finally:
+        let_go(fd)
+
+
+def get(path: str, how: int) -> int:
+    """A descriptor of a regular file, for `let_go`; `how` is O_RDONLY or O_RDWR.
+
+    Raises:
+        JournalError: It cannot be opened, or is none.
+    """
+    sweep()
+    try:
+        fd = _take_kept(key_of(os.stat(path)), how)
+        if fd is None:
+            fd = os.open(path, how | CAREFULLY)
+    except OSError as error:
+        raise JournalError(
+            f"the journal {path}: {error.strerror}; this user must be able to write to the file, its -wal and -shm, and "
+            "their folder"
+        ) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise JournalError(f"the journal {path} is not a file: give the name of one, or a name in it")
+    return fd
+
+
+def let_go(fd: int) -> None:
+    """Close it, as soon as that ends nobody's locks."""
+    _kept.append((key_of(os.fstat(fd)), fd))
+    sweep()
+
+
+def sweep() -> None:
+    """Close what can be closed by now."""
+    if _kept:
+        used = _open_files()
+        for each in [each for each in _kept if each[0] not in used]:
+            _kept.remove(each)
+            os.close(each[1])
+
+
+def _take_kept(key: Key, how: int) -> int | None:
+    for kept, fd in _kept:
+        if kept == key and (how == os.O_RDONLY or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == how):
+            _kept.remove((kept, fd))
+            return fd
+    return None
+
+
+def _open_files() -> set[Key]:
+    """The files that this process has open, apart from what is only kept here."""
+    kept = {fd for _, fd in _kept}
+    found = set()
+    for fd in _descriptors():
+        # OSError: the one by which the list was read; or another thread has closed it.
+        with contextlib.suppress(OSError):
+            if fd not in kept:
+                found.add(key_of(os.fstat(fd)))
+    return found
+
+
+def _descriptors() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/dev/fd") if name.isdigit()]
+    except OSError:  # no such list here, or no descriptor left to read it by
+        return []
+
+
+#: What cannot be closed yet.
+_kept: list[tuple[Key, int]] = []
+
+
+def _on_fork() -> None:
+    """In a child, which has inherited no lock of sqlite's."""
+    for _, fd in _kept:
+        os.close(fd)
+    _kept.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_on_fork)
