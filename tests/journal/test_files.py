@@ -132,6 +132,45 @@ def test_looking_from_the_servers_process_ends_no_lock(unguarded: None, journal:
     assert wal(path).exists()
 
 
+def test_looking_often_keeps_no_descriptors(journal: SqliteJournal, path: Path) -> None:
+    """What cannot be closed while the server has the file is not opened, however often somebody looks."""
+    counts = []
+    for _ in range(3):
+        with Reading(str(path)) as reading:
+            reading.summary()
+        counts.append(len(os.listdir("/dev/fd")))
+    assert len(set(counts)) == 1  # sqlite keeps one, and uses it again
+
+
+@needs_locks
+def test_a_child_that_outlives_its_server(path: Path) -> None:
+    """Keeps the journal from nobody."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert process.wait() == -9
+        with closing(SqliteJournal(path)) as made:
+            made.open()
+            made.commit([begin(1)])
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        process.stdin.close()
+
+
+ORPHAN = """
+import os, sys
+from greensafe.journal import SqliteJournal
+journal = SqliteJournal(sys.argv[1])
+journal.open()
+if os.fork() == 0:
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+os.kill(os.getpid(), 9)
+"""
+
+
 @needs_locks
 def test_a_child_that_ends_takes_no_lock_along(path: Path) -> None:
     """A forked child closes what it has inherited; the parent's log stays, also if the child has read the file."""
@@ -220,6 +259,28 @@ def test_somebody_has_looked_since_the_log_was_removed(journal: SqliteJournal, p
     assert journal.commit([begin(1)]) == [None]
     assert journal.commit([begin(2)]) == [None]
     assert stored(path) == {0, 1, 2}
+
+
+def test_somebody_has_the_file_open_when_the_log_is_removed(journal: SqliteJournal, path: Path) -> None:
+    """Then sqlite does not move it to the file at the end of our connection: that is done before."""
+    with subprocess.Popen([sys.executable, "-c", STAYS, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        wal(path).unlink()
+        assert journal.commit([begin(1)]) == [None]
+        process.kill()
+    assert stored(path) == {0, 1}
+    assert journal.commit([begin(2)]) == [None]
+    assert stored(path) == {0, 1, 2}
+
+
+STAYS = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1])
+db.execute("SELECT * FROM greensafe_requests").fetchall()
+print("ready", flush=True)
+input()
+"""
 
 
 def test_a_log_that_was_replaced_is_left_alone(journal: SqliteJournal, path: Path) -> None:
