@@ -4,6 +4,8 @@ sqlite's locks on a file are the process's (POSIX): they end when anything in th
 So whatever else opens one does it here: it is closed only when this process has no other descriptor of the same file. Until
 then it is kept, and used again.
 
+Any thread may call this; a thread holds the lock for the milliseconds that it takes to list all descriptors.
+
 It does not know what the files are.
 """
 
@@ -13,6 +15,8 @@ import contextlib
 import os
 import stat
 from typing import Any
+
+from gevent.monkey import get_original
 
 from ..errors import JournalError
 
@@ -49,8 +53,9 @@ def peek(path: str, size: int) -> bytes | None:
     Raises:
         OSError: It cannot be read.
     """
-    if key_at(path) in _open_files():
-        return None
+    with _lock:
+        if key_at(path) in _open_files():
+            return None
     fd = os.open(path, os.O_RDONLY | CAREFULLY)
     try:
         return os.read(fd, size)
@@ -64,9 +69,10 @@ def get(path: str, how: int) -> int:
     Raises:
         JournalError: It cannot be opened, or is none.
     """
-    sweep()
     try:
-        fd = _take_kept(key_of(os.stat(path)), how)
+        with _lock:
+            _sweep()
+            fd = _take_kept(key_of(os.stat(path)), how)
         if fd is None:
             fd = os.open(path, how | CAREFULLY)
     except OSError as error:
@@ -82,12 +88,18 @@ def get(path: str, how: int) -> int:
 
 def let_go(fd: int) -> None:
     """Close it, as soon as that ends nobody's locks."""
-    _kept.append((key_of(os.fstat(fd)), fd))
-    sweep()
+    with _lock:
+        _kept.append((key_of(os.fstat(fd)), fd))
+        _sweep()
 
 
 def sweep() -> None:
     """Close what can be closed by now."""
+    with _lock:
+        _sweep()
+
+
+def _sweep() -> None:
     if _kept:
         used = _open_files()
         for each in [each for each in _kept if each[0] not in used]:
@@ -125,11 +137,18 @@ def _descriptors() -> list[int]:
 #: What cannot be closed yet.
 _kept: list[tuple[Key, int]] = []
 
+#: A native one: a greenlet that has it does not wait for anything meanwhile.
+_new_lock = get_original("threading", "Lock")
+_lock = _new_lock()
+
 
 def _on_fork() -> None:
-    """In a child, which has inherited no lock of sqlite's."""
+    """In a child, which has inherited no lock of sqlite's, but perhaps this one of a thread that it does not have."""
+    global _lock
+    _lock = _new_lock()
     for _, fd in _kept:
-        os.close(fd)
+        with contextlib.suppress(OSError):  # that thread has just closed it
+            os.close(fd)
     _kept.clear()
 
 

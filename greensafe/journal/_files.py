@@ -8,8 +8,8 @@ last one, and deletes the write-ahead log; the journal would go on writing to a 
   own. It is let go before sqlite closes the file, so that the last one to close still tidies up.
 * Another byte is the server's. Removing the lock file does not let in a second server, nor does another name of the same file.
 * `check` compares what stands at the names with what was opened, for what no lock prevents: files that are removed, moved or
-  replaced. After each commit it asks Linux for the names of the descriptors: a stat of a file that was just written costs five
-  times as much, since kernels from 6.13 on then count its next write's time anew.
+  replaced. After each commit it asks Linux for the names of the descriptors: a stat of a file that was just written costs more,
+  since kernels from 6.13 on then note the time of its next write more exactly.
 
 It does not know what is in the files.
 """
@@ -165,9 +165,10 @@ class Files:
         connection.close()
         _lock(self._fd, "none", _SHARED_FIRST, _SHARED_SIZE)
         self._keys = self._links = ()
-        for fd in (self._log, self._memory):
+        unused = (self._log, self._memory)
+        self._log = self._memory = -1  # before they are closed: a child that is forked just now closes what stands here
+        for fd in unused:
             _release(fd)
-        self._log = self._memory = -1
 
     def close(self) -> None:
         """Give up the file; after the connection. Once more does nothing."""

@@ -75,7 +75,7 @@ class Lock:
         _held.add(self)
 
     def check(self) -> None:
-        """Check that the lock file is still the one that is locked, and make another one if it is gone. Costs one stat.
+        """Check that the lock file is still the one that is locked, and make another one if it is gone. Costs two stats.
 
         Raises:
             JournalUnavailable: Somebody else has made and locked another one, or it cannot be made.
@@ -196,7 +196,7 @@ def _try(fd: int, how: int) -> bool:
 def _is_at(name: str, fd: int) -> bool:
     try:
         return key_of(os.lstat(name)) == key_of(os.fstat(fd))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 from gevent.monkey import get_original
 
+from ..errors import JournalError
 from ._files import is_journal_here
 
 __all__ = ["log_faults"]
@@ -45,7 +46,11 @@ class _Found(NamedTuple):
 
 
 def log_faults(path: str) -> Iterator[str]:
-    """What of the journal's log was cut off, in whole sentences. Nothing is read of a journal that this process has open."""
+    """What of the journal's log was cut off, in whole sentences. Nothing is read of a journal that this process has open.
+
+    Raises:
+        JournalError: It cannot be read.
+    """
     if is_journal_here(path):
         return
     name = path + "-wal"
@@ -78,6 +83,8 @@ def _look(name: str) -> _Found | None:
             return _read(file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise JournalError(f"{name}: {error.strerror}; this user must be able to read it") from error
 
 
 def _read(file: BinaryIO, size: int) -> _Found | None:

@@ -31,6 +31,9 @@ _BEGINNINGS = {
 
 _LOOKED_AT = 100
 
+#: Bytes that no draft has, nor what sqlite has beside it.
+_TOO_LARGE = 2**20
+
 #: Where the application_id stands.
 _APPLICATION = slice(68, 72)
 
@@ -111,7 +114,7 @@ def _clear(name: str, beginnings: tuple[bytes, ...], application: bytes) -> bool
         return False
     finally:
         os.close(fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > _TOO_LARGE:
         return False
     if data.strip(b"\0"):
         if not data.startswith(beginnings):

@@ -122,7 +122,8 @@ def _sums(summary: Summary) -> Iterator[str]:
     counts = ", ".join(f"{count} {state}" for state, count in summary.counts.items())
     dropped = ", ".join(f"{count} {cause}" for cause, count in summary.dropped.items())
     yield f"{counts}; dropped: {dropped}; {summary.bytes} bytes"
-    yield f"journal {summary.journal_id}, " + ("no server" if summary.process is None else f"process {summary.process}")
+    process = "no server" if summary.process is None else f"process {summary.process or 'unknown (see `lsof`)'}"
+    yield f"journal {summary.journal_id}, {process}"
 
 
 def _shown(entry: Entry) -> Iterator[str]:

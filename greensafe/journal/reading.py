@@ -74,7 +74,7 @@ class Summary:
         counts: Requests by state.
         dropped: Requests that were dropped since it was made, by cause.
         bytes: Of the file, without its write-ahead log.
-        process: Of the server that writes to it, None if there is none.
+        process: Of the server that writes to it, None if there is none, 0 if it cannot be told (its lock file is gone).
     """
 
     journal_id: str
@@ -219,7 +219,8 @@ def forget(path: str, part: str) -> Entry:
     process = holder(path)
     if entry.state == State.OPEN.value and process is not None:
         raise JournalError(
-            f"request {entry.request_id} is open, and process {process} may be running it: stop that server first, or let it be"
+            f"request {entry.request_id} is open, and process {process or 'unknown'} may be running it: stop that server "
+            "first, or let it be"
         )
     try:
         with _alone(path) if process is None else nullcontext(), closing(connect(path, "rw")) as connection:

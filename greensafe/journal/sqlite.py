@@ -176,10 +176,13 @@ class SqliteJournal(Journal):
     def _commit(self, writes: Sequence[Write]) -> list[Any]:
         if self._doubtful is not None:
             doubtful, results = self._doubtful
-            is_same = len(doubtful) == len(writes) and all(one is other for one, other in zip(doubtful, writes))
+            is_same = (
+                bool(writes) and len(doubtful) == len(writes) and all(one is other for one, other in zip(doubtful, writes))
+            )
             if is_same:
                 self._ready()  # raises as long as the files are not in their place
-            self._doubtful = None
+            if writes:
+                self._doubtful = None
             if is_same:
                 return results
         with self._transaction() as connection:

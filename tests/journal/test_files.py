@@ -13,8 +13,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gevent.monkey
 import pytest
-from helpers import LONG, ROOT, run, run_python, wait_until
+from helpers import LONG, MS, ROOT, run, run_python, wait_until
 
 import greensafe
 from greensafe import JournalError, JournalUnavailable
@@ -140,6 +141,34 @@ def test_looking_often_keeps_no_descriptors(journal: SqliteJournal, path: Path) 
             reading.summary()
         counts.append(len(os.listdir("/dev/fd")))
     assert len(set(counts)) == 1  # sqlite keeps one, and uses it again
+
+
+def test_threads(journal: SqliteJournal, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """May look at a file all at the same time: nobody closes what is another's, however they are interrupted."""
+    journal.close()
+    thread, sleep = gevent.monkey.get_original("threading", "Thread"), gevent.monkey.get_original("time", "sleep")
+    failures: list[BaseException] = []
+
+    class Slow:
+        def __contains__(self, key: object) -> bool:
+            sleep(0.1 * MS)
+            return False
+
+    def look() -> None:
+        try:
+            for _ in range(10):
+                _descriptors.let_go(_descriptors.get(str(path), os.O_RDONLY))
+        except BaseException as error:
+            failures.append(error)
+
+    monkeypatch.setattr(_descriptors, "_open_files", Slow)
+    threads = [thread(target=look) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not failures
+    assert not _descriptors._kept
 
 
 @needs_locks
@@ -303,9 +332,9 @@ def test_a_file_that_is_moved_away_and_put_back(guards: bool, journal: SqliteJou
     if is_replaced:
         path.write_bytes(b"another")
     batch = [Finish(id_of(0), Kind.REPLY, [b"answer"]), begin(1)]
-    for _ in range(2):
+    for writes in (batch, [], batch):
         with pytest.raises(JournalUnavailable, match=f"{path} was (removed or renamed|replaced)"):
-            journal.commit(batch)
+            journal.commit(writes)
     assert not is_replaced or path.read_bytes() == b"another"
     aside.rename(path)
     assert journal.commit(batch) == [None, None]
@@ -348,6 +377,7 @@ def test_another_batch_than_the_doubtful_one(journal: SqliteJournal, path: Path)
     with pytest.raises(JournalUnavailable):
         journal.commit([begin(1)])
     aside.rename(path)
+    assert journal.commit([]) == []
     (known,) = journal.commit([begin(1)])
     assert isinstance(known, Known)
 
@@ -377,6 +407,8 @@ def test_a_lock_file_that_was_removed_lets_nobody_in(
     """Neither a server nor who would change the file; it is made again, which is logged."""
     lock = path.with_name("requests.db.lock")
     lock.unlink()
+    shown = run([sys.executable, "-m", "greensafe", "journal", "ls", path])
+    assert "process unknown" in shown.out
     refused = run_python(
         "import sys; from greensafe.journal import SqliteJournal; SqliteJournal(sys.argv[1]).open()", str(path)
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import run
 
+from greensafe import JournalError
 from greensafe.journal import Begin, SqliteJournal, _log
 from greensafe.journal._log import log_faults
 from greensafe.journal.reading import Reading
@@ -151,6 +152,14 @@ def test_of_a_journal_that_is_open_here_nothing_is_read(tmp_path: Path, monkeypa
     with closing(SqliteJournal(tmp_path / "requests.db")) as journal:
         journal.open()
         assert list(log_faults(journal.path)) == []
+
+
+def test_a_log_that_cannot_be_read(left: Path) -> None:
+    """Is said."""
+    wal(left).unlink()
+    wal(left).mkdir()
+    with pytest.raises(JournalError, match="-wal: Is a directory"):
+        list(log_faults(str(left)))
 
 
 @pytest.mark.parametrize("damage", [lambda path: flip(path, 32 + 3 * EACH + 99), lambda path: flip(path, 9)])

@@ -173,9 +173,10 @@ def draft_by_another_name(name: Path) -> None:
         Path.mkdir,
         lambda name: os.mkfifo(name),
         lambda name: name.symlink_to("nothing"),
+        lambda name: name.write_bytes(bytes(2**20 + 1)),
         lambda name: name.with_name(name.name + "-journal").write_bytes(b"precious"),
     ],
-    ids=["text", "database", "hard link", "folder", "pipe", "link", "sqlite's"],
+    ids=["text", "database", "hard link", "folder", "pipe", "link", "large", "sqlite's"],
 )
 def test_what_no_crash_has_left(path: Path, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture) -> None:
     """Stays as it is, and is logged; the journal is made by another name."""
