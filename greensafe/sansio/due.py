@@ -7,6 +7,7 @@ half of it is over, so that it never grows with what ended long ago.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -43,10 +44,14 @@ class DueQueue(Generic[T]):
         heap = self._heap
         heapq.heappush(heap, (at, self._number, thing))
         if len(heap) > 2 * self._live_size:
-            is_live = self._is_live
-            heap[:] = [entry for entry in heap if is_live(entry[2], entry[0])]
-            heapq.heapify(heap)
-            self._live_size = max(SMALL, len(heap))
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Let go of all that is over."""
+        is_live, heap = self._is_live, self._heap
+        heap[:] = [entry for entry in heap if is_live(entry[2], entry[0])]
+        heapq.heapify(heap)
+        self._live_size = max(SMALL, len(heap))
 
     def next_at(self) -> float | None:
         """When the next one is due, None if nothing is left."""
@@ -58,12 +63,16 @@ class DueQueue(Generic[T]):
             heapq.heappop(heap)
         return None
 
-    def pop_due(self, now: float) -> list[T]:
-        """Take out what is due by `now`, in the order of the times."""
-        due: list[T] = []
+    def pop_due(self, now: float, most: float = math.inf) -> list[T]:
+        """Take out what is due by `now`, in the order of the times, up to so many; `next_at` tells whether there are more."""
+        return [thing for _, thing in self.pop_due_with_times(now, most)]
+
+    def pop_due_with_times(self, now: float, most: float = math.inf) -> list[tuple[float, T]]:
+        """The same, with the time of each."""
+        due: list[tuple[float, T]] = []
         heap = self._heap
-        while heap and heap[0][0] <= now:
+        while heap and heap[0][0] <= now and len(due) < most:
             at, _, thing = heapq.heappop(heap)
             if self._is_live(thing, at):
-                due.append(thing)
+                due.append((at, thing))
         return due
