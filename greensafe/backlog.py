@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from .request import Request
 from .sansio.turns import Turns
+from .sansio.weights import REQUEST, weight
 
 __all__ = ["BACKLOG", "BACKLOG_BYTES", "Backlog"]
 
-#: Requests that are kept, and the bytes of their bodies; then it `is_full`.
+#: Requests that are kept, and what they weigh, envelopes and all; then it `is_full`.
 BACKLOG = 10_000
 BACKLOG_BYTES = 64 * 2**20
 
@@ -20,14 +21,14 @@ class Backlog:
     """Requests that wait for their turn, by the key of their exchange.
 
     Attributes:
-        size: The bytes of their bodies.
+        size: What they weigh, in bytes.
     """
 
     __slots__ = ("_requests", "_turns", "size")
 
     def __init__(self) -> None:
-        #: Each with whose turn it waits for: one that is sent again by another way keeps its place.
-        self._requests: dict[int, tuple[Request, tuple[bytes, ...]]] = {}
+        #: Each with whose turn it waits for, and its weight: one that is sent again by another way keeps both.
+        self._requests: dict[int, tuple[Request, tuple[bytes, ...], int]] = {}
         self._turns = Turns()
         self.size = 0
 
@@ -44,14 +45,18 @@ class Backlog:
 
     def requests(self) -> list[Request]:
         """All of them, the oldest first."""
-        return [request for request, _ in self._requests.values()]
+        return [request for request, _, _ in self._requests.values()]
 
     def keep(self, request: Request) -> None:
         """It waits from now on."""
         key = request._exchange.key
-        origin = request._exchange.envelope.origin
-        self._requests[key] = request, origin
-        self.size += sum(map(len, request.frames))
+        envelope = request._exchange.envelope
+        origin = envelope.origin
+        size = REQUEST + weight(envelope.route + envelope.body)
+        if envelope.header is not None:
+            size += len(envelope.header.metadata)  # which is in the header's frame as well
+        self._requests[key] = request, origin, size
+        self.size += size
         self._turns.add(origin, key)
 
     def take(self, key: int) -> Request | None:
@@ -59,8 +64,8 @@ class Backlog:
         found = self._requests.pop(key, None)
         if found is None:
             return None
-        request, origin = found
-        self.size -= sum(map(len, request.frames))
+        request, origin, size = found
+        self.size -= size
         self._turns.remove(origin, key)
         return request
 

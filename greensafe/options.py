@@ -23,6 +23,7 @@ __all__ = [
     "check_heartbeat",
     "check_journal",
     "check_limits",
+    "check_max_frames",
     "check_metadata",
     "check_options",
     "check_resume",
@@ -35,6 +36,9 @@ SHORTEST_HEARTBEAT = 0.1
 
 #: Eleven days. libzmq's options for it are milliseconds in 32 bits, and the longest of them is twice as long.
 LONGEST_HEARTBEAT = 1e6
+
+#: With a header and one proxy a request of one frame has five.
+FEWEST_FRAMES = 8
 
 Handler = Callable[[Request], Any]
 OnError = Callable[[Request, RemoteError], "RemoteError | bytes | Sequence[bytes] | None"]
@@ -63,6 +67,13 @@ def check_options(max_inflight: Any, on_error: Any) -> None:
         raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
     if on_error is not None and not callable(on_error):
         raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")
+
+
+def check_max_frames(max_frames: Any) -> int:
+    """Check how many frames a message may have."""
+    if not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < FEWEST_FRAMES:
+        raise ValueError(f"max_frames is a whole number from {FEWEST_FRAMES}, not {max_frames!r}")
+    return max_frames
 
 
 def check_resume(resume: Any, max_attempts: Any, codec: Any) -> None:

@@ -53,6 +53,7 @@ from .options import (
     check_handler,
     check_journal,
     check_limits,
+    check_max_frames,
     check_options,
     check_resume,
     check_watch,
@@ -60,6 +61,7 @@ from .options import (
 from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
+from .sansio.weights import MAX_FRAMES
 from .stats import ServerStats
 from .stopping import Stop
 from .threads import LIMIT, call_in, check_here, is_elsewhere, is_in_hub, wait_while
@@ -68,6 +70,10 @@ from .watchdog import Watchdog
 __all__ = ["Server", "serve"]
 
 log = logging.getLogger(__name__)
+
+#: Messages of one connection that libzmq keeps unread, unless the Context says otherwise (by itself it keeps 1000). They are not
+#: weighed: one of 100,000 empty frames takes 6.4 MB. Fewer cost no time; see docs/design.md, "What is kept".
+UNREAD = 32
 
 #: Seconds that answers still queued in libzmq may take to leave after a server was stopped.
 FLUSH = 1.0
@@ -89,6 +95,7 @@ class Server:
         grace: Seconds between the deadline and the kill.
         max_inflight: Requests handled at a time; those beyond it wait, clients in turn, up to 10,000 or 64 MiB in all; then
             nothing is read and clients feel backpressure.
+        max_frames: Frames of one message, its envelope included. A client that sends more is answered INVALID_ARGUMENT.
         overload: "wait", or "reject": those beyond max_inflight are answered RESOURCE_EXHAUSTED at once, and not run.
         on_error: Called with (request, error) before an error is sent; returns what the client is told instead: a RemoteError
             for clients of either kind, bytes or frames for plain clients only, or None for the error as it is. It is often
@@ -129,6 +136,7 @@ class Server:
         deadline: Any,
         grace: Any = 1.0,
         max_inflight: int = 1000,
+        max_frames: int = MAX_FRAMES,
         overload: str = "wait",
         on_error: OnError | None = None,
         tell_errors: bool = True,
@@ -149,6 +157,7 @@ class Server:
         check_handler(handler)
         check_options(max_inflight, on_error)
         check_context(context)
+        self._max_frames = check_max_frames(max_frames)
         if overload not in ("wait", "reject"):
             raise ValueError(f'overload is "wait" or "reject", not {overload!r}')
         check_resume(resume, max_attempts, step_codec)
@@ -181,6 +190,7 @@ class Server:
         self._systemd: systemd.Notifier | None = None
         self._restarts = Restarts(self._bind_to, self._give_up, self._tell)
         self._undelivered = (0, 0)
+        self._unsaid = 0
         self._stopped = Event()
         self._stopped.set()
         self._stopping = False
@@ -240,7 +250,9 @@ class Server:
                 "duplicates": counts.duplicates,
                 "unreachable": unreachable,
                 "full_outbox": dropped,
+                "unsaid": self._unsaid if pump is None else pump.unsaid,
                 "misdirected": counts.misdirected,
+                "forgotten": counts.forgotten,
             },
             journal=watchdog.stats if isinstance(watchdog, Journaled) and pump is not None else None,
             restarts=dict(self._restarts.counts),
@@ -310,6 +322,8 @@ class Server:
         try:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
             sock.setsockopt(zmq.ROUTER_HANDOVER, int(self._handover))
+            if zmq.RCVHWM not in context.sockopts:
+                sock.setsockopt(zmq.RCVHWM, UNREAD)
             self._binding.bind(sock, self._bind_to, sock.bind, takes_over=self._takeover)
             self.endpoint = sock.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         except BaseException:
@@ -337,6 +351,8 @@ class Server:
         close_first(context, self)
         options: dict[str, Any] = {
             "send_soon": self._pump.send_soon,
+            "send_now": self._pump.send_now,
+            "max_frames": self._max_frames,
             "limit": self._limit,
             "grace": self._grace,
             "max_inflight": self._max_inflight,
@@ -596,6 +612,7 @@ class Server:
         self._binding.close(self._socket)
         unread = pump.queued
         self._undelivered = (pump.dropped + unread, pump.unreachable)
+        self._unsaid = pump.unsaid
         pump.close(int(FLUSH * 1000))
         self._restarts.close()
         watchdog.close()

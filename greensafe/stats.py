@@ -102,7 +102,9 @@ class ServerStats:
             "duplicates": second answers of handlers, and those that came when the watchdog had answered;
             "unreachable": answers for clients that are gone;
             "full_outbox": answers for clients that do not read;
-            "misdirected": requests refused because they may have run for a server with another journal.
+            "unsaid": WORKINGs for clients that do not read, which are told again soon;
+            "misdirected": requests refused because they may have run for a server with another journal;
+            "forgotten": clients without open requests that were not remembered for want of room.
         journal: None without one, and while the server is closed.
         restarts: How often a loop of the library itself has failed and went on, by its name; only those that did fail.
         loop_error: What the last of them has failed with, if the server has stopped for that; else "".
@@ -179,7 +181,8 @@ class ClientStats:
         drops: What was thrown away, by cause:
             "late": answers to requests that nobody waits for any more;
             "malformed": messages that were no answer;
-            "ignored": kinds of messages that mean nothing here.
+            "ignored": kinds of messages that mean nothing here;
+            "unsaid": CANCELs and acknowledgements for servers that do not read.
         endpoints: One for each, in the order in which they were given.
         restarts, loop_error: As in ServerStats.
     """

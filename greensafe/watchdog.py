@@ -39,7 +39,7 @@ from .request import LATER, Request, as_frames, error_for
 from .restarts import Restarts
 from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
 from .sansio.exchange import Exchange
-from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Send, Zombie as ZombieFound
+from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Say, Send, Zombie as ZombieFound
 from .stats import Zombie
 from .telling import Telling
 
@@ -71,6 +71,7 @@ class Watchdog:
             None if it has replied; LATER if somebody will.
         send: Takes the frames of an answer, envelope included; must not block.
         send_soon: The same for an answer behind which nothing runs that could hold it up; by default `send`.
+        send_now: The same for what is of no use unless it leaves at once; by default `send`.
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         max_inflight: Handlers that run at a time.
@@ -78,7 +79,7 @@ class Watchdog:
         rejects: What comes beyond that is answered RESOURCE_EXHAUSTED instead of being kept.
         instance: 16 bytes that tell this server from the one that was there before.
         journal: 16 bytes of its journal.
-        reads_on: See Responder.
+        reads_on, max_frames: See Responder.
         on_error, tell_errors: See `telling`.
         lines: What it logs with, if others do so as well; they flush it.
         on_room: Called whenever `load` or `backlog` has become less.
@@ -104,12 +105,14 @@ class Watchdog:
         limit: float | None,
         grace: float,
         send_soon: Callable[[list[bytes]], None] | None = None,
+        send_now: Callable[[list[bytes]], None] | None = None,
         max_inflight: int = 1000,
         max_zombies: int | None = None,
         rejects: bool = False,
         instance: bytes = bytes(16),
         journal: bytes = NO_JOURNAL,
         reads_on: bool = True,
+        max_frames: int | None = None,
         on_error: OnError | None = None,
         tell_errors: bool = True,
         lines: Lines | None = None,
@@ -119,10 +122,11 @@ class Watchdog:
         codec: Codec | None = None,
         restarts: Restarts | None = None,
     ) -> None:
-        self.responder = Responder(grace=grace, instance=instance, journal=journal, reads_on=reads_on)
+        self.responder = Responder(grace=grace, instance=instance, journal=journal, reads_on=reads_on, max_frames=max_frames)
         self._handler = handler
         self._send = send
         self._send_soon = send_soon or send
+        self._send_now = send_now or send
         self._limit = limit
         self._max_inflight = max_inflight
         self._most_zombies = math.inf if max_zombies is None else max_zombies + max_inflight
@@ -541,6 +545,8 @@ class Watchdog:
     def _apply(self, effect: Effect) -> None:
         if isinstance(effect, Send):
             self._send(effect.frames)
+        elif isinstance(effect, Say):
+            self._send_now(effect.frames)
         elif isinstance(effect, Cancel):
             self._stop(effect.exchange)
         elif isinstance(effect, Expire):

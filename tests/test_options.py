@@ -14,6 +14,7 @@ from greensafe.options import (
     check_handler,
     check_heartbeat,
     check_limits,
+    check_max_frames,
     check_metadata,
     check_options,
     check_retries,
@@ -61,6 +62,14 @@ def test_wrong_numbers_of_requests(most: Any) -> None:
     """max_inflight is a whole number of at least one."""
     with pytest.raises(ValueError, match="max_inflight"):
         check_options(most, None)
+
+
+@pytest.mark.parametrize("most", [0, 7, 100.0, True, None, "100"])
+def test_wrong_numbers_of_frames(most: Any) -> None:
+    """max_frames is a whole number that leaves room for an envelope."""
+    assert check_max_frames(8) == 8
+    with pytest.raises(ValueError, match="max_frames"):
+        check_max_frames(most)
 
 
 def test_on_error() -> None:

@@ -37,6 +37,7 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
+from ..sansio.weights import MESSAGE, weight
 from ._forks import generation
 from ._turns import TURN, call_in_next_turn
 
@@ -52,14 +53,14 @@ ASKED = 8
 SOON = 32
 SOON_SECONDS = 0.001
 
-#: Bytes that a server keeps for one peer whose pipe is full, beyond its high-water mark: some 60,000 small messages.
+#: Bytes that a server keeps for one peer whose pipe is full, beyond its high-water mark: some 35,000 small messages.
 OUTBOX = 16 * 2**20
 
 #: The same for all peers of one socket together: so many may read slowly before what is for them is dropped.
 OUTBOXES = 256 * 2**20
 
-#: Bytes that a message is reckoned at besides those of its frames.
-OVERHEAD = 250
+#: Messages that wait for a peer below which those that were taken back are not searched for.
+SWEPT = 64
 
 #: Messages that a socket about to close still reads in order to refuse them; who sends faster than that learns by its end.
 REFUSED = 10_000
@@ -91,13 +92,25 @@ _send: Callable[..., Any] = Backend.send
 
 
 class _Queue:
-    """The messages that wait for one peer, each with its size in bytes."""
+    """The messages that wait for one peer, each with its weight in bytes."""
 
-    __slots__ = ("messages", "size")
+    __slots__ = ("_swept", "messages", "size")
 
     def __init__(self) -> None:
         self.messages: deque[tuple[list[bytes], int]] = deque()
         self.size = 0
+        self._swept = SWEPT
+
+    def keep(self, frames: list[bytes], size: int) -> int:
+        """Add a message; returns by how much the queue has grown. Those that were taken back go when they are half of it."""
+        before = self.size
+        if len(self.messages) >= 2 * self._swept:
+            self.messages = deque(entry for entry in self.messages if entry[0])
+            self.size = sum(entry[1] for entry in self.messages)
+            self._swept = max(SWEPT, len(self.messages))
+        self.messages.append((frames, size))
+        self.size += size
+        return self.size - before
 
 
 class Pump:
@@ -115,6 +128,7 @@ class Pump:
 
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
+        unsaid: Messages handed to `send_now` that had no room.
         unreachable: Messages thrown away because their peer is gone (EHOSTUNREACH) or the socket is.
         is_started: It reads; the loop is kept alive.
         is_paused: No message is read while this is set, so peers feel backpressure; `resume` clears it.
@@ -147,6 +161,7 @@ class Pump:
         "is_paused",
         "is_started",
         "unreachable",
+        "unsaid",
     )
 
     def __init__(
@@ -184,6 +199,7 @@ class Pump:
         self.is_paused = False
         self.dropped = 0
         self.unreachable = 0
+        self.unsaid = 0
         self._first: zmq.Frame | None = None
 
     def __repr__(self) -> str:
@@ -198,6 +214,11 @@ class Pump:
             return int(self._first.get(_SRCFD))
         except zmq.ZMQError:
             return -1
+
+    @property
+    def queued_size(self) -> int:
+        """What the messages weigh that wait for a peer, in bytes."""
+        return self._outbox_size
 
     @property
     def queued(self) -> int:
@@ -287,6 +308,18 @@ class Pump:
             self._keep(waiting, frames)
             self._start_retry()
 
+    def send_now(self, frames: list[bytes]) -> None:
+        """Send if the peer has room at this moment, else drop it: for what is said again soon."""
+        if self._outbox and (frames[0] if self._is_router else b"") in self._outbox:
+            self.unsaid += 1
+            return
+        if self._soon:
+            self._send_gathered()
+        if not self._try_send(frames):
+            self.unsaid += 1
+        if not self._is_reading and not self._scheduled and self.is_started:
+            self._schedule()
+
     def unsent(self) -> list[list[bytes]]:
         """The messages that have not been handed to libzmq, as they were handed to `send`."""
         return [*self._soon, *(frames for queue in self._outbox.values() for frames, _ in queue.messages)]
@@ -364,12 +397,10 @@ class Pump:
         return True
 
     def _keep(self, waiting: _Queue, frames: list[bytes]) -> None:
-        size = OVERHEAD + sum(map(len, frames))
+        size = MESSAGE + weight(frames)
         limit = self._limit
         if limit is None or (self._outbox_size < OUTBOXES and (not waiting.messages or waiting.size + size <= limit)):
-            waiting.messages.append((frames, size))
-            waiting.size += size
-            self._outbox_size += size
+            self._outbox_size += waiting.keep(frames, size)
         else:
             self.dropped += 1
 

@@ -42,6 +42,7 @@ __all__ = [
     "MAGIC",
     "MAX_METADATA",
     "MAX_ROUTE",
+    "MAX_ROUTE_BYTES",
     "NO_JOURNAL",
     "OTHER_JOURNAL",
     "SERVER_HEADER_SIZE",
@@ -73,6 +74,9 @@ MAX_METADATA = 0xFFFF - SERVER_HEADER_SIZE
 
 #: Frames among which the delimiter has to be: what stands before it goes back with every answer.
 MAX_ROUTE = 256
+
+#: Bytes that they may have, a header not counted.
+MAX_ROUTE_BYTES = 65_536
 
 #: A flag of a request: say WORKING at once, unless the answer is there at once.
 GREET = 0x0001
@@ -312,7 +316,8 @@ def split(frames: Sequence[bytes]) -> Envelope:
     """Take apart a message as a ROUTER receives it.
 
     Raises:
-        RemoteProtocolError: There is no delimiter after a routing id, or no body behind it. The text says which.
+        RemoteProtocolError: There is no delimiter after a routing id, too much before it, or no body behind it. The text says
+            which.
     """
     try:
         delimiter = frames.index(b"", 1, MAX_ROUTE)
@@ -325,7 +330,16 @@ def split(frames: Sequence[bytes]) -> Envelope:
     if not body:
         raise RemoteProtocolError("a message without a body: nothing follows the empty frame")
     header = decode(frames[delimiter - 1]) if delimiter > 1 else None
+    # libzmq bounds the first routing id, and the header has a limit of its own.
+    if delimiter > (1 if header is None else 2) and _too_long(frames, delimiter if header is None else delimiter - 1):
+        raise RemoteProtocolError(
+            f"a message with more than {MAX_ROUTE_BYTES} bytes before the empty frame, header not counted"
+        )
     return Envelope(list(frames[: delimiter + 1]), header, body)
+
+
+def _too_long(frames: Sequence[bytes], ids: int) -> bool:
+    return sum(map(len, frames[:ids])) > MAX_ROUTE_BYTES
 
 
 def _check(some_id: bytes, metadata: bytes = b"") -> None:

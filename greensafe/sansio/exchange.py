@@ -77,6 +77,7 @@ class Exchange:
         is_limited_by_caller: The deadline is the caller's own limit, which is earlier than the server's.
         caller: The responder's own object for a client that sends headers.
         also: The envelopes of others that have sent the same request (with a journal): they get the same answer.
+        ways_size: What the ways weigh by which it has come again.
         is_held: The one answer has been given, and does not leave before it is stored (with a journal).
         owner: The shell's own object.
         memory: The same, for what a journal keeps of it.
@@ -97,6 +98,7 @@ class Exchange:
         "memory",
         "owner",
         "state",
+        "ways_size",
     )
 
     def __init__(self, key: int, envelope: Envelope, arrived_at: float) -> None:
@@ -111,6 +113,7 @@ class Exchange:
         self.is_limited_by_caller = False
         self.caller: Any = None
         self.also: tuple[Envelope, ...] = ()
+        self.ways_size = 0
         self.is_held = False
         self.owner: Any = None
         self.memory: Any = None

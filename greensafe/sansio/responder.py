@@ -21,18 +21,32 @@ from .due import DueQueue
 from .envelope import GREET, NO_JOURNAL, OTHER_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
 from .exchange import Event, Exchange, State
 from .liveness import LOOKS
+from .rounds import INTERVAL, Rounds
+from .weights import CALLER, weight
 
-__all__ = ["Acked", "Cancel", "Effect", "Expire", "Kill", "Responder", "Send", "Zombie"]
+__all__ = ["Acked", "Cancel", "Effect", "Expire", "Kill", "Responder", "Say", "Send", "Zombie"]
 
 #: Seconds between two WORKING for one client, at least, however short its patience.
-SHORTEST_PULSE = 0.05
+SHORTEST_PULSE = INTERVAL
 
 #: And at most, however long: a client that has gone is remembered until its next one would be due.
 LONGEST_PULSE = 30.0
 
-#: Clients that are remembered until then without an open request; who puts an id of his own before each request is a new one
-#: each time. About 600 bytes each.
-IDLE_CALLERS = 20_000
+#: Bytes of the clients that are remembered until then without an open request: some 20,000 with ordinary routing ids. Whoever
+#: puts an id of its own before each request is a new one each time.
+IDLE_BYTES = 16 * 2**20
+
+#: Bytes of the ways by which open requests have come again: what is more than that is not answered by all its ways.
+WAYS_BYTES = 16 * 2**20
+
+#: Bytes of one such way that is answered all the same, since it is the only one that is known to work.
+SMALL_WAY = 1000
+
+#: Bytes of what is over that the queues of times may keep until it would have been due.
+DEAD_BYTES = 4 * 2**20
+
+#: Limits that are seen to at a time; the others come in the next turn.
+AT_A_TIME = 100
 
 #: Seconds between two kills of a handler that survives them, at least: however short the grace, a zombie must not cost more
 #: than the requests.
@@ -74,13 +88,19 @@ class Send(NamedTuple):
     frames: list[bytes]
 
 
+class Say(NamedTuple):
+    """The same, and of no use unless it leaves at once: who does not read need not be told."""
+
+    frames: list[bytes]
+
+
 class Acked(NamedTuple):
     """The answer to this request has arrived: a journal need not keep it any longer."""
 
     request_id: bytes
 
 
-Effect = Expire | Cancel | Kill | Zombie | Send | Acked
+Effect = Expire | Cancel | Kill | Zombie | Send | Say | Acked
 
 
 class _Caller:
@@ -92,9 +112,10 @@ class _Caller:
         pulse: Seconds between two WORKING, infinity if it wants none.
         due: When the next one is.
         is_told: It knows that this server drains.
+        size: Its weight.
     """
 
-    __slots__ = ("due", "is_told", "open", "origin", "pulse")
+    __slots__ = ("due", "is_told", "open", "origin", "pulse", "size")
 
     def __init__(self, origin: tuple[bytes, ...]) -> None:
         self.origin = origin
@@ -102,6 +123,7 @@ class _Caller:
         self.pulse = math.inf
         self.due = math.inf
         self.is_told = False
+        self.size = CALLER + weight(origin)
 
 
 class Responder:
@@ -112,6 +134,8 @@ class Responder:
         instance, journal: 16 bytes each, see ServerHeader.
         reads_on: Requests are received while others are open. If not, clients are not told that nobody is in between, since
             they would take a request that was not received yet for forgotten.
+        max_frames: Of one message, its envelope included; None for any number. What has more is malformed. (Whoever reads need
+            hand over no more than one frame beyond that.)
 
     Attributes:
         inflight: Requests that are owed an answer.
@@ -120,6 +144,7 @@ class Responder:
         answered: Requests that were answered.
         cancelled: Requests whose clients did not want the answer any more.
         malformed: Messages refused by `receive`.
+        forgotten: Clients without open requests that were not remembered until their next WORKING, for want of room.
         ignored: CANCEL and ACK for requests that are not open.
         duplicates: Answers refused because there was one already.
         joined: Requests that have come again while they were owed their answer.
@@ -130,18 +155,23 @@ class Responder:
 
     __slots__ = (
         "_callers",
+        "_dead_size",
         "_due",
         "_grace",
+        "_idle_size",
         "_ids",
         "_instance",
         "_journal",
         "_key",
+        "_max_frames",
         "_pulses",
         "_reads_on",
         "_spared",
+        "_ways_size",
         "answered",
         "cancelled",
         "duplicates",
+        "forgotten",
         "ignored",
         "inflight",
         "is_draining",
@@ -154,18 +184,29 @@ class Responder:
     )
 
     def __init__(
-        self, *, grace: float, instance: bytes = bytes(16), journal: bytes = NO_JOURNAL, reads_on: bool = True
+        self,
+        *,
+        grace: float,
+        instance: bytes = bytes(16),
+        journal: bytes = NO_JOURNAL,
+        reads_on: bool = True,
+        max_frames: int | None = None,
     ) -> None:
         self._grace = grace
         self._instance = instance
         self._journal = journal
         self._reads_on = reads_on
+        self._max_frames = math.inf if max_frames is None else max_frames
         self._key = 0
         self._due: DueQueue[Exchange] = DueQueue(_is_due)
-        self._pulses: DueQueue[_Caller] = DueQueue(_is_pulse)
+        self._pulses: Rounds[_Caller] = Rounds(_is_pulse)
         self._callers: dict[tuple[bytes, ...], _Caller] = {}
         #: Those whose kill was put off, since this process was away when its time came; some may have ended since.
         self._spared: set[Exchange] = set()
+        #: What those without open requests weigh, the ways of requests that have come again, and what is over and still queued.
+        self._idle_size = 0
+        self._ways_size = 0
+        self._dead_size = 0
         #: With a journal: what is owed an answer, by the client's id.
         self._ids: dict[bytes, Exchange] | None = None if journal == NO_JOURNAL else {}
         self.inflight = 0
@@ -174,6 +215,7 @@ class Responder:
         self.answered = 0
         self.cancelled = 0
         self.malformed = 0
+        self.forgotten = 0
         self.ignored = 0
         self.duplicates = 0
         self.joined = 0
@@ -215,6 +257,8 @@ class Responder:
         Raises:
             RemoteProtocolError: It is malformed, or a server's message. It is counted, and nothing else is changed.
         """
+        if len(frames) > self._max_frames:
+            return self._too_many(frames)
         try:
             envelope = split(frames)
             if isinstance(envelope.header, ServerHeader):
@@ -243,6 +287,21 @@ class Responder:
         unknown = RemoteError("UNIMPLEMENTED", f"{header!r}: this server does not know that kind", "UnknownKind").to_reply()
         return Send(self._say(Kind.ERROR, envelope.origin, header.request_id, [unknown], header.metadata))
 
+    def _too_many(self, frames: Sequence[bytes]) -> Send:
+        """It is not run, and its client is told where that can be: a REQ would wait for ever. There may have been more."""
+        self.malformed += 1
+        envelope = split(frames)
+        header = envelope.header
+        message = (
+            f"a message of more than {self._max_frames} frames: send fewer and longer ones, or raise the server's max_frames"
+        )
+        error = RemoteError("INVALID_ARGUMENT", message, "TooManyFrames")
+        if header is None:
+            return Send([*envelope.route, error.to_reply()])
+        if isinstance(header, Header) and header.kind == Kind.REQUEST:
+            return Send(self._refusal(Kind.ERROR, envelope, header, error))
+        raise RemoteProtocolError(message)
+
     def begin(self, exchange: Exchange, now: float, limit: float | None) -> None:
         """Its handler is about to start: from here the server's own limit in seconds holds, if it is the earlier one."""
         if limit is not None and (exchange.at is None or now + limit < exchange.at):
@@ -268,14 +327,25 @@ class Responder:
         if envelope.body != exchange.envelope.body:
             message = "a request with this id and another body is open: an id is for one request"
             return Send(self._refusal(Kind.ERROR, envelope, header, RemoteError("INVALID_ARGUMENT", message, "OtherBody")))
-        self.joined += 1
+        envelope.body = exchange.envelope.body  # the same: not to be kept for each way
         origin = envelope.origin
         others = [other for other in (exchange.envelope, *exchange.also) if other.origin != origin]
-        exchange.also = tuple(others[:MOST_WAYS])
-        for forgotten in others[MOST_WAYS:]:
+        most = MOST_WAYS
+        room = WAYS_BYTES - self._ways_size + exchange.ways_size
+        if sum(map(_way, others[:MOST_WAYS])) + _way(envelope) > room:
+            if _way(envelope) > max(room, SMALL_WAY):
+                self.ignored += 1
+                return None
+            most = 0
+        self.joined += 1
+        exchange.also = tuple(others[:most])
+        for forgotten in others[most:]:
             if (caller := self._callers.get(forgotten.origin)) is not None:
                 self._settle(caller, header.request_id, exchange)
         exchange.envelope = envelope
+        self._ways_size -= exchange.ways_size
+        exchange.ways_size = _way(envelope) + sum(map(_way, exchange.also))
+        self._ways_size += exchange.ways_size
         self._add(exchange, origin, header, now)
         if header.flags & GREET:
             return Send(self._say(Kind.WORKING, origin, header.request_id, [header.request_id]))
@@ -305,6 +375,8 @@ class Responder:
         caller = self._callers.get(origin)
         if caller is None:
             self._callers[origin] = caller = _Caller(origin)
+        elif not caller.open:
+            self._idle_size -= caller.size
         caller.open[header.request_id] = exchange
         exchange.caller = caller
         if header.patience_ms:
@@ -389,8 +461,13 @@ class Responder:
         envelope = exchange.envelope
         header = envelope.header
         caller = exchange.caller
+        hops = len(envelope.route)
+        if hops > 2 and exchange.at is not None and (header is None or hops > 3 or header.metadata):
+            self._bury(_way(envelope))
         if header is None or caller is None:
             return [*envelope.route, *body]
+        if exchange.ways_size:
+            self._ways_size -= exchange.ways_size
         self._settle(caller, header.request_id, exchange)
         if self._ids is not None and self._ids.get(header.request_id) is exchange:
             del self._ids[header.request_id]
@@ -412,10 +489,30 @@ class Responder:
             del caller.open[request_id]
             if caller.open:
                 return
-            # While this drains those without open requests are to be told CLOSED, but no more of them than else are remembered.
-            if (caller.due == math.inf and not self.is_draining) or len(self._callers) - self.inflight > IDLE_CALLERS:
-                caller.due = math.inf
+            if caller.due == math.inf and not self.is_draining:
                 self._callers.pop(caller.origin, None)
+                return
+            # While this drains those without open requests are to be told CLOSED, but no more of them than else are remembered.
+            self._idle_size += caller.size
+            if self._idle_size > IDLE_BYTES:
+                self.forgotten += 1
+                self._forget(caller)
+
+    def _forget(self, caller: _Caller) -> None:
+        """A client without open requests."""
+        self._callers.pop(caller.origin, None)
+        self._idle_size -= caller.size
+        if caller.due != math.inf:
+            caller.due = math.inf
+            self._bury(caller.size)
+
+    def _bury(self, size: int) -> None:
+        """Something is over that the queues of times may hold on to until it would have been due, which may be never."""
+        self._dead_size += size
+        if self._dead_size > DEAD_BYTES:
+            self._dead_size = 0
+            self._due.sweep()
+            self._pulses.sweep()
 
     def promise(self, exchange: Exchange) -> None:
         """The handler has returned LATER: the end of its greenlet does not mean that the answer is missing."""
@@ -431,9 +528,12 @@ class Responder:
         return exchange.state is State.ABANDONED
 
     def tick(self, now: float) -> list[Effect]:
-        """What is to be done by `now`, in the order of the times; then what clients are to be told."""
+        """What is to be done by `now`, in the order of the times; then what clients are to be told.
+
+        It is done in parts, so that other things come in between: `next_deadline` tells whether there is more.
+        """
         effects: list[Effect] = []
-        for exchange in self._due.pop_due(now):
+        for exchange in self._due.pop_due(now, AT_A_TIME):
             if not exchange.is_expired:
                 exchange.is_expired = True
                 effects.append(Expire(exchange))
@@ -447,16 +547,16 @@ class Responder:
                 effects.append(Kill(exchange))
             if exchange.is_running:
                 self._set_due(exchange, now + (self._grace if exchange.kills == 0 else max(self._grace, AGAIN)))
-        for caller in self._pulses.pop_due(now):
+        for caller in self._pulses.take(now):
             if caller.open:
                 caller.due = now + caller.pulse
                 self._pulses.push(caller.due, caller)
-                effects.append(Send(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
+                effects.append(Say(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
             else:
                 caller.due = math.inf
                 if not self.is_draining:
                     # Only now, so that a client that asks one thing after another is not forgotten after each.
-                    self._callers.pop(caller.origin, None)
+                    self._forget(caller)
         return effects
 
     def _spares(self, exchange: Exchange, now: float) -> bool:
@@ -483,6 +583,11 @@ class Responder:
 
 def _is_due(exchange: Exchange, at: float) -> bool:
     return exchange.at == at and exchange.state is not State.OVER
+
+
+def _way(envelope: Envelope) -> int:
+    """What an envelope weighs without the body; metadata is kept twice, in the header's frame and by itself."""
+    return weight(envelope.route) + (0 if envelope.header is None else len(envelope.header.metadata))
 
 
 def _is_pulse(caller: _Caller, at: float) -> bool:

@@ -12,7 +12,8 @@ from helpers import LONG, wait_until
 
 import greensafe as zmq
 from greensafe.green import _pump
-from greensafe.green._pump import Pump
+from greensafe.green._pump import SWEPT, Pump
+from greensafe.sansio.weights import MESSAGE, weight
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -115,7 +116,7 @@ def test_paused_it_reads_nothing_until_it_is_resumed(context: zmq.Context, make:
 
 def test_a_full_peer_has_a_queue_of_its_own(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
     """What a full pipe does not take waits, up to a limit that is counted; other peers are not affected, order is kept."""
-    pump = make(outbox=5 * (_pump.OVERHEAD + len(b"full" + b"00")), SNDHWM=1)
+    pump = make(outbox=5 * (MESSAGE + weight([b"full", b"00"])), SNDHWM=1)
     full, other = _peer(context, b"full", rcvhwm=1), _peer(context, b"other")
     full.send(b"hello")
     other.send(b"hello")
@@ -148,6 +149,51 @@ def test_a_message_that_is_taken_back_does_not_leave(context: zmq.Context, make:
     messages[-1].clear()
     assert [peer.recv() for _ in expected] == expected
     assert peer.recv() == b"last"
+
+
+def test_messages_that_were_taken_back_do_not_add_up(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
+    """Whoever asks a peer that does not read again and again, and gives up each time, leaves nothing behind; order is kept."""
+    pump = make(SNDHWM=1)
+    full = _peer(context, b"full", rcvhwm=1)
+    full.send(b"hello")
+    wait_until(lambda: got)
+    sent: list[bytes] = []
+    while not pump.queued:
+        sent.append(b"%d" % len(sent))
+        pump.send([b"full", sent[-1]])
+    for number in range(10 * SWEPT):
+        message = [b"full", bytes(1000)]
+        pump.send(message)
+        if number % SWEPT:
+            message.clear()
+        else:
+            sent.append(message[1])
+    assert pump.queued <= 2 * SWEPT + 1
+    assert pump.queued_size <= (2 * SWEPT + 1) * (MESSAGE + weight([b"full", bytes(1000)]))
+    assert [full.recv() for _ in sent] == sent
+    assert (pump.queued, pump.queued_size) == (0, 0)
+
+
+def test_what_is_sent_now_or_never(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
+    """It goes out at once, behind what was sent before it, or not at all; what waits for a full peer does not grow by it."""
+    pump = make(SNDHWM=1)
+    full, other = _peer(context, b"full", rcvhwm=1), _peer(context, b"other")
+    full.send(b"hello")
+    other.send(b"hello")
+    wait_until(lambda: len(got) == 2)
+    sent = 0
+    while not pump.unsaid:
+        assert sent < 100
+        pump.send_now([b"full", b"%d" % sent])
+        sent += 1
+    assert pump.queued == 0
+    pump.send([b"full", b"waits"])
+    pump.send_now([b"full", b"left out"])
+    assert (pump.queued, pump.unsaid, pump.dropped) == (1, 2, 0)
+    pump.send_soon([b"other", b"first"])
+    pump.send_now([b"other", b"second"])
+    assert [other.recv(), other.recv()] == [b"first", b"second"]
+    assert [full.recv() for _ in range(sent)] == [*(b"%d" % number for number in range(sent - 1)), b"waits"]
 
 
 def test_a_peer_that_is_gone_is_counted(make: Maker) -> None:

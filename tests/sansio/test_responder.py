@@ -7,21 +7,38 @@ from typing import Any
 import pytest
 
 from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from greensafe.sansio.envelope import GREET, MAX_ROUTE, NO_JOURNAL, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
+from greensafe.sansio import responder as responder_module
+from greensafe.sansio.envelope import (
+    GREET,
+    MAX_METADATA,
+    MAX_ROUTE,
+    MAX_ROUTE_BYTES,
+    NO_JOURNAL,
+    OTHER_JOURNAL,
+    Header,
+    Kind,
+    ServerHeader,
+    decode,
+)
 from greensafe.sansio.exchange import Exchange, State
 from greensafe.sansio.responder import (
-    IDLE_CALLERS,
+    AT_A_TIME,
+    DEAD_BYTES,
+    IDLE_BYTES,
     LONGEST_PULSE,
     MOST_WAYS,
     SHORTEST_PULSE,
+    WAYS_BYTES,
     Acked,
     Cancel,
     Expire,
     Kill,
     Responder,
+    Say,
     Send,
     Zombie,
 )
+from greensafe.sansio.weights import CALLER
 
 RID = b"\0abcd"
 GRACE = 1.0
@@ -267,7 +284,7 @@ def _pulses(responder: Responder, until: float, step: float) -> list[tuple[float
     while now < until:
         now = round(now + step, 6)
         for effect in responder.tick(now):
-            assert isinstance(effect, Send)
+            assert isinstance(effect, Say)
             header = _said(effect.frames)
             body = effect.frames[3]
             ids = [body[start : start + 16] for start in range(0, len(body), 16)]
@@ -283,7 +300,7 @@ def test_working() -> None:
     assert responder.next_deadline() == 1.0
     assert _pulses(responder, 2.0, 0.25) == [(1.0, [_id(1), _id(2), _id(3)]), (2.0, [_id(1), _id(2), _id(3)])]
     responder.answer(exchanges[1], [b"x"])
-    assert [said.frames[3] for said in responder.tick(3.0) if isinstance(said, Send)] == [_id(1) + _id(3)]
+    assert [said.frames[3] for said in responder.tick(3.0) if isinstance(said, Say)] == [_id(1) + _id(3)]
     for exchange in (exchanges[0], exchanges[2]):
         responder.answer(exchange, [b"x"])
     assert responder.tick(4.0) == []
@@ -298,7 +315,7 @@ def test_working_is_for_those_who_want_it() -> None:
     assert responder.next_deadline() is None
     _open(responder, 2, patience_ms=5000, route=(b"two",))
     _open(responder, 3, patience_ms=5000, route=(b"proxy", RID))
-    batches = [effect.frames for effect in responder.tick(1.0) if isinstance(effect, Send)]
+    batches = [effect.frames for effect in responder.tick(1.0) if isinstance(effect, Say)]
     assert [(frames[0], frames[-1]) for frames in batches] == [(b"two", _id(2)), (b"proxy", _id(3))]
 
 
@@ -336,30 +353,75 @@ def test_clients_with_much_patience_are_forgotten_in_time() -> None:
     assert responder.next_deadline() is None
 
 
-def test_clients_without_requests_are_remembered_up_to_a_number() -> None:
+def test_clients_without_requests_are_remembered_up_to_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many come while none is forgotten in time: those with open requests, and so many more."""
     responder = _responder()
     waiting = [_open(responder, number, patience_ms=0xFFFFFFFF, route=(b"waits %d" % number,)) for number in range(100)]
-    for number in range(2 * IDLE_CALLERS):
+    most = 2000
+    monkeypatch.setattr(responder_module, "IDLE_BYTES", most * CALLER)
+    for number in range(2 * most):
         exchange = _open(responder, number, patience_ms=0xFFFFFFFF, route=(RID, b"%d" % number))
         responder.answer(exchange, [b"x"])
         responder.finish(exchange)
-    assert len(responder._callers) <= IDLE_CALLERS + len(waiting)
-    assert len(responder._pulses) <= 2 * (IDLE_CALLERS + len(waiting)) + 1
-    told = responder.tick(LONGEST_PULSE)
+    remembered = len(responder._callers)
+    assert most // 2 < remembered < most + len(waiting)
+    assert responder.forgotten == 2 * most - remembered + len(waiting)
+    assert len(responder._pulses) <= 2 * most
+    told = []
+    while (responder.next_deadline() or 0.0) <= LONGEST_PULSE:
+        told += responder.tick(LONGEST_PULSE)
     assert len(told) == len(waiting)
     assert len(responder._callers) == len(waiting)
 
 
-def test_clients_that_are_remembered_while_it_drains() -> None:
+def test_clients_that_are_remembered_while_it_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are to be told CLOSED, but no more of them than else are remembered."""
     responder = _responder()
     responder.drain()
-    for number in range(2 * IDLE_CALLERS):
+    most = 2000
+    monkeypatch.setattr(responder_module, "IDLE_BYTES", most * CALLER)
+    for number in range(2 * most):
         exchange = _open(responder, number, route=(RID, b"%d" % number))
         responder.answer(exchange, [b"x"])
         responder.finish(exchange)
-    assert len(responder._callers) == IDLE_CALLERS
+    assert most // 2 < len(responder._callers) < most
+
+
+def test_clients_that_are_remembered_weigh_what_their_ids_weigh() -> None:
+    """Ids that a client makes up, as long as they may be, are remembered up to a weight, and what is forgotten is let go."""
+    responder = _responder()
+    waiting = _open(responder, 0, patience_ms=0xFFFFFFFF, route=(b"waits",))
+    for number in range(4 * IDLE_BYTES // 60_000):
+        exchange = _open(responder, number, patience_ms=0xFFFFFFFF, route=(RID, b"%d" % number + bytes(60_000)))
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+    kept = {id(caller): caller for _, _, caller in responder._pulses._due._heap}
+    remembered = sum(len(frame) for caller in responder._callers.values() for frame in caller.origin)
+    assert IDLE_BYTES // 2 < remembered < IDLE_BYTES
+    assert sum(len(frame) for caller in kept.values() for frame in caller.origin) < IDLE_BYTES + DEAD_BYTES + 100_000
+    assert responder.forgotten > 2 * IDLE_BYTES // 60_000
+    assert waiting.caller.origin in responder._callers
+    assert [effect for effect in responder.tick(LONGEST_PULSE) if isinstance(effect, Say)]
+    assert list(responder._callers) == [(b"waits",)]
+    assert responder._idle_size == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "metadata"), [((RID, bytes(60_000)), b""), ((RID,), bytes(60_000)), ((RID, bytes(60_000)), None)]
+)
+def test_what_is_answered_is_not_kept_until_its_limit(route: tuple[bytes, ...], metadata: bytes | None) -> None:
+    """A request with weeks to go, whatever stands in its envelope, goes with its answer, or nearly so."""
+    responder = _responder()
+    for number in range(4 * DEAD_BYTES // 60_000):
+        if metadata is None:
+            exchange = responder.receive([*route, b"", b"plain"], 0.0)
+            assert isinstance(exchange, Exchange)
+            responder.begin(exchange, 0.0, 1e6)
+        else:
+            exchange = _open(responder, number, route=route, metadata=metadata, remaining_ms=10**9)
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+    assert len(responder._due) * 60_000 <= DEAD_BYTES + 60_000
 
 
 def test_the_pulse_of_a_client_that_keeps_asking() -> None:
@@ -399,6 +461,54 @@ def test_as_many_hops_as_anybody_puts_there() -> None:
     assert len(responder.answer(odd, [b"x"])) == most + 4
     with pytest.raises(RemoteProtocolError, match="256"):
         _open(responder, 3, route=(RID, *(b"x" for _ in range(most + 1))))
+
+
+def test_what_stands_before_the_delimiter_is_bounded() -> None:
+    """Ids of more than 64 KiB are malformed, whoever sends them; a header with all its metadata is not counted."""
+    responder = _responder()
+    long = bytes(MAX_ROUTE_BYTES - len(RID))
+    odd = _open(responder, 1, route=(RID, long), metadata=bytes(MAX_METADATA))
+    assert len(responder.answer(odd, [b"x"])) == 5
+    for frames in ([RID, long + b"x", b"", b"body"], _frames(Kind.REQUEST, 2, route=(RID, long, b"x"))):
+        with pytest.raises(RemoteProtocolError, match="65536 bytes"):
+            responder.receive(frames, 0.0)
+    assert (responder.malformed, responder.inflight) == (2, 0)
+
+
+def test_too_many_frames() -> None:
+    """Whoever sends too many is told, if that can be; nothing is run, whether all frames are there or the first only."""
+    responder = Responder(grace=GRACE, instance=INSTANCE, max_frames=10)
+    assert isinstance(_open(responder, 1), Exchange)
+    for count in (11, 1000):
+        body = (b"",) * count
+        told = responder.receive(_frames(Kind.REQUEST, 2, *body, metadata=b"m"), 0.0)
+        assert isinstance(told, Send)
+        assert _said(told.frames) == ServerHeader(Kind.ERROR, _id(2), INSTANCE, NO_JOURNAL, 1, b"m")
+        error = RemoteError.from_reply(told.frames[3])
+        assert error is not None
+        assert (error.code, error.type) == ("INVALID_ARGUMENT", "TooManyFrames")
+        told = responder.receive([RID, b"own", b"", *body], 0.0)
+        assert isinstance(told, Send)
+        assert told.frames[:3] == [RID, b"own", b""]
+        assert RemoteError.from_reply(told.frames[3]) is not None
+        for frames in (_frames(Kind.CANCEL, 1, *body), [RID, *(b"x" for _ in body)]):
+            with pytest.raises(RemoteProtocolError):
+                responder.receive(frames, 0.0)
+    assert (responder.malformed, responder.received, responder.inflight) == (8, 1, 1)
+
+
+def test_limits_that_come_together_are_seen_to_in_parts() -> None:
+    """However many run out at once: after some of them the next part is due at once, and none is left out."""
+    responder = _responder()
+    open_ = [_open(responder, number, remaining_ms=1000) for number in range(3 * AT_A_TIME)]
+    seen = []
+    for _ in range(3):
+        assert (responder.next_deadline() or 9.0) <= 1.0
+        effects = responder.tick(1.0)
+        assert len(effects) == AT_A_TIME
+        seen += [effect.exchange for effect in effects if isinstance(effect, Expire)]
+    assert seen == open_
+    assert responder.next_deadline() == 1.0 + GRACE
 
 
 # Cancel, ack, ping and the rest.
@@ -626,7 +736,29 @@ def test_cancelled_by_any_way() -> None:
 
 
 def _sends(effects: list[Any]) -> list[list[bytes]]:
-    return [effect.frames for effect in effects if isinstance(effect, Send)]
+    return [effect.frames for effect in effects if isinstance(effect, Send | Say)]
+
+
+def test_the_ways_of_a_request_that_comes_again_are_bounded() -> None:
+    """With a journal a request may be sent by any number of ways, with long ids and metadata: not all are kept."""
+    responder = _journaling()
+    for number in range(60):
+        _open(responder, number, route=(b"first",))
+        for way in range(MOST_WAYS):
+            frames = _frames(Kind.REQUEST, number, route=(b"way %d" % way, bytes(60_000)), metadata=bytes(60_000))
+            assert responder.receive(frames, 0.0) is None
+    open_ = list((responder._ids or {}).values())
+    kept = [way for exchange in open_ for way in (exchange.envelope, *exchange.also)]
+    assert sum(len(frame) for way in kept for frame in way.route) < WAYS_BYTES
+    assert {id(way.body) for way in kept} == {id(exchange.envelope.body) for exchange in open_}
+    assert 0 < responder.ignored < 60 * MOST_WAYS
+    assert responder.receive(_frames(Kind.REQUEST, 0, route=(b"small",), flags=GREET), 0.0) is not None
+    for exchange in open_:
+        assert len(responder.answer(exchange, [b"x"])) >= 3
+        responder.copies(exchange, [b"x"])
+        responder.finish(exchange)
+    assert responder._ways_size == 0
+    assert responder._callers == {}
 
 
 def test_closing() -> None:
