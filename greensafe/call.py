@@ -73,7 +73,9 @@ class Call:
 
 
 def error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
-    """The error in an answer that the server has marked as one."""
+    """The error in an answer that the server has marked as one, or that cannot be taken."""
+    if answer.flaw:
+        return RemoteProtocolError(answer.flaw)
     error = RemoteError.from_reply(answer.body[0], is_error=True) if len(answer.body) == 1 else None
     if error is not None:
         return error

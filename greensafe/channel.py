@@ -40,7 +40,7 @@ from .endpoints import explained, not_begun
 from .errors import PeerSilent, Refused, Unreachable
 from .green._byname import ByName, has_proxy, reconnect
 from .green._forks import generation
-from .green._pump import Pump
+from .green._pump import OUTBOX, Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .names import host_in
@@ -67,6 +67,9 @@ SHORT_LIVED = 1.0
 #: Seconds that a connection may stand before a peer that has sent bytes (ipc: has read those sent to it), but made no handshake
 #: that libzmq announces, is taken for one of ZMTP 2.
 SHY = 0.2
+
+#: Journals behind a proxy that are remembered: who makes one up for each message ends there.
+NAMED = 1000
 
 #: Bytes of a frame on the wire besides its own, about.
 FRAMING = 2
@@ -136,6 +139,7 @@ class Channel:
         losses: Connections, or servers behind one, that were lost.
         lost_requests: Requests that were in flight on them and may have run.
         failed_attempts: Attempts to connect that have failed.
+        unsaid: What is no request, and was not sent since the server does not read.
     """
 
     __slots__ = (
@@ -177,6 +181,7 @@ class Channel:
         "losses",
         "lost_requests",
         "trouble",
+        "unsaid",
     )
 
     def __init__(
@@ -209,6 +214,7 @@ class Channel:
         self.losses = 0
         self.lost_requests = 0
         self.failed_attempts = 0
+        self.unsaid = 0
         self.trouble: Trouble | None
         self._open()
 
@@ -271,9 +277,12 @@ class Channel:
             pump.send(frames)  # alone: its server may begin while this goes to sleep
 
     def tell(self, frames: list[bytes]) -> None:
-        """Send what is no request."""
+        """Send what is no request, and need not arrive: who does not read is not told for ever."""
         if self._pump is not None and self.is_up and not self.is_inherited:
-            self._pump.send(frames)
+            if self._pump.queued_size > OUTBOX:
+                self.unsaid += 1
+            else:
+                self._pump.send(frames)
 
     def wake(self) -> None:
         """Somebody waits for an answer, or for the connection: read, connect, keep the loop running."""
@@ -599,7 +608,7 @@ class Channel:
         elif answer is None or not connection.is_direct:
             # Answers of a server without a proxy need not be counted: it is there, and the next may stand right behind.
             self._taken += sum(map(len, frames)) + FRAMING * len(frames)
-        if self.connection.is_known and not self.connection.is_direct:
+        if self.connection.is_known and not self.connection.is_direct and len(self._named) < NAMED:
             self._named.add(self.connection.journal)
         if answer is None:
             if self._requester.malformed != self._requester.noted:

@@ -39,11 +39,12 @@ from .green._turns import let_others_run
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
 from .hooks import CallAnswered, CallFailed, CallStarted, Hooks, teller
-from .options import check_body, check_heartbeat, check_metadata, check_retries
+from .options import check_body, check_heartbeat, check_max_frames, check_metadata, check_retries
 from .restarts import Restarts
 from .sansio.backoff import Budget
 from .sansio.envelope import Kind
 from .sansio.requester import Requester
+from .sansio.weights import MAX_FRAMES
 from .stats import ClientStats
 from .threads import call_in, is_elsewhere
 from .waking import Waking, weakly
@@ -76,6 +77,7 @@ class Client:
             heartbeats; then a frozen or cut-off server is not noticed. It takes a peer that answers ZMTP 3.1's PING, as
             libzmq does from 4.2 on, or one of ZMTP 2, which is not judged.
         hooks: A function, or several, called with a record of each thing that happens; see `hooks`. They must not wait.
+        max_frames: Frames of one reply, its envelope included; one that has more is RemoteProtocolError.
         context: The Context to use, with its options for sockets (CURVE keys, say) but ROUTING_ID; the shared one by default.
 
     Raises:
@@ -94,6 +96,7 @@ class Client:
         wait: bool = True,
         heartbeat: Any = HEARTBEAT,
         hooks: Hooks | None = None,
+        max_frames: int = MAX_FRAMES,
         context: zmq.Context[Any] | None = None,
     ) -> None:
         if not endpoints:
@@ -108,6 +111,7 @@ class Client:
         self._waits_for_servers = bool(wait)
         self._heartbeat = check_heartbeat(heartbeat)
         self._tell = teller(hooks)
+        self._max_frames = check_max_frames(max_frames)
         self._context = context or Context.instance()
         self._closed = False
         self._begin()
@@ -130,7 +134,7 @@ class Client:
             PeerSilent: The server gives no more signs of life; `.silent` says what is silent.
             Refused: The server refuses this client, or is none; trying again cannot help.
             RemoteError: The peer answered with an error: a greensafe server, or a REP under `supervise` or `supervised`.
-            RemoteProtocolError: The reply has several frames: use request_multipart.
+            RemoteProtocolError: The reply has several frames: use request_multipart. Or it has more than max_frames.
             Cancelled: The client was closed meanwhile, or its context was terminated; or a loop of its own has failed too often
                 (see `restarts`), with the error that is its __cause__.
         """
@@ -246,7 +250,12 @@ class Client:
             oldest_seconds=None if since is None else monotonic() - since,
             retries=self._failover.retried,
             rejections=self._failover.rejected,
-            drops={"late": table.late, "malformed": table.malformed, "ignored": table.ignored},
+            drops={
+                "late": table.late,
+                "malformed": table.malformed,
+                "ignored": table.ignored,
+                "unsaid": sum(channel.unsaid for channel in self._channels),
+            },
             endpoints=tuple(channel.stats for channel in self._channels),
             restarts=dict(self.restarts.counts),
             loop_error="" if error is None else f"{type(error).__name__}: {error}",
@@ -293,7 +302,7 @@ class Client:
         self._hub: Hub = gevent.get_hub()
         self._thread: int = self._hub.thread_ident
         self.restarts = Restarts(" ".join(self._endpoints), weakly(self._give_up), self._tell)
-        self._requester = Requester(self._heartbeat)
+        self._requester = Requester(self._heartbeat, self._max_frames)
         self._budget = Budget()
         self._waking = Waking(self._requester, self.restarts)
         self._failover = Failover(
@@ -370,7 +379,10 @@ class Client:
             self._requester.abandon(asked)
             self._failover.waiting.pop(call, None)
         asked.frames.clear()  # if it has not left yet it need not leave any more
-        asked.body = ()  # the table may keep what has a limit until that comes: neither what was asked with it, nor who asked
+        asked.body, asked.metadata = (
+            (),
+            b"",
+        )  # the table may keep what has a limit until that comes: neither what was asked with it, nor who asked
         asked.owner = None  # which knows its request: else each would be for the garbage collector
         if not self._waking.is_waking and not self._requester.pending:
             self._waking.rest()

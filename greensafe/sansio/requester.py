@@ -49,6 +49,9 @@ _REPLY_HEAD = MAGIC + bytes((VERSION, _REPLY)) + SERVER_HEADER_SIZE.to_bytes(2, 
 #: Bytes of a request's id.
 _ID = 16
 
+#: Bytes of a WORKING that are read: 131,072 ids. A server has no reason to name as many, and to look each up takes 0.2 µs.
+LONGEST_WORD = 2 * 2**20
+
 #: Requests given up of which a connection remembers the sizes one by one.
 LEFT = 100
 
@@ -218,12 +221,14 @@ class Resolution(NamedTuple):
             waits again; INTERRUPTED: the same, and it goes on there when it is sent again: it waits again, too;
             REQUEST: a plain REP answered, which returns the header as it was.
         journal: Of the server that answered; b"" for a plain REP.
+        flaw: Why the answer cannot be taken; then it is an ERROR without a body.
     """
 
     asked: Asked
     body: list[bytes]
     kind: int
     journal: bytes
+    flaw: str = ""
 
 
 class Requester:
@@ -231,6 +236,8 @@ class Requester:
 
     Args:
         patience: Seconds of silence after which a server is taken for dead, which servers are told; None for no such limit.
+        max_frames: Of one message, its envelope included; None for any number. What has more is malformed. (Whoever reads need
+            hand over no more than one frame beyond that.)
 
     Attributes:
         pending: The requests that are open, by id; to be looked at only.
@@ -240,10 +247,11 @@ class Requester:
         ignored: Messages that mean nothing here: kinds that are unknown, or a client's.
     """
 
-    __slots__ = ("_due", "_patience_ms", "ignored", "late", "malformed", "noted", "patience", "pending")
+    __slots__ = ("_due", "_max_frames", "_patience_ms", "ignored", "late", "malformed", "noted", "patience", "pending")
 
-    def __init__(self, patience: float | None = None) -> None:
+    def __init__(self, patience: float | None = None, max_frames: int | None = None) -> None:
         self.patience = patience
+        self._max_frames = float("inf") if max_frames is None else max_frames
         self._patience_ms = 0 if patience is None else max(1, round(patience * 1000))
         self.pending: dict[bytes, Asked] = {}
         self._due: DueQueue[Asked] = DueQueue(_is_due)
@@ -309,9 +317,8 @@ class Requester:
 
     def receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
         """Take in what the DEALER received; None if it resolves nothing. Never raises, whatever the frames are."""
-        if len(frames) < 3 or frames[1] != b"":
-            self.malformed += 1
-            return None
+        if not 3 <= len(frames) <= self._max_frames or frames[1] != b"":
+            return self._receive_malformed(frames, connection, now)
         frame = frames[0]
         asked = self.pending.get(frame[8:24])
         if asked is not None and asked.connection is connection:
@@ -323,6 +330,14 @@ class Requester:
             if frame[24:] == connection.signature and frame.startswith(_REPLY_HEAD):
                 return self._end(asked, frames, _REPLY, connection.journal)
         return self._receive(frames, connection, now)
+
+    def _receive_malformed(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
+        """Of its frames the first may be all there are. If it answers a request that ends: its caller would wait for ever."""
+        malformed = self.malformed + 1
+        answer = None if len(frames) <= self._max_frames else self.receive(frames[:3], connection, now)
+        self.malformed = malformed
+        flaw = f"the reply has more than {self._max_frames} frames: have it sent in fewer, or raise the Client's max_frames"
+        return None if answer is None else answer._replace(body=[], kind=int(Kind.ERROR), flaw=flaw)
 
     def _receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
         header = decode(frames[0])
@@ -373,7 +388,7 @@ class Requester:
         return Resolution(asked, list(frames[2:]), kind, journal)
 
     def _hear(self, ids: bytes, now: float, connection: Connection) -> None:
-        for start in range(0, len(ids) - _ID + 1, _ID):
+        for start in range(0, min(len(ids), LONGEST_WORD) - _ID + 1, _ID):
             asked = self.pending.get(ids[start : start + _ID])
             if asked is not None:
                 if connection.left and asked.connection is connection:

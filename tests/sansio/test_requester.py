@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from greensafe.errors import LocalProtocolError
 from greensafe.sansio.envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode
 from greensafe.sansio.liveness import WORDLESS
-from greensafe.sansio.requester import LEFT, Asked, Connection, Requester, Resolution
+from greensafe.sansio.requester import LEFT, LONGEST_WORD, Asked, Connection, Requester, Resolution
 
 INSTANCE = b"instance".ljust(16)
 JOURNAL = b"journal".ljust(16)
@@ -391,6 +391,41 @@ def test_any_list_of_ids(body: bytes) -> None:
     assert asked.is_heard == (_id(1) in {body[start : start + 16] for start in range(0, len(body), 16)})
     requester.receive(_said(Kind.WORKING, 1, _id(1) + body[:15]), connection, 1.0)
     assert asked.is_heard
+
+
+def test_a_word_that_never_ends() -> None:
+    """Of a WORKING only so many ids are read as a server may have reason to name."""
+    requester, connection = Requester(5.0), Connection()
+    asked = _ask(requester, connection)
+    requester.receive(_said(Kind.WORKING, 1, bytes(LONGEST_WORD) + _id(1)), connection, 1.0)
+    assert not asked.is_heard
+    requester.receive(_said(Kind.WORKING, 1, bytes(LONGEST_WORD - 16) + _id(1)), connection, 1.0)
+    assert asked.is_heard
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_reply_of_too_many_frames(is_whole: bool) -> None:
+    """Its request ends, and says so; whether all frames are there or the first only. To anybody else it means nothing."""
+    requester, connection = Requester(max_frames=10), Connection()
+    body = (b"",) * (1000 if is_whole else 9)
+    for number, reply in enumerate((_said(Kind.REPLY, 0, *body), _said(Kind.REJECTED, 1, *body), [*_echoed(2), *body])):
+        asked = _ask(requester, connection, number)
+        answer = requester.receive(reply, connection, 1.0)
+        assert answer is not None
+        assert (answer.asked, answer.kind, answer.body) == (asked, Kind.ERROR, [])
+        assert "more than 10 frames" in answer.flaw
+        requester.abandon(asked)
+    assert requester.receive(_said(Kind.REPLY, 7, *body), connection, 1.0) is None
+    assert requester.receive([b"garbage", *body], connection, 1.0) is None
+    assert (requester.malformed, len(requester)) == (5, 0)
+    asked = _ask(requester, connection, 9)
+    assert requester.receive(_said(Kind.REPLY, 9, *[b""] * 8), connection, 1.0) == (
+        asked,
+        [b""] * 8,
+        Kind.REPLY,
+        NO_JOURNAL,
+        "",
+    )
 
 
 # What may not have arrived yet.
