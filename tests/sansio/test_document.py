@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from greensafe.errors import CODES, RemoteError
-from greensafe.sansio import responder
+from greensafe.sansio import responder, rounds
 from greensafe.sansio.envelope import (
     CALLER_LIMIT,
     GREET,
     HEADER_SIZE,
     MAGIC,
     MAX_METADATA,
+    MAX_ROUTE,
+    MAX_ROUTE_BYTES,
     OTHER_JOURNAL,
     SERVER_HEADER_SIZE,
     SERVER_STOPPED,
@@ -24,6 +26,7 @@ from greensafe.sansio.envelope import (
     ServerHeader,
 )
 from greensafe.sansio.liveness import LOOKS, WORDLESS
+from greensafe.sansio.weights import MAX_FRAMES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/protocol.md").read_text()
 
@@ -112,6 +115,10 @@ def test_error_frame() -> None:
         f"for {round(WORDLESS * 5)}/5 of the patience",
         f"a {({5: 'fifth'})[LOOKS]} of the smallest patience",
         f"more often than every {responder.SHORTEST_PULSE * 1000:g} ms",
+        f"among its first {MAX_ROUTE}, no more than {MAX_ROUTE_BYTES:,} bytes before that",
+        f"`max_frames`, {MAX_FRAMES} in all",
+        f"no more than {rounds.EACH} in {rounds.INTERVAL * 1000:g} ms, to all together {rounds.ALL},",
+        f"a message of more than {rounds.LONG} bytes counts as several",
         f"more seldom than every {responder.LONGEST_PULSE:g} s",
         f"the type `{CALLER_LIMIT}`",
         f"the code FAILED_PRECONDITION and the type `{OTHER_JOURNAL}`",
