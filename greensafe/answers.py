@@ -3,6 +3,7 @@
 Rules:
 
 * Nothing waits for a client: what a ROUTER's pipe has no room for is sent by a greenlet of its own, within `FULL_PEER` seconds.
+  Such messages and their greenlets have at most `OUTBOX` bytes for one client and `OUTBOXES` for all.
 * The program may answer a REP's request by the socket's own send. Then that was the answer, and nothing else is sent.
 * What is dropped is counted in the socket's `Tally`; an answer that is dropped is logged, with its request.
 
@@ -24,6 +25,7 @@ from .lines import Lines
 from .request import Gate, Request
 from .sansio.envelope import Kind
 from .sansio.exchange import Exchange
+from .sansio.weights import weight
 from .tally import Tally
 from .watchdog import Watchdog
 
@@ -34,6 +36,14 @@ log = logging.getLogger("greensafe.supervision")
 
 #: Seconds that an answer waits for a ROUTER's client whose pipe is full before it is dropped.
 FULL_PEER = 30.0
+
+#: Bytes of answers that wait for one client and for all, and of the greenlet in which each waits.
+OUTBOX = 16 * 2**20
+OUTBOXES = 256 * 2**20
+WAITING = 8000
+
+#: Bytes that wait for a client beyond which it is not sent what is said again soon.
+SPARE = 2**20
 
 
 def has_sent(sock: Socket) -> bool:
@@ -65,9 +75,14 @@ class Sender:
         elif self._sock.type == zmq.REP:
             self._send_rep(frames[2:])
         else:
-            self._send_router(frames)
+            self._send_router(frames, OUTBOX)
         if self._then is not None:
             self._then()
+
+    def send_if_read(self, frames: list[bytes]) -> None:
+        """Send, unless much waits for the client already: for what is said again soon. (To a REP's clients nothing is.)"""
+        if not self._sock.closed:
+            self._send_router(frames, SPARE)
 
     def has_sent(self) -> bool:
         """Whether the program has answered by itself; see the function."""
@@ -81,11 +96,15 @@ class Sender:
         elif lockstep.is_open:
             self._sock.send_multipart(body, zmq.NOBLOCK)
 
-    def _send_router(self, frames: list[bytes]) -> None:
+    def _send_router(self, frames: list[bytes], most: int) -> None:
         try:
             self._sock.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            gevent.spawn(self._send_later, frames, self.answering)
+            size = WAITING + weight(frames)
+            if self._tally.keep(frames[0], size, most, OUTBOXES):
+                gevent.spawn(self._send_later, frames, self.answering).rawlink(lambda _: self._tally.release(frames[0], size))
+            else:
+                self._drop_unread("its client does not read", self.answering)
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -97,13 +116,19 @@ class Sender:
         try:
             self._sock.send_multipart(frames, timeout=FULL_PEER)
         except zmq.Again as error:
-            self._tally.unread += 1
-            self._drop(logging.WARNING, str(error), answering)
+            self._drop_unread(str(error), answering)
         except zmq.ZMQError as error:
             self._tally.unreachable += 1
             self._drop(logging.WARNING, str(error), answering)
         finally:
             self._tally.unsent -= 1
+
+    def _drop_unread(self, why: str, answering: Exchange | None) -> None:
+        if answering is None:
+            self._tally.unsaid += 1
+        else:
+            self._tally.unread += 1
+            self._drop(logging.WARNING, why, answering)
 
     def _drop(self, level: int, why: str, answering: Exchange | None) -> None:
         """Log that an answer is dropped; what is nobody's answer is counted only."""

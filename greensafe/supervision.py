@@ -79,9 +79,11 @@ def supervise(
     ending: list[Any] = []
     tally, endpoint = tally_of(sock), _name_of(sock)
     restarts = Restarts(endpoint, lambda error: ending.append(hub.loop.run_callback(_throw, caller, error)), tell)
+    sender = Sender(sock, tally, lines, room.set)
     watchdog = SocketWatchdog(
         handler,
-        Sender(sock, tally, lines, room.set),
+        sender,
+        send_if_read=sender.send_if_read,
         limit=limit,
         grace=after,
         max_inflight=max_inflight,
@@ -210,9 +212,11 @@ class supervised:
         lines = _lines_of(self._sock)
         self._endpoint = tally.endpoint or _name_of(self._sock)  # to ask libzmq costs 2 % of a block
         self._restarts = Restarts(self._endpoint, lambda error: None, self._tell)
+        sender = Sender(self._sock, tally, lines)
         self._watchdog = watchdog = SocketWatchdog(
             _no_handler,
-            Sender(self._sock, tally, lines),
+            sender,
+            send_if_read=sender.send_if_read,
             limit=self._limit,
             grace=self._grace,
             instance=tally.instance,

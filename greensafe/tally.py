@@ -34,6 +34,7 @@ class Tally:
         unsent: Answers that wait until their client reads.
         unreachable: Answers for clients that are gone, or that came when the socket was closed.
         unread: Answers for clients that did not read.
+        unsaid: Messages that are no answers, for the same.
     """
 
     __slots__ = (
@@ -43,11 +44,14 @@ class Tally:
         "_live",
         "_received",
         "_restarts",
+        "_waiting",
+        "_waiting_size",
         "endpoint",
         "generation",
         "instance",
         "unreachable",
         "unread",
+        "unsaid",
         "unsent",
     )
 
@@ -55,7 +59,9 @@ class Tally:
         self.endpoint = ""
         self.generation = generation()
         self.instance = os.urandom(16)
-        self.unsent = self.unreachable = self.unread = 0
+        self.unsent = self.unreachable = self.unread = self.unsaid = 0
+        self._waiting: dict[bytes, int] = {}
+        self._waiting_size = 0
         self._live: dict[Watchdog, tuple[Restarts, DescriptorWatch | None]] = {}
         self._received = 0
         self._counts = dict.fromkeys(_COUNTED, 0)
@@ -94,6 +100,22 @@ class Tally:
         if restarts.counts:
             self._restarts.update(restarts.counts)
 
+    def keep(self, peer: bytes, size: int, most: int, most_of_all: int) -> bool:
+        """Whether so many bytes more may wait for a peer: then they count until `release`."""
+        waits = self._waiting.get(peer, 0)
+        if waits + size > most or self._waiting_size + size > most_of_all:
+            return False
+        self._waiting[peer] = waits + size
+        self._waiting_size += size
+        return True
+
+    def release(self, peer: bytes, size: int) -> None:
+        """So many bytes wait no more for a peer."""
+        self._waiting_size -= size
+        self._waiting[peer] -= size
+        if not self._waiting[peer]:
+            del self._waiting[peer]
+
     def stats(self) -> ServerStats:
         """Return how the socket stands now."""
         counts, failures, restarts = self._counts.copy(), self._failures.copy(), self._restarts.copy()
@@ -125,6 +147,7 @@ class Tally:
                 "duplicates": counts["duplicates"],
                 "unreachable": self.unreachable,
                 "full_outbox": self.unread,
+                "unsaid": self.unsaid,
                 "misdirected": counts["misdirected"],
             },
             restarts=dict(restarts),

@@ -8,7 +8,18 @@ from gevent.event import Event
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import Client, OperationTimeout, RemoteError, RemoteProtocolError, Request, Server, backlog, channel
+from greensafe import (
+    Client,
+    OperationTimeout,
+    RemoteError,
+    RemoteProtocolError,
+    Request,
+    Server,
+    backlog,
+    channel,
+    supervise,
+    supervision,
+)
 from greensafe.sansio.envelope import Header, Kind
 from greensafe.server import UNREAD
 
@@ -142,3 +153,39 @@ def test_what_libzmq_keeps_unread_is_little() -> None:
         context.setsockopt(zmq.RCVHWM, 1000)
         server.start()
         assert server._socket.getsockopt(zmq.RCVHWM) == 1000
+
+
+def test_a_supervised_router_keeps_little_for_a_client_that_does_not_read(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers up to a weight, in a greenlet each, and no WORKING at all; what is dropped is dropped, and others are served."""
+    monkeypatch.setattr(supervision, "OUTBOX", 10 * (supervision.WAITING + 1000))
+    sock = context.socket(zmq.ROUTER)
+    sock.sndhwm = sock.rcvhwm = sock.router_mandatory = 1
+    sock.bind("inproc://supervised")
+    go = Event()
+
+    def handler(request: Request) -> bytes:
+        go.wait()
+        return request.body
+
+    greedy, other = context.socket(zmq.DEALER), context.socket(zmq.REQ)
+    for peer in (greedy, other):
+        peer.sndhwm = peer.rcvhwm = 1
+        peer.connect("inproc://supervised")
+    serving = gevent.spawn(supervise, sock, handler, deadline=LONG)
+    try:
+        for number in range(50):
+            greedy.send_multipart([b"%d" % number, _request(number, patience_ms=1), b"", b"x"])
+        wait_until(lambda: not sock.poll(0))
+        gevent.sleep(200 * MS)  # as often as WORKING is said in this time it is not kept
+        assert not sock.__dict__.get("_unsent")
+        go.set()
+        other.send(b"other")
+        assert other.recv() == b"other"
+        assert len(sock.__dict__["_unsent"]) == 1
+        assert 5 * supervision.WAITING < sum(sock.__dict__["_unsent"].values()) <= supervision.OUTBOX
+        while sock.__dict__["_unsent"]:
+            greedy.recv_multipart()
+    finally:
+        serving.kill()
