@@ -20,7 +20,7 @@ from greensafe import (
     supervise,
     supervision,
 )
-from greensafe.sansio.envelope import Header, Kind
+from greensafe.sansio.envelope import Header, Kind, ServerHeader
 from greensafe.server import UNREAD
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -189,3 +189,19 @@ def test_a_supervised_router_keeps_little_for_a_client_that_does_not_read(
             greedy.recv_multipart()
     finally:
         serving.kill()
+
+
+def test_journals_that_a_server_makes_up(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy there may be many; whoever names another one in each message ends at a number."""
+    monkeypatch.setattr(channel, "NAMED", 10)
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    with Client(f"tcp://127.0.0.1:{port}", context=context) as client:
+        call = gevent.spawn(client.request, b"x")
+        name, header, *_ = router.recv_multipart()
+        for number in range(50):
+            said = ServerHeader(Kind.WORKING, header[8:24], bytes(16), number.to_bytes(16, "big"), hops=2)
+            router.send_multipart([name, said.encode(), b"", header[8:24]])
+        router.send_multipart([name, header, b"", b"answer"])
+        assert call.get() == b"answer"
+        assert len(client._channels[0]._named) == 10

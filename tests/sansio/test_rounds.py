@@ -96,6 +96,16 @@ def test_all_connections_together() -> None:
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_connections_take_turns_within_an_interval() -> None:
+    """None of them waits until others have had all that they may have."""
+    made = _made(*(_Client(b"%d" % (number % 8), b"%d" % number) for number in range(8 * ALL)))
+    told = [made.take(INTERVAL) for _ in range(8)]
+    assert sum(map(len, told)) == ALL
+    counts = Counter(client.origin[0] for client in made.take(2 * INTERVAL))
+    assert len(counts) == 8
+    assert set(counts.values()) == {ALL // 8, ALL // 8 + 1}
+
+
 @pytest.mark.parametrize("has_long_ids", [True, False])
 def test_long_messages_count_as_several(has_long_ids: bool) -> None:
     """Whether its ids are long or its requests many, a client that makes the message long takes others' room, not more room."""
@@ -134,7 +144,8 @@ def test_clients_without_requests_cost_nothing() -> None:
     assert made.take(1.0) == [*idle, busy]
 
 
-def test_what_is_over_is_let_go() -> None:
+@pytest.mark.parametrize("is_swept", [True, False])
+def test_what_is_over_is_let_go(is_swept: bool) -> None:
     """Of clients that are forgotten while they wait for their turn nothing is told, and nothing stays."""
     clients = [_Client(b"a", b"%d" % number) for number in range(2 * EACH)]
     made = _made(*clients, _Client(b"b", pulse=9.0))
@@ -142,7 +153,9 @@ def test_what_is_over_is_let_go() -> None:
     for client in clients[EACH:]:
         client.due = math.inf
     assert len(made) == EACH + 1
-    made.sweep()
-    assert len(made) == 1
+    if is_swept:
+        made.sweep()
+        assert len(made) == 1
     assert made.take(2 * INTERVAL) == []
+    assert len(made) == 1
     assert made.next_at() == 9.0
