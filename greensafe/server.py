@@ -351,7 +351,7 @@ class Server:
         close_first(context, self)
         options: dict[str, Any] = {
             "send_soon": self._pump.send_soon,
-            "send_now": self._pump.send_now,
+            "send_if_read": self._pump.send_if_read,
             "max_frames": self._max_frames,
             "limit": self._limit,
             "grace": self._grace,

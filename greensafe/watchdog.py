@@ -71,7 +71,7 @@ class Watchdog:
             None if it has replied; LATER if somebody will.
         send: Takes the frames of an answer, envelope included; must not block.
         send_soon: The same for an answer behind which nothing runs that could hold it up; by default `send`.
-        send_now: The same for what is of no use unless it leaves at once; by default `send`.
+        send_if_read: The same for what need not be kept for a client that does not read; by default `send`.
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         max_inflight: Handlers that run at a time.
@@ -105,7 +105,7 @@ class Watchdog:
         limit: float | None,
         grace: float,
         send_soon: Callable[[list[bytes]], None] | None = None,
-        send_now: Callable[[list[bytes]], None] | None = None,
+        send_if_read: Callable[[list[bytes]], None] | None = None,
         max_inflight: int = 1000,
         max_zombies: int | None = None,
         rejects: bool = False,
@@ -126,7 +126,7 @@ class Watchdog:
         self._handler = handler
         self._send = send
         self._send_soon = send_soon or send
-        self._send_now = send_now or send
+        self._send_if_read = send_if_read or send
         self._limit = limit
         self._max_inflight = max_inflight
         self._most_zombies = math.inf if max_zombies is None else max_zombies + max_inflight
@@ -546,7 +546,7 @@ class Watchdog:
         if isinstance(effect, Send):
             self._send(effect.frames)
         elif isinstance(effect, Say):
-            self._send_now(effect.frames)
+            self._send_if_read(effect.frames)
         elif isinstance(effect, Cancel):
             self._stop(effect.exchange)
         elif isinstance(effect, Expire):

@@ -59,6 +59,9 @@ OUTBOX = 16 * 2**20
 #: The same for all peers of one socket together: so many may read slowly before what is for them is dropped.
 OUTBOXES = 256 * 2**20
 
+#: Bytes that wait for a peer beyond which it is not sent what is said again soon.
+SPARE = 2**20
+
 #: Messages that wait for a peer below which those that were taken back are not searched for.
 SWEPT = 64
 
@@ -128,7 +131,7 @@ class Pump:
 
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
-        unsaid: Messages handed to `send_now` that had no room.
+        unsaid: Messages handed to `send_if_read` that were dropped.
         unreachable: Messages thrown away because their peer is gone (EHOSTUNREACH) or the socket is.
         is_started: It reads; the loop is kept alive.
         is_paused: No message is read while this is set, so peers feel backpressure; `resume` clears it.
@@ -308,17 +311,13 @@ class Pump:
             self._keep(waiting, frames)
             self._start_retry()
 
-    def send_now(self, frames: list[bytes]) -> None:
-        """Send if the peer has room at this moment, else drop it: for what is said again soon."""
-        if self._outbox and (frames[0] if self._is_router else b"") in self._outbox:
+    def send_if_read(self, frames: list[bytes]) -> None:
+        """Send, unless much waits for the peer already: for what is said again soon, and must not take the room of answers."""
+        waiting = self._outbox.get(frames[0] if self._is_router else b"") if self._outbox else None
+        if waiting is not None and waiting.size > SPARE:
             self.unsaid += 1
-            return
-        if self._soon:
-            self._send_gathered()
-        if not self._try_send(frames):
-            self.unsaid += 1
-        if not self._is_reading and not self._scheduled and self.is_started:
-            self._schedule()
+        else:
+            self.send(frames)
 
     def unsent(self) -> list[list[bytes]]:
         """The messages that have not been handed to libzmq, as they were handed to `send`."""

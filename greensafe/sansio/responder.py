@@ -89,7 +89,7 @@ class Send(NamedTuple):
 
 
 class Say(NamedTuple):
-    """The same, and of no use unless it leaves at once: who does not read need not be told."""
+    """The same, and said again soon: a client that does not read need not be told."""
 
     frames: list[bytes]
 
