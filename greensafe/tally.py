@@ -21,7 +21,7 @@ from .watchdog import Watchdog
 __all__ = ["Tally", "tally_of"]
 
 #: What a Responder counts, besides requests.
-_COUNTED = ("answered", "cancelled", "malformed", "ignored", "duplicates", "misdirected")
+_COUNTED = ("answered", "cancelled", "malformed", "ignored", "duplicates", "misdirected", "forgotten")
 
 
 class Tally:
@@ -35,6 +35,7 @@ class Tally:
         unreachable: Answers for clients that are gone, or that came when the socket was closed.
         unread: Answers for clients that did not read.
         unsaid: Messages that are no answers, for the same.
+        waiting: Bytes that wait until their client reads, by its routing id.
     """
 
     __slots__ = (
@@ -44,7 +45,6 @@ class Tally:
         "_live",
         "_received",
         "_restarts",
-        "_waiting",
         "_waiting_size",
         "endpoint",
         "generation",
@@ -53,6 +53,7 @@ class Tally:
         "unread",
         "unsaid",
         "unsent",
+        "waiting",
     )
 
     def __init__(self) -> None:
@@ -60,7 +61,7 @@ class Tally:
         self.generation = generation()
         self.instance = os.urandom(16)
         self.unsent = self.unreachable = self.unread = self.unsaid = 0
-        self._waiting: dict[bytes, int] = {}
+        self.waiting: dict[bytes, int] = {}
         self._waiting_size = 0
         self._live: dict[Watchdog, tuple[Restarts, DescriptorWatch | None]] = {}
         self._received = 0
@@ -102,19 +103,19 @@ class Tally:
 
     def keep(self, peer: bytes, size: int, most: int, most_of_all: int) -> bool:
         """Whether so many bytes more may wait for a peer: then they count until `release`."""
-        waits = self._waiting.get(peer, 0)
+        waits = self.waiting.get(peer, 0)
         if waits + size > most or self._waiting_size + size > most_of_all:
             return False
-        self._waiting[peer] = waits + size
+        self.waiting[peer] = waits + size
         self._waiting_size += size
         return True
 
     def release(self, peer: bytes, size: int) -> None:
         """So many bytes wait no more for a peer."""
         self._waiting_size -= size
-        self._waiting[peer] -= size
-        if not self._waiting[peer]:
-            del self._waiting[peer]
+        self.waiting[peer] -= size
+        if not self.waiting[peer]:
+            del self.waiting[peer]
 
     def stats(self) -> ServerStats:
         """Return how the socket stands now."""
@@ -149,6 +150,7 @@ class Tally:
                 "full_outbox": self.unread,
                 "unsaid": self.unsaid,
                 "misdirected": counts["misdirected"],
+                "forgotten": counts["forgotten"],
             },
             restarts=dict(restarts),
             loop_error="" if error is None else f"{type(error).__name__}: {error}",

@@ -15,14 +15,15 @@ from greensafe import (
     RemoteProtocolError,
     Request,
     Server,
+    answers,
     backlog,
     channel,
     supervise,
-    supervision,
 )
 from greensafe.green import _pump
 from greensafe.sansio.envelope import Header, Kind, ServerHeader
 from greensafe.server import UNREAD
+from greensafe.tally import tally_of
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -162,12 +163,12 @@ def test_a_supervised_router_keeps_little_for_a_client_that_does_not_read(
     context: zmq.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers up to a weight, in a greenlet each, and hardly a WORKING; others are served."""
-    monkeypatch.setattr(supervision, "OUTBOX", 10 * (supervision.WAITING + 1000))
-    monkeypatch.setattr(supervision, "SPARE", 3 * (supervision.WAITING + 1000))
+    monkeypatch.setattr(answers, "OUTBOX", 10 * (answers.WAITING + 1000))
+    monkeypatch.setattr(answers, "SPARE", 3 * (answers.WAITING + 1000))
     sock = context.socket(zmq.ROUTER)
     sock.sndhwm = sock.rcvhwm = sock.router_mandatory = 1
     sock.bind("inproc://supervised")
-    go = Event()
+    go, waiting = Event(), tally_of(sock).waiting
 
     def handler(request: Request) -> bytes:
         go.wait()
@@ -182,15 +183,15 @@ def test_a_supervised_router_keeps_little_for_a_client_that_does_not_read(
         for number in range(50):
             greedy.send_multipart([b"%d" % number, _request(number, patience_ms=1), b"", b"x"])
         wait_until(lambda: not sock.poll(0))
-        wait_until(lambda: sock.__dict__.get("_unsent"))
+        wait_until(lambda: waiting)
         gevent.sleep(200 * MS)  # as often as WORKING is said in this time it is not kept
-        assert sum(sock.__dict__["_unsent"].values()) <= supervision.SPARE
+        assert sum(waiting.values()) <= answers.SPARE
         go.set()
         other.send(b"other")
         assert other.recv() == b"other"
-        assert len(sock.__dict__["_unsent"]) == 1
-        assert 5 * supervision.WAITING < sum(sock.__dict__["_unsent"].values()) <= supervision.OUTBOX
-        while sock.__dict__["_unsent"]:
+        assert len(waiting) == 1
+        assert 5 * answers.WAITING < sum(waiting.values()) <= answers.OUTBOX
+        while waiting:
             greedy.recv_multipart()
     finally:
         serving.kill()
