@@ -26,6 +26,7 @@ from .errors import (
     RemoteProtocolError as RemoteProtocolError,
     TimedOut as TimedOut,
     Unreachable as Unreachable,
+    Unstorable as Unstorable,
 )
 from .green import *  # noqa: F403
 from .green import __all__ as _green_names
@@ -57,6 +58,7 @@ __all__ = [
     "Server",
     "TimedOut",
     "Unreachable",
+    "Unstorable",
     "deadline",
     "green",
     "hooks",

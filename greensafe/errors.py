@@ -12,6 +12,7 @@
         LocalProtocolError, RemoteProtocolError
       JournalError
         JournalUnavailable                     the journal's place cannot be written to, whatever is written
+        Unstorable(ValueError)                 what was to be written can never be stored
 
 Every one is also what code written for gevent, pyzmq or the standard library catches already; that is the only reason why
 this module imports the two. errno is never EPIPE, ECONNRESET or ENOTCONN: WSGI servers take those for their own client's
@@ -47,6 +48,7 @@ __all__ = [
     "RemoteProtocolError",
     "TimedOut",
     "Unreachable",
+    "Unstorable",
 ]
 
 #: The codes of a RemoteError: gRPC's canonical names (https://grpc.io/docs/guides/status-codes/), less OK.
@@ -238,6 +240,7 @@ class RemoteError(GreensafeError):
         message: What went wrong, for people; as the peer has sent it.
         type: What kind of error it was there, usually an exception's name; "" if not told.
         traceback: The peer's traceback as text, if it tells it.
+        maybe_executed: False only if the server has said that it did not run the request; as in PeerError.
     """
 
     #: How the frame of every error begins. No program writes that by accident, so it tells an error from data.
@@ -245,6 +248,8 @@ class RemoteError(GreensafeError):
 
     #: The most bytes of such a frame.
     MAX_FRAME: ClassVar[int] = 65_536
+
+    maybe_executed = True
 
     def __init__(self, code: str, message: str, type: str = "", traceback: str | None = None) -> None:
         if code not in CODES:
@@ -342,3 +347,7 @@ class JournalError(GreensafeError):
 
 class JournalUnavailable(JournalError):
     """Raised when a journal cannot be written to, whatever is written: its file is locked, or its disk is full."""
+
+
+class Unstorable(JournalError, ValueError):
+    """Raised when a journal can never store a value, however often it is tried: it is too large, or text that is none."""

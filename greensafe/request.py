@@ -14,8 +14,8 @@ from gevent.hub import Hub
 from gevent.monkey import get_original
 
 from .deadlines import deadline
-from .errors import Cancelled, JournalError, RemoteError, RemoteProtocolError
-from .journal.steps import InTransaction
+from .errors import Cancelled, JournalError, RemoteError, RemoteProtocolError, Unstorable
+from .journal.steps import InTransaction, check_name
 from .sansio.envelope import Header
 from .sansio.exchange import Exchange
 from .threads import call_in
@@ -168,8 +168,10 @@ class Request:
         answer.
 
         Raises:
-            TypeError, ValueError: The result cannot be encoded; `fn` was called, nothing is stored.
-            JournalError: It could not be stored; `fn` was called. Let it out, and the client is told UNAVAILABLE.
+            TypeError, ValueError: The name is none that can be stored: `fn` was not called. Or the result cannot be encoded, or
+                can never be stored (Unstorable): `fn` was called, nothing is stored, and what `in_transaction` did is undone.
+                Let it out, and that is the answer, for good.
+            JournalError: It could not be stored now; `fn` was called. Let it out, and the client is told UNAVAILABLE.
             RuntimeError: This is another thread than the server's; `fn` was not called.
         """
         if _this_thread() != self._gate.thread:
@@ -177,8 +179,7 @@ class Request:
                 "Request.step was called in another thread than the server's: call it in the handler, and let its function"
                 " do the work in a thread, by gevent.get_hub().threadpool.apply"
             )
-        if not isinstance(name, str):
-            raise TypeError(f"a step's name is a str, not {type(name).__name__}")
+        check_name(name)
         if not callable(fn) and not isinstance(fn, InTransaction):
             raise TypeError(f"a step is a function, not {type(fn).__name__}")
         return self._gate.step(self, name, fn, args)
@@ -214,6 +215,8 @@ def _told(error: BaseException) -> RemoteError:
         return RemoteError("ABORTED", "the handler was killed", kind)
     if isinstance(error, Cancelled):
         return RemoteError("CANCELLED", str(error), kind)
+    if isinstance(error, Unstorable):
+        return RemoteError("INTERNAL", str(error), "Unstorable")  # for good: no further run would end otherwise
     if isinstance(error, JournalError):
         # Its text has the file's path and what is wrong with it: that is for the log. The request stays open, and runs again.
         return RemoteError("UNAVAILABLE", "the server's journal has failed: its log says why", "JournalError")

@@ -31,6 +31,7 @@ from greensafe.errors import (
     RemoteProtocolError,
     TimedOut,
     Unreachable,
+    Unstorable,
 )
 
 EXAMPLES: list[GreensafeError] = [
@@ -49,6 +50,7 @@ EXAMPLES: list[GreensafeError] = [
     RemoteProtocolError("what"),
     JournalError("what"),
     JournalUnavailable("what"),
+    Unstorable("what"),
 ]
 
 

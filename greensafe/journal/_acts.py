@@ -36,24 +36,27 @@ def commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
     return _commit_until(monotonic() + LIMIT, journal, writes)
 
 
-def _commit_until(at: float, journal: Journal, writes: Sequence[Write]) -> list[Any]:
+def _commit_until(at: float, journal: Journal, writes: Sequence[Write], is_logged: bool = False) -> list[Any]:
     """The same; from `at` on no more halves are tried, of a journal that takes long to say that it cannot store anything."""
+    error: BaseException
     try:
         results = journal.commit(writes)
         if len(results) != len(writes):
             raise JournalError(f"{journal!r} has returned {len(results)} results for {len(writes)} writes")
         return results
-    except JournalError as error:
-        if len(writes) == 1 or isinstance(error, JournalUnavailable) or monotonic() >= at:
-            return [error] * len(writes)
-    except BaseException as error:  # a fault of the journal's must not cost a request its answer
-        log.exception("%r has failed", journal)
-        return [_wrapped(error)] * len(writes)
+    except JournalError as raised:
+        error = raised
+    except BaseException as raised:  # a fault of the journal's, at one write perhaps, must not cost any request its answer
+        if not is_logged:
+            log.exception("%r has failed", journal)
+        error, is_logged = _wrapped(raised), True
+    if len(writes) == 1 or isinstance(error, JournalUnavailable) or monotonic() >= at:
+        return [error] * len(writes)
     half = len(writes) // 2
-    results = _commit_until(at, journal, writes[:half])
+    results = _commit_until(at, journal, writes[:half], is_logged)
     if isinstance(results[-1], JournalUnavailable):
         return results + [results[-1]] * (len(writes) - half)
-    return results + _commit_until(at, journal, writes[half:])
+    return results + _commit_until(at, journal, writes[half:], is_logged)
 
 
 def ask(journal: Journal) -> JournalError | None:

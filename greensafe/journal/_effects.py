@@ -18,7 +18,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import JournalError
+from ..errors import JournalError, Unstorable
 from ..sansio.records import Failed
 from ._schema import TABLES
 
@@ -37,14 +37,16 @@ def run(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | 
     """Call it with the connection, in its transaction; returns what it returns, or Failed, and then it has changed nothing.
 
     Raises:
-        JournalError: The transaction is gone.
+        JournalError: The transaction is gone; Unstorable if it would be each time.
     """
     connection.execute(f"SAVEPOINT {_SAVEPOINT}")
     outcome = _call(connection, act)
     if not connection.in_transaction:
         cause = outcome.error if isinstance(outcome, Failed) else None
         text = "" if cause is None else f": {cause}"
-        raise JournalError(f"sqlite has rolled back the batch with the effect of a step{text}") from cause
+        # A constraint that rolls back does so each time; a full disk does not.
+        kind = Unstorable if isinstance(cause, sqlite3.IntegrityError) else JournalError
+        raise kind(f"sqlite has rolled back the batch with the effect of a step{text}") from cause
     if isinstance(outcome, Failed):
         connection.execute(f"ROLLBACK TO {_SAVEPOINT}")
     connection.execute(f"RELEASE {_SAVEPOINT}")

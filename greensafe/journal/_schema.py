@@ -22,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import JournalError
+from ..errors import JournalError, Unstorable
 from ._checking import misfit
 from ._clock import Moment, Stored, offset
 from ._descriptors import peek
@@ -123,7 +123,9 @@ def explain(path: str, error: Exception) -> JournalError:
     """What to raise, from `error`, for what sqlite has raised."""
     code = _code(error)
     advice = _DAMAGED if isinstance(error, UnicodeDecodeError) else _ADVICE.get(code)
-    return JournalError(f"the journal {path}: {error}" + (f"; {advice}" if advice else ""))
+    # What sqlite has no form for is the fault of one write, and so is what is larger than it can ever hold.
+    is_unstorable = code == sqlite3.SQLITE_TOOBIG or isinstance(error, (OverflowError, UnicodeEncodeError))
+    return (Unstorable if is_unstorable else JournalError)(f"the journal {path}: {error}" + (f"; {advice}" if advice else ""))
 
 
 def is_files_fault(error: BaseException | None) -> bool | None:

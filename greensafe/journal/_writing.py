@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from ..errors import JournalError
+from ..errors import JournalError, Unstorable
 from ..sansio.records import Ack, Begin, Effect, Excuse, Finish, Forget, Known, Rerun, State, Step, Write
 from ._checking import misfit
 from ._effects import run
@@ -42,12 +42,12 @@ def pack(frames: Iterable[bytes]) -> bytes:
     """Frames as one piece of bytes: each behind its length, so that no two messages are the same piece.
 
     Raises:
-        JournalError: A frame has 4 GiB or more.
+        Unstorable: A frame has 4 GiB or more.
     """
     try:
         return b"".join([part for frame in frames for part in (_LENGTH.pack(len(frame)), frame)])
     except struct.error:
-        raise JournalError("a frame of 4 GiB or more cannot be stored in a journal") from None
+        raise Unstorable("a frame of 4 GiB or more cannot be stored in a journal") from None
 
 
 def unpack(packed: bytes) -> list[bytes]:

@@ -13,6 +13,8 @@ A `Journal` stores requests, the results of their finished steps and their answe
 * `commit` raises JournalUnavailable, which is one, if and only if no write of the batch is to blame: the place is locked, full,
   read-only or out of reach, and would not store one small write either. Then the next call of `commit` has the very same writes
   again, as long as `_patience` lasts. Any other JournalError may be one write's fault, and the batch comes again in halves.
+* What it can never store, however often it is tried, is Unstorable, a JournalError too: what is larger than the place can ever
+  hold, say. Its request is answered for good. Any bytes, and any text that UTF-8 can encode, can be stored.
 * So a batch must not be stored twice because it comes twice. Where a commit may have taken effect although nobody knows (its
   connection was lost just then), the backend finds out, at the latest when it is called next.
 
@@ -69,6 +71,7 @@ class Journal(abc.ABC):
         Raises:
             JournalError: None of it is stored. One of the writes may be the cause (a step of a request that is not OPEN, a
                 body that is too large): the others may be tried again without it.
+            Unstorable: None of it is stored, and one of the writes never can be.
             JournalUnavailable: None of it is stored, and none of the writes is the cause; see the module's head.
         """
 

@@ -12,7 +12,9 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Codec", "InTransaction", "JsonOrBytes", "in_transaction"]
+from ..errors import JournalError
+
+__all__ = ["Act", "Codec", "InTransaction", "JsonOrBytes", "check_name", "in_transaction", "is_under_way"]
 
 
 class Codec(Protocol):
@@ -64,3 +66,46 @@ def in_transaction(act: Callable[..., Any]) -> InTransaction:
     if not callable(act):
         raise TypeError(f"in_transaction takes a function of a connection, not {type(act).__name__}")
     return InTransaction(act)
+
+
+class Act:
+    """An effect as the journal's thread calls it: the function, and the codec for its result.
+
+    Attributes:
+        is_under_way: It was called and has not returned.
+        is_wanted: Somebody waits for it; if not, the function is not called, and the effect fails.
+    """
+
+    __slots__ = ("_args", "_codec", "_fn", "is_under_way", "is_wanted")
+
+    def __init__(self, fn: InTransaction, args: tuple[Any, ...], codec: Codec) -> None:
+        self._fn = fn
+        self._args = args
+        self._codec = codec
+        self.is_under_way = False
+        self.is_wanted = True
+
+    def __call__(self, connection: Any) -> bytes:
+        if not self.is_wanted:
+            raise JournalError("nobody waits for this effect any more: it was not done")
+        self.is_under_way = True
+        try:
+            return self._codec.encode(self._fn.act(connection, *self._args))
+        finally:
+            self.is_under_way = False
+
+
+def is_under_way(write: object) -> bool:
+    """Whether a write is an effect whose function is running just now."""
+    act = getattr(write, "act", None)
+    return isinstance(act, Act) and act.is_under_way
+
+
+def check_name(name: object) -> None:
+    """Raise TypeError or ValueError for a step's name that no journal can keep."""
+    if not isinstance(name, str):
+        raise TypeError(f"a step's name is a str, not {type(name).__name__}")
+    try:
+        name.isascii() or name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a step's name is text that can be stored; {name!a} has half of a surrogate pair in it") from None

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ..errors import JournalError, JournalUnavailable
+from ..errors import JournalError, JournalUnavailable, Unstorable
 from ..journal.base import Journal
 from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 from ._asking import ERROR, REPLY, Opens, begin, counts, finish, id_of, look, refuse, returning, step
@@ -73,6 +73,20 @@ class Batches(Opens):
             for writes in batches:
                 error = refuse(journal, writes)
                 assert not isinstance(error, JournalUnavailable), f"the place is blamed for {writes}: {error!r}"
+
+    def test_what_can_never_be_stored(self, tmp_path: Path) -> None:
+        """A step's name that is no text is stored as it is, or Unstorable: then nothing of its batch is there."""
+        with self._open(tmp_path) as journal:
+            journal.commit([begin(1)])
+            bad: list[Step | Effect] = [step(1, "\ud800"), Effect(id_of(1), "a\udfff", 1, lambda _: b"x")]
+            for write in bad:
+                before = look(journal, 1)
+                try:
+                    journal.commit([step(1, "good"), write])
+                except Unstorable:
+                    assert look(journal, 1) == before
+                else:
+                    assert (write.name, write.number) in look(journal, 1).steps
 
     def test_large_batch(self, tmp_path: Path) -> None:
         """A batch of 1,000 requests is stored, answered, acknowledged, and asked about, each in its place."""

@@ -20,6 +20,16 @@ class Requests(Opens):
 
     # What comes back.
 
+    def test_any_text_is_a_steps_name(self, tmp_path: Path) -> None:
+        """Whatever UTF-8 can encode: NUL, names that differ behind one, long ones. For showing, a client may be any bytes."""
+        names = ["", "\0", "a\0b", "a\0c", "a", "\u00e4", "a\u0308", "\U0001f600", "\uffff", "x" * 10_000, "' OR 1=1 --"]
+        everything = bytes(range(256))
+        with self._open(tmp_path) as journal:
+            journal.commit([begin(1, client=everything[:255], metadata=everything * 255)])
+            journal.commit([step(1, name, index, b"%d" % index) for index, name in enumerate(names)])
+            journal.commit([step(1, name, index, b"again") for index, name in enumerate(names)])
+            assert look(journal, 1).steps == {(name, index): b"%d" % index for index, name in enumerate(names)}
+
     def test_new_request(self, tmp_path: Path) -> None:
         """An unknown request is stored: its Begin's result is None, the next one's what is known of it."""
         with self._open(tmp_path) as journal:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from greensafe.journal import JsonOrBytes, in_transaction
+from greensafe.errors import JournalError
+from greensafe.journal import Effect, Forget, JsonOrBytes, in_transaction
+from greensafe.journal.steps import Act, check_name, is_under_way
 
 CODEC = JsonOrBytes()
 
@@ -57,3 +59,26 @@ def test_in_transaction_takes_a_function() -> None:
     assert in_transaction(json.dumps).act is json.dumps
     with pytest.raises(TypeError, match="function of a connection"):
         in_transaction("INSERT INTO t VALUES (1)")  # type: ignore[arg-type]
+
+
+def test_the_name_of_a_step() -> None:
+    """Any text, but half of a surrogate pair is none; the error shows where it is."""
+    for good in ("", "a\0b", "ä", "\U0001f600"):
+        check_name(good)
+    with pytest.raises(ValueError, match=r"half of a surrogate pair"):
+        check_name("a\ud800")
+    with pytest.raises(TypeError, match="not bytes"):
+        check_name(b"a")
+
+
+def test_an_effect_that_nobody_waits_for_is_not_called() -> None:
+    """It says of itself whether it runs just now, which its function sees as well."""
+    seen: list[bool] = []
+    act = Act(in_transaction(lambda connection, a: seen.append(is_under_way(write)) or a), (5,), JsonOrBytes())
+    write = Effect(bytes(16), "e", 1, act)
+    assert act(None) == b"j5"
+    assert (seen, is_under_way(write)) == ([True], False)
+    act.is_wanted = False
+    with pytest.raises(JournalError, match="nobody waits"):
+        act(None)
+    assert not is_under_way(Forget(bytes(16)))

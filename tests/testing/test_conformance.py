@@ -202,6 +202,16 @@ class IgnoresNumbers(Model):
         super().step(request, (key[0], 0), value)
 
 
+class EndsNamesAtNul(Model):
+    def step(self, request: Request, key: tuple[str, int], value: bytes) -> None:
+        super().step(request, (key[0].partition("\0")[0], key[1]), value)
+
+
+class LosesSurrogates(Model):
+    def step(self, request: Request, key: tuple[str, int], value: bytes) -> None:
+        super().step(request, (key[0].encode(errors="ignore").decode(), key[1]), value)
+
+
 class NeverFruitful(Model):
     def step(self, request: Request, key: tuple[str, int], value: bytes) -> None:
         request.steps.setdefault(key, value)
@@ -490,6 +500,8 @@ BROKEN = [
     (SortsSteps, JournalConformance.test_step),
     (IgnoresNumbers, JournalConformance.test_step),
     (NeverFruitful, JournalConformance.test_step),
+    (EndsNamesAtNul, JournalConformance.test_any_text_is_a_steps_name),
+    (LosesSurrogates, JournalConformance.test_what_can_never_be_stored),
     (ExcusesTooMuch, JournalConformance.test_excuse),
     (ExcusesNothing, JournalConformance.test_excuse),
     (LetsEffectsRaise, JournalConformance.test_effect_that_raises),
