@@ -13,7 +13,7 @@ import gevent
 from .channel import Channel
 from .deadlines import TICK, check, deadline
 from .errors import GreensafeError, RemoteError, RemoteProtocolError
-from .sansio.envelope import CALLER_LIMIT
+from .sansio.envelope import CALLER_LIMIT, Kind
 from .sansio.requester import Asked, Resolution
 
 __all__ = ["Call", "data_in", "error_in", "raise_error"]
@@ -78,6 +78,7 @@ def error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
         return RemoteProtocolError(answer.flaw)
     error = RemoteError.from_reply(answer.body[0], is_error=True) if len(answer.body) == 1 else None
     if error is not None:
+        error.maybe_executed = answer.kind != Kind.REJECTED
         return error
     return RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {answer.body[0][:80]!r}")
 

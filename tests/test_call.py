@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, cast
 
 import pytest
@@ -12,8 +13,8 @@ from greensafe.sansio.envelope import CALLER_LIMIT, Kind
 from greensafe.sansio.requester import Asked, Resolution
 
 
-def _error(*body: bytes) -> Any:
-    return error_in(Resolution(cast(Asked, None), list(body), Kind.ERROR, b""))
+def _error(*body: bytes, kind: Kind = Kind.ERROR) -> Any:
+    return error_in(Resolution(cast(Asked, None), list(body), kind, b""))
 
 
 def test_error_in_an_answer() -> None:
@@ -38,3 +39,11 @@ def test_an_error_in_a_plain_answer(kind: str) -> None:
 
 def _plain(*body: bytes) -> Resolution:
     return Resolution(cast(Asked, None), list(body), Kind.REQUEST, b"")
+
+
+def test_whether_it_may_have_run() -> None:
+    """Only what the server has sent back has not; the error says so after pickling, too."""
+    body = RemoteError("UNAVAILABLE", "not now").to_reply()
+    errors = [_error(body, kind=kind) for kind in (Kind.REJECTED, Kind.INTERRUPTED, Kind.ERROR)]
+    assert [pickle.loads(pickle.dumps(error)).maybe_executed for error in errors] == [False, True, True]
+    assert RemoteError("INTERNAL", "").maybe_executed
