@@ -18,68 +18,45 @@ Rules:
   vanished and may come back for more.
 * An attempt that ends as INTERRUPTED, or before it was run, or whose handler has returned LATER, was not in vain (`Excuse`):
   only those count that have ended with their process.
-* After the answer nothing is stored any more: steps that still run are not for another run.
+* What waits for the journal for too long does not wait any longer (see `storing`): a request is refused, an answer leaves as
+  INTERRUPTED. What can never be stored is answered for good.
 
 It does not know how things are stored, nor when the client sends again.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from gevent.event import AsyncResult
-
-from .errors import JournalError, RemoteError
+from .errors import JournalError, RemoteError, Unstorable
 from .journal.base import Journal
 from .journal.commits import Commits
 from .journal.steps import InTransaction
 from .request import LATER, Request
 from .sansio.envelope import Header, Kind
 from .sansio.exchange import Exchange
-from .sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, Step, Write
+from .sansio.records import Ack, Excuse, Finish, Forget, Known, Rerun
 from .sansio.resume import Refuse, Replay, Run, decide, is_kept
 from .stats import JournalStats
+from .stepping import Steps
+from .storing import NOT_STORED, Memory, Storing, too_late, unstorable
 from .watchdog import TURN, Watchdog
 
 __all__ = ["Journaled"]
-
 
 #: What a client is told whose request cannot be run again as long as its last run does not end. (Not UNAVAILABLE: of a rejected
 #: request that says that the server is about to stop.)
 _SURVIVED = RemoteError("RESOURCE_EXHAUSTED", "this request's last run has survived a kill and goes on", "HandlerStuck")
 
 #: What a client is told when the journal fails. Why is for the log: it names the file, and what is wrong with the disk.
-_NOT_STORED = RemoteError("RESOURCE_EXHAUSTED", "the request could not be stored, and was not run", "JournalError")
 _ANSWER_NOT_STORED = RemoteError("UNAVAILABLE", "the answer could not be stored", "JournalError")
 
 #: Writes that may wait for the disk before acknowledgements are left out: the answers then stay in the journal for longer.
 ACKS = 10_000
-
-
-class _Memory:
-    """What is known of one request beyond its exchange.
-
-    Attributes:
-        attempt: As Request.attempt.
-        steps: The results that are stored.
-        counts: How often each name was used in this run.
-        is_begun: Its Begin is stored, so its answer can be.
-        is_counted: The journal counts this run as one in vain, and was not told yet that it was not.
-        is_vanished: Its client's connection is gone.
-    """
-
-    __slots__ = ("attempt", "counts", "is_begun", "is_counted", "is_vanished", "steps")
-
-    def __init__(self) -> None:
-        self.attempt = 1
-        self.steps: dict[tuple[str, int], bytes] = {}
-        self.counts: dict[str, int] = {}
-        self.is_begun = False
-        self.is_counted = False
-        self.is_vanished = False
 
 
 class Journaled(Watchdog):
@@ -98,10 +75,12 @@ class Journaled(Watchdog):
         super().__init__(*args, journal=journal.id, **options)
         self._journal = journal
         self._commits = commits
+        commits.on_look = self._see_to_late
+        self._storing = Storing(journal, commits, self._on_begun, self._on_room, limit=options["limit"], grace=options["grace"])
+        self._steps = Steps(commits, self._codec)
         self._resume = resume
         self._max_attempts = max_attempts
-        #: Requests whose turn has come, and that are not stored yet.
-        self._beginning: dict[int, Request] = {}
+        self._beginning = self._storing.requests
         self._ready: deque[Request] = deque()
         #: Whose handler runs, by id; and who waits for its end.
         self._active: dict[bytes, Exchange] = {}
@@ -124,7 +103,15 @@ class Journaled(Watchdog):
             replayed=self.replayed,
             rerun=self.rerun,
             dropped=dict(self._journal.dropped),
+            oldest_seconds=commits.oldest_seconds,
+            withdrawn=commits.queue.withdrawn,
+            released=self._storing.released,
         )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be accepted for the time being."""
+        return self._kept.is_full or (self._commits.on_room is not None and self._storing.is_full)
 
     def running(self) -> set[bytes]:
         """The ids of all requests that are open here, or whose handlers run."""
@@ -137,46 +124,49 @@ class Journaled(Watchdog):
         if not isinstance(header, Header):
             super()._start(request)
             return
-        exchange = request._exchange
-        exchange.memory = _Memory()
-        self._beginning[exchange.key] = request
-        request.frames = list(request.frames)  # the handler's to change; what comes again is compared with what came
-        now = self._journal.now()
-        age = header.age_ms / 1000
-        begin = Begin(
-            header.request_id,
-            request.frames,
-            since=now - age,
-            is_resent=header.age_ms > 0,
-            until=None if header.remaining_ms is None else now + header.remaining_ms / 1000,
-            client=request.client,
-            metadata=header.metadata,
-        )
-        # If the server stops before this is stored the request was not run, and is new to the next one.
-        self._commits.write(begin, lambda known, error: self._on_begun(request, known, error), Forget(header.request_id))
+        self._storing.begin(request, header)
 
     def _take(self, key: int) -> Request | None:
-        return super()._take(key) or self._beginning.pop(key, None)
+        return super()._take(key) or self._storing.take(key)
+
+    def _see_to_late(self) -> None:
+        """The journal takes long: those whose time is over do not wait for it any more."""
+        for request in self._storing.overdue_requests():
+            self._guarded(self._drop, request, too_late())
+        for exchange, error in self._storing.overdue_answers():
+            self._guarded(self._release, exchange, error)
 
     def _refuse_unstored(self, request: Request, error: JournalError) -> None:
         """It could not be stored, and was not run. The client is not told the journal's path, nor what is wrong with it."""
         self._lines.not_stored(request, "it was not run: it", error)
-        self._guarded(self._drop, request, _NOT_STORED)
+        self._guarded(self._drop, request, NOT_STORED)
 
     def _on_begun(self, request: Request, known: Known | None, error: JournalError | None) -> None:
         exchange = request._exchange
+        exchange.memory.at = math.inf
         if exchange.key not in self._beginning:
             # Expired or cancelled meanwhile: if it was new and does not come again just now, it is as if it had never come.
             if known is None and error is None and not self.responder.is_open(_id(exchange)):
                 self._commits.write(Forget(_id(exchange)))
             return
-        if error is not None:
+        if isinstance(error, Unstorable):
+            self._lines.not_stored(request, "it was not run: it", error)
+            self._guarded(self._refuse, request, unstorable("the request", "INVALID_ARGUMENT"))
+        elif error is not None:
             self._refuse_unstored(request, error)
         elif known is None:
             exchange.memory.is_counted = True
             self._run_stored(request)
         else:
             self._guarded(self._go_on, request, known)
+
+    def _refuse(self, request: Request, error: RemoteError) -> None:
+        """Answer a request that is not run, for good."""
+        self._beginning.pop(request._exchange.key, None)
+        try:
+            self.fail(request, error)
+        finally:
+            self.finish(request)
 
     def _go_on(self, request: Request, known: Known) -> None:
         """What was stored before decides."""
@@ -220,9 +210,11 @@ class Journaled(Watchdog):
         if request_id in self._excused:
             self._excuse(request_id)
         exchange.memory.is_counted = True
+        exchange.memory.at = monotonic() + self._storing.patience
         self._commits.write(Rerun(request_id), lambda _, error: self._on_rerun(request, error))
 
     def _on_rerun(self, request: Request, error: JournalError | None) -> None:
+        request._exchange.memory.at = math.inf
         if request._exchange.key not in self._beginning:
             return
         if error is not None:
@@ -241,7 +233,7 @@ class Journaled(Watchdog):
     def _run_now(self, request: Request) -> None:
         exchange = request._exchange
         if self._beginning.pop(exchange.key, None) is not None:
-            self._active[_id(exchange)] = exchange
+            self._active[exchange.memory.request_id] = exchange
             super()._start(request)
 
     def _start_kept(self) -> None:
@@ -256,43 +248,16 @@ class Journaled(Watchdog):
 
     def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
         exchange = request._exchange
-        memory: _Memory | None = exchange.memory
-        if memory is None:
-            if isinstance(fn, InTransaction):
-                return self._effect(b"", name, 0, fn, args)
+        if exchange.memory is None and not isinstance(fn, InTransaction):
             return super().step(request, name, fn, args)
-        number = memory.counts[name] = memory.counts.get(name, 0) + 1
-        stored = memory.steps.get((name, number))
-        if stored is not None:
-            return self._codec.decode(stored)
-        if isinstance(fn, InTransaction):
-            return self._effect(b"" if exchange.is_answered else _id(exchange), name, number, fn, args)
-        data = self._codec.encode(fn(*args))
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            # sqlite would keep it as something else, or silently not at all.
-            raise TypeError(f"a step_codec's encode returns bytes, not {type(data).__name__}")
-        if not exchange.is_answered:
-            self._store(Step(_id(exchange), name, number, data))
-        return self._codec.decode(data)
-
-    def _effect(self, request_id: bytes, name: str, number: int, fn: InTransaction, args: tuple[Any, ...]) -> Any:
-        result = self._store(Effect(request_id, name, number, lambda connection: self._codec.encode(fn.act(connection, *args))))
-        if isinstance(result, Failed):
-            raise result.error
-        return self._codec.decode(result)
-
-    def _store(self, write: Write) -> Any:
-        """Wait until something is stored. Whoever ends the wait leaves it open whether it is."""
-        done = AsyncResult()
-        self._commits.write(write, lambda result, error: done.set(result) if error is None else done.set_exception(error))
-        return done.get()
+        return self._steps.run(exchange, name, fn, args)
 
     # Its answer.
 
     def answer(
         self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY, error: RemoteError | None = None
     ) -> None:
-        memory: _Memory | None = exchange.memory
+        memory: Memory | None = exchange.memory
         if memory is not None and memory.is_begun and not memory.is_vanished and is_kept(error):
             self._keep(exchange, body, kind, error)
         elif isinstance(exchange.envelope.header, Header):
@@ -316,9 +281,9 @@ class Journaled(Watchdog):
 
     def _keep(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
         self.responder.seal(exchange)
-        exchange.is_held = True
+        self._storing.hold(exchange, error)
         self._commits.write(
-            Finish(_id(exchange), kind, body), lambda _, failed: self._on_kept(exchange, body, kind, error, failed)
+            Finish(exchange.memory.request_id, kind, body), lambda _, failed: self._on_kept(exchange, body, kind, error, failed)
         )
 
     def _on_kept(
@@ -329,12 +294,32 @@ class Journaled(Watchdog):
         error: RemoteError | None,
         failed: JournalError | None,
     ) -> None:
+        if isinstance(failed, Unstorable) and (error is None or error.type != "Unstorable"):
+            # The handler has run, and would do so at each retry.
+            self._lines.not_stored(Request(self, exchange, exchange.owner), "its answer", failed)
+            told = unstorable("the answer", "INTERNAL")
+            instead = [told.to_reply()]
+            self._commits.write(
+                Finish(_id(exchange), Kind.ERROR, instead),
+                lambda _, failed: self._on_kept(exchange, instead, Kind.ERROR, told, failed),
+            )
+            return
+        if self._storing.held.pop(exchange.key, None) is None:
+            return  # it has left by another answer
         exchange.is_held = False
         if failed is not None:
             self._lines.not_stored(Request(self, exchange, exchange.owner), "its answer", failed)
             error = _ANSWER_NOT_STORED
             body, kind = [error.to_reply()], Kind.INTERRUPTED
         self._leave(exchange, body, kind, error, self._send_soon)
+
+    def _release(self, exchange: Exchange, error: RemoteError) -> None:
+        """Its client does not wait any longer for an answer that is not stored."""
+        if self._storing.held.pop(exchange.key, None) is None:
+            return
+        exchange.is_held = False
+        self._storing.released += 1
+        self._leave(exchange, [error.to_reply()], Kind.INTERRUPTED, error, self._send)
 
     def _answer_now(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
         self.responder.seal(exchange)
@@ -377,7 +362,7 @@ class Journaled(Watchdog):
         try:
             super().finish(request)
         finally:
-            if exchange.memory is not None and self._active.get(request_id := _id(exchange)) is exchange:
+            if exchange.memory is not None and self._active.get(request_id := exchange.memory.request_id) is exchange:
                 del self._active[request_id]
                 after = self._after.pop(request_id, None)
                 if after is not None and self._beginning.pop(after._exchange.key, None) is not None:
@@ -398,7 +383,7 @@ class Journaled(Watchdog):
 
     def abort_all(self, error: RemoteError) -> None:
         for request in list(self._beginning.values()):
-            memory: _Memory = request._exchange.memory
+            memory: Memory = request._exchange.memory
             if memory.is_begun and memory.attempt == 1:
                 # Stored, and its turn has not come: it is new to the next server.
                 memory.is_begun = memory.is_counted = False

@@ -216,7 +216,8 @@ def _told(error: BaseException) -> RemoteError:
     if isinstance(error, Cancelled):
         return RemoteError("CANCELLED", str(error), kind)
     if isinstance(error, Unstorable):
-        return RemoteError("INTERNAL", str(error), "Unstorable")  # for good: no further run would end otherwise
+        # For good: no further run would end otherwise.
+        return RemoteError("INTERNAL", "a step can never be stored in the server's journal, whose log says why", "Unstorable")
     if isinstance(error, JournalError):
         # Its text has the file's path and what is wrong with it: that is for the log. The request stays open, and runs again.
         return RemoteError("UNAVAILABLE", "the server's journal has failed: its log says why", "JournalError")

@@ -271,10 +271,10 @@ class Server:
     def healthy(self) -> bool:
         """Whether it can do its work.
 
-        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written, its ipc path still
-        leads to it, and a descriptor is left for the next client.
+        Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written and answers, its ipc
+        path still leads to it, and a descriptor is left for the next client.
         """
-        if self._restarts.error is not None or (self._commits is not None and self._commits.error is not None):
+        if self._restarts.error is not None or (self._commits is not None and not self._commits.is_well):
             return False
         if not self._is_accepting or self._binding.trouble:
             return False

@@ -64,6 +64,10 @@ class JournalStats:
         replayed: Those that were answered with what was stored.
         rerun: Those that were begun again after an interruption.
         dropped: Requests that the journal has dropped since it was made, by cause.
+        oldest_seconds: For how long the journal has been at the batch that it writes now (all its tries together), or at
+            tidying; None if it has nothing to do. Over 5 s the server is not healthy.
+        withdrawn: Writes that were taken out before anything of them was written, since their requests were over.
+        released: Answers that have left before they were known to be stored, since the journal took too long.
     """
 
     commits: int
@@ -74,6 +78,9 @@ class JournalStats:
     replayed: int
     rerun: int
     dropped: dict[str, int]
+    oldest_seconds: float | None = None
+    withdrawn: int = 0
+    released: int = 0
 
 
 @dataclass(frozen=True, slots=True)

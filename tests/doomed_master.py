@@ -52,7 +52,9 @@ def named(write: Any) -> str:
     return f"{_requests.get(write.request_id, 'unknown')}: {what}"
 
 
-def write(self: Commits, write: Any, then: Any = None, undo: Any = None, *, _write: Any = Commits.write) -> None:
+def write(
+    self: Commits, write: Any, then: Any = None, undo: Any = None, weight: int = 0, *, _write: Any = Commits.write
+) -> int:
     name = named(write)
 
     def told(result: Any, error: Any) -> None:
@@ -70,7 +72,7 @@ def write(self: Commits, write: Any, then: Any = None, undo: Any = None, *, _wri
 
         write = write._replace(act=done)
     reach(f"{name} waits")
-    _write(self, write, told, undo)
+    return int(_write(self, write, told, undo, weight))
 
 
 def commit(self: SqliteJournal, writes: Any, *, _commit: Any = SqliteJournal.commit) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ from helpers import LONG, MS, wait_until
 import greensafe as zmq
 from greensafe import LATER, Client, JournalError, JournalUnavailable, RemoteError, Request, Server
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
-from greensafe.journal import SqliteJournal, State, Step, Write, in_transaction
+from greensafe.journal import Begin, SqliteJournal, State, Step, Write, in_transaction
+from greensafe.journaled import Journaled
 from greensafe.sansio.envelope import CALLER_LIMIT, GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -1204,3 +1206,445 @@ def test_a_disk_that_is_full_for_a_while(context: zmq.Context, tmp_path: Path, p
         assert asked.get() == large["finish"]
         wait_until(lambda: server.healthy)
     assert calls == ["first"]
+
+
+# A journal that does not come back.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks at what takes long are milliseconds apart."""
+    monkeypatch.setattr("greensafe.journal._stall.LOOK", MS)
+    monkeypatch.setattr("greensafe.storing.LOOK", MS)
+
+
+def _patient(site: Site, seconds: float) -> None:
+    """Have requests wait for the journal for so long: a busy machine may take its time to store what is to run."""
+    watchdog = site.server._watchdog
+    assert isinstance(watchdog, Journaled)
+    watchdog._storing.patience = seconds
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stalled_journal_holds_no_deadline(build: Build) -> None:
+    """The client is told that it is over, and that nobody knows whether that is stored; it may ask again, and is told."""
+
+    def handler(request: Request) -> None:
+        site.disk.gate.clear()
+        gevent.sleep(LONG)
+
+    site = build(handler, deadline=20 * MS, grace=20 * MS)
+    _patient(site, LONG)
+    site.peer.ask()
+    assert site.peer.error() == (Kind.INTERRUPTED, "DEADLINE_EXCEEDED", "DeadlineExceeded")
+    assert site.journal.released == 1
+    site.disk.gate.set()
+    wait_until(lambda: not site.journal.pending)
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "DEADLINE_EXCEEDED", "DeadlineExceeded")
+    assert site.runs == [("body", 1)]
+    assert site.server.stats.failures == {"DEADLINE_EXCEEDED": 2}
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_answer_that_is_not_stored_in_time(build: Build) -> None:
+    """It leaves as what is true of it, and is there when the client asks again."""
+
+    def handler(request: Request) -> bytes:
+        site.disk.gate.clear()
+        return b"done"
+
+    site = build(handler, deadline=20 * MS, grace=20 * MS)
+    _patient(site, LONG)
+    site.peer.ask()
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError")
+    assert (site.server.stats.inflight, site.server.stats.running) == (0, 0)
+    site.disk.gate.set()
+    site.peer.ask(age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"done")
+    assert site.runs == [("body", 1)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_request_that_is_not_stored_in_time_is_not_run(build: Build) -> None:
+    """Its client is told after the handler's limit and the grace; sent again, it is new."""
+    site = build(_echo, grace=20 * MS, resume="abort")
+    _patient(site, 20 * MS)
+    site.disk.gate.clear()
+    site.peer.ask(1)
+    wait_until(lambda: site.server._commits.queue.batch)
+    site.peer.ask(2)
+    for _ in range(2):
+        assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    assert (site.journal.pending, site.journal.withdrawn) == (1, 1)
+    _patient(site, LONG)
+    site.peer.ask(1, age_ms=50)
+    wait_until(lambda: site.journal.pending == 2)
+    site.disk.gate.set()
+    assert site.peer.hear()[1] == b"re: body"
+    assert site.runs == [("body", 1)]
+    assert site.disk.kinds(2) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_deadline_a_stall_ends_the_waits(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests, steps and answers: each is told what is true of it, and the server is not healthy until it is over."""
+    monkeypatch.setattr("greensafe.journal._stall.LIMIT", LONG)
+    monkeypatch.setattr("greensafe.journal._stall.LOOKS", 2)
+    go = Waiting()
+
+    def handler(request: Request) -> bytes:
+        go(request)
+        return request.step("a", lambda: b"x") if request.body == b"step" else b"plain"
+
+    site = build(handler, deadline=None)
+    site.peer.ask(1, b"step")
+    site.peer.ask(2, b"answer")
+    wait_until(lambda: len(site.runs) == 2 and not site.journal.pending)
+    site.disk.gate.clear()
+    go.event.set()
+    site.peer.ask(3, b"request")
+    wait_until(lambda: site.journal.pending == 3)
+    assert site.server.healthy
+    monkeypatch.setattr("greensafe.journal._stall.LIMIT", 0.0)
+    heard = sorted(site.peer.error() for _ in range(3))
+    assert heard == [
+        (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError"),
+        (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError"),
+        (Kind.INTERRUPTED, "UNAVAILABLE", "JournalError"),
+    ]
+    assert (site.server.healthy, site.server.stats.inflight) == (False, 0)
+    assert site.journal.oldest_seconds > 0
+    site.peer.ask(4)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    monkeypatch.setattr("greensafe.journal._stall.LIMIT", LONG)
+    site.disk.gate.set()
+    wait_until(lambda: site.server.healthy)
+    site.peer.ask(4)
+    assert site.peer.hear() == (Kind.REPLY, b"plain")
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_effect_that_does_not_end_keeps_nobody(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither others, nor its own client beyond the deadline, nor a stop beyond its limit."""
+    monkeypatch.setattr("greensafe.server.FLUSH", MS)
+    over = Native()
+
+    def handler(request: Request) -> bytes:
+        if request.body == b"effect":
+            request.step("e", in_transaction(lambda connection: over.wait(LONG)))
+        return b"fine"
+
+    site = build(handler, deadline=20 * MS, grace=20 * MS)
+    _patient(site, LONG)
+    try:
+        site.peer.ask(1, b"effect")
+        wait_until(lambda: site.server._commits.queue.under_way())
+        _patient(site, 20 * MS)
+        site.peer.ask(2)
+        heard = {site.peer.error()[:2] for _ in range(2)}
+        assert heard == {(Kind.INTERRUPTED, "DEADLINE_EXCEEDED"), (Kind.REJECTED, "RESOURCE_EXHAUSTED")}
+        site.server.stop(MS)
+        assert site.server.closed
+    finally:
+        over.set()
+    wait_until(lambda: not Path(f"{site.disk.path}.lock").exists())
+
+
+@pytest.mark.parametrize("is_in_batch", [True, False])
+def test_an_effect_that_has_not_begun_at_the_deadline_is_not_done(build: Build, is_in_batch: bool) -> None:
+    """Its request is over: nobody would be told what it has done. It may be in the batch, or wait for the next one."""
+    calls: list[str] = []
+    go = Waiting()
+
+    def handler(request: Request) -> bytes:
+        go(request)
+        request.step("e", in_transaction(lambda connection: calls.append(request.id)))
+        return b"done"
+
+    site = build(handler)
+    site.peer.ask(1)
+    wait_until(lambda: site.runs and not site.server._commits._is_busy)
+    site.disk.gate.clear()
+    if not is_in_batch:
+        site.peer.ask(2)
+        wait_until(lambda: site.server._commits.queue.batch)
+    go.event.set()
+    wait_until(lambda: site.journal.pending == (1 if is_in_batch else 2))
+    wait_until(lambda: site.server._commits.queue.batch)
+    site.peer.tell(Kind.CANCEL, 1)
+    watchdog = site.server._watchdog
+    assert watchdog is not None
+    wait_until(lambda: watchdog.responder.running == (0 if is_in_batch else 1))
+    assert site.journal.withdrawn == (0 if is_in_batch else 1)
+    site.disk.gate.set()
+    assert site.peer.error()[:2] == (Kind.ERROR, "CANCELLED")
+    assert [write for write in site.disk.seen if type(write).__name__ == "Step"] == []
+    if not is_in_batch:
+        assert site.peer.hear()[0] == Kind.REPLY
+    assert calls == [_id(2).hex()] * (not is_in_batch)
+
+
+# What is over before it is stored, and whose turn it is.
+
+
+def test_a_flood_of_cancelled_requests_costs_no_write(build: Build) -> None:
+    """What is cancelled before its batch begins leaves no trace, and nobody waits for it."""
+    site = build(_echo, max_inflight=20)
+    site.disk.gate.clear()
+    site.peer.ask(1)
+    wait_until(lambda: site.server._commits.queue.batch)
+    for number in range(2, 102):
+        site.peer.ask(number)
+        site.peer.tell(Kind.CANCEL, number)
+    other = site.connect()
+    other.ask(200)
+    wait_until(lambda: site.server.stats.cancelled == 100 and site.server.stats.inflight == 2)
+    assert (site.journal.pending, site.journal.withdrawn) == (2, 100)
+    site.disk.gate.set()
+    assert other.hear() == (Kind.REPLY, b"re: body")
+    assert {write.request_id for write in site.disk.seen} == {_id(1), _id(200)}
+
+
+def test_a_vanished_clients_requests_leave_the_queue(build: Build) -> None:
+    """With cancel_vanished: also those that wait for their turn to be written."""
+    site = build(_echo, cancel_vanished=True)
+    site.disk.gate.clear()
+    site.peer.ask(1)
+    wait_until(lambda: site.server._commits.queue.batch)
+    other = site.connect()
+    for number in range(2, 12):
+        other.ask(number)
+    wait_until(lambda: site.journal.pending == 11)
+    other.sock.close(0)
+    wait_until(lambda: site.journal.pending == 1)
+    assert site.journal.withdrawn == 10
+    site.disk.gate.set()
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+
+
+def test_clients_take_turns_in_the_queue(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that sends much does not put it before everybody else's, and what waits is bounded."""
+    monkeypatch.setattr("greensafe.storing.AT_ONCE", 3)
+    monkeypatch.setattr("greensafe.storing._weigh", lambda exchange: 1)
+    site = build(_echo)
+    site.disk.gate.clear()
+    site.peer.ask(1)
+    wait_until(lambda: site.server._commits.queue.batch)
+    for number in range(2, 12):
+        site.peer.ask(number)
+    wait_until(lambda: site.server.stats.inflight == 11)
+    assert site.journal.pending == 4
+    other = site.connect()
+    other.ask(50)
+    wait_until(lambda: site.server.stats.inflight == 12)
+    site.disk.gate.set()
+    assert other.hear() == (Kind.REPLY, b"re: body")
+    assert sorted(site.peer.hear()[0] for _ in range(11)) == [Kind.REPLY] * 11
+    begun = [int.from_bytes(write.request_id, "big") for write in site.disk.seen if type(write).__name__ == "Begin"]
+    assert begun[:4] == [1, 2, 3, 4]
+    assert 50 in begun[4:7]
+    assert sorted(begun) == [*range(1, 12), 50]
+
+
+def test_what_waits_in_turn_is_no_younger_for_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times count from when it came: its caller's limit does not grow by what it has waited."""
+    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
+    site = build(_echo)
+    site.disk.gate.clear()
+    for number in (1, 2, 3):
+        site.peer.ask(number, limit_ms=10**6)
+    wait_until(lambda: site.server.stats.inflight == 3 and site.server._commits.queue.batch)
+    now = site.disk.now()
+    gevent.sleep(20 * MS)
+    site.disk.gate.set()
+    assert [site.peer.hear()[0] for _ in range(3)] == [Kind.REPLY] * 3
+    (last,) = [write for write in site.disk.seen if isinstance(write, Begin) and write.request_id == _id(3)]
+    assert last.since <= now
+    assert last.until is not None
+    assert last.until <= now + 1000
+
+
+def test_what_is_over_in_turn_is_not_written(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled, or behind others that are: those who wait in turn come to the journal although no batch is taken."""
+    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.storing._weigh", lambda exchange: 1)
+    site = build(_echo)
+    site.disk.gate.clear()
+    for number in (1, 2, 3, 4):
+        site.peer.ask(number)
+    wait_until(lambda: site.server.stats.inflight == 4 and site.server._commits.queue.batch)
+    site.peer.tell(Kind.CANCEL, 3)
+    assert site.peer.error() == (Kind.ERROR, "CANCELLED", "Cancelled")
+    site.peer.tell(Kind.CANCEL, 2)
+    assert site.peer.error() == (Kind.ERROR, "CANCELLED", "Cancelled")
+    wait_until(lambda: site.journal.pending == 2)
+    site.disk.gate.set()
+    assert [site.peer.hear()[0] for _ in range(2)] == [Kind.REPLY] * 2
+    assert [site.disk.kinds(number)[:1] for number in (1, 2, 3, 4)] == [["Begin"], [], [], ["Begin"]]
+
+
+def test_nothing_more_is_read_when_the_queue_is_full(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients feel it, as with requests whose turn to run has not come; then all of it is answered."""
+    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.backlog.BACKLOG", 5)
+    site = build(_echo)
+    site.disk.gate.clear()
+    for number in range(1, 30):
+        site.peer.ask(number)
+    watchdog = site.server._watchdog
+    assert watchdog is not None
+    wait_until(lambda: watchdog.is_full)
+    gevent.sleep(5 * MS)
+    assert site.server.stats.received < 29
+    site.disk.gate.set()
+    assert [site.peer.hear()[0] for _ in range(29)] == [Kind.REPLY] * 29
+    assert not watchdog.is_full
+
+
+def test_stopped_while_requests_wait_in_turn(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused, and nothing of them is stored."""
+    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.server.FLUSH", MS)
+    site = build(_echo)
+    site.disk.gate.clear()
+    for number in range(1, 5):
+        site.peer.ask(number)
+    wait_until(lambda: site.server.stats.inflight == 4)
+    site.server.close()
+    assert [site.peer.error()[:2] for _ in range(4)] == [(Kind.REJECTED, "UNAVAILABLE")] * 4
+    site.disk.gate.set()
+    wait_until(lambda: not Path(f"{site.disk.path}.lock").exists())
+    assert {write.request_id for write in site.disk.seen} <= {_id(1)}
+
+
+# What can never be stored.
+
+
+def _tight(site: Site) -> None:
+    """Have sqlite store nothing that is larger than 10,000 bytes, on this connection."""
+    site.disk._ready().setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)
+
+
+@pytest.mark.parametrize("name", ["half \ud800", "\udfff"])
+def test_a_steps_name_that_is_no_text(build: Build, context: zmq.Context, name: str) -> None:
+    """ValueError before its function is called, with a journal and without; the request is answered for good."""
+    calls: list[None] = []
+
+    def handler(request: Request) -> None:
+        request.step(name, calls.append, None)
+
+    site = build(handler)
+    for age in (0, 5):
+        site.peer.ask(age_ms=age)
+        assert site.peer.error() == (Kind.ERROR, "INTERNAL", "ValueError")
+    assert len(site.runs) == 1
+    with (
+        Server(ANY_PORT, handler, deadline=LONG, context=context) as server,
+        Client(server.endpoint, context=context) as client,
+        pytest.raises(RemoteError, match="surrogate"),
+    ):
+        client.request(b"x")
+    assert calls == []
+    assert site.server.healthy
+
+
+def test_a_steps_result_that_can_never_be_stored(build: Build) -> None:
+    """The handler gets a ValueError, others are not affected, and let out it is the answer: nothing runs again."""
+    caught: list[BaseException] = []
+
+    def handler(request: Request) -> bytes:
+        if request.body != b"large":
+            return b"fine"
+        try:
+            return request.step("a", lambda: bytes(20_000))
+        except ValueError as error:
+            caught.append(error)
+            raise
+
+    site = build(handler)
+    _tight(site)
+    site.peer.ask(1, b"large")
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "Unstorable")
+    assert site.server.healthy
+    site.peer.ask(1, b"large", age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "Unstorable")
+    site.restart()
+    site.peer.ask(1, b"large", age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "Unstorable")
+    assert site.runs == [("large", 1)]
+    assert [isinstance(error, JournalError) for error in caught] == [True]
+
+
+def test_an_effect_whose_result_can_never_be_stored_is_undone(build: Build) -> None:
+    """As one whose own constraint rolls everything back: its handler is told, for good, and its record is not there."""
+
+    def large(connection: Any) -> bytes:
+        connection.execute("INSERT INTO mine VALUES (1)")
+        return bytes(20_000)
+
+    def broken(connection: Any) -> None:
+        connection.execute("INSERT OR ROLLBACK INTO mine VALUES (NULL)")
+
+    site = build(lambda request: request.step("e", in_transaction({b"large": large, b"broken": broken}[request.body])))
+    site.disk._ready().execute("CREATE TABLE mine (a INTEGER NOT NULL)")
+    _tight(site)
+    for number, body in enumerate((b"large", b"broken"), 1):
+        for age in (0, 5):
+            site.peer.ask(number, body, age_ms=age)
+            assert site.peer.error() == (Kind.ERROR, "INTERNAL", "Unstorable")
+    assert len(site.runs) == 2
+    assert site.disk._ready().execute("SELECT count(*) FROM mine").fetchone() == (0,)
+
+
+def test_a_request_that_can_never_be_stored(build: Build) -> None:
+    """It is not run, and its client is told that trying again is no use; the server is well."""
+    site = build(_echo)
+    _tight(site)
+    for number in (1, 1, 2):
+        site.peer.ask(number, bytes(20_000))
+        assert site.peer.error() == (Kind.ERROR, "INVALID_ARGUMENT", "Unstorable")
+    site.peer.ask(3)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert (site.runs, site.server.healthy, site.server.stats.inflight) == ([("body", 1)], True, 0)
+
+
+def test_an_answer_that_can_never_be_stored(build: Build) -> None:
+    """The handler has run, once: that it can never be stored is the answer that is kept."""
+    site = build(lambda request: bytes(20_000))
+    _tight(site)
+    site.peer.ask()
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "Unstorable")
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "INTERNAL", "Unstorable")
+    assert len(site.runs) == 1
+    assert site.server.healthy
+
+
+def test_what_a_codec_encodes_is_stored_as_bytes(build: Build) -> None:
+    """And decoded from bytes, in the first run too. A view that is not contiguous would fail as a fault of the journal's."""
+
+    class Views(Hex):
+        def encode(self, value: Any) -> Any:
+            return memoryview(super().encode(value))
+
+    site = build(lambda request: request.step("a", lambda: b"x"), step_codec=Views())
+    site.peer.ask()
+    assert site.peer.hear() == (Kind.REPLY, b"x")
+    assert [type(write.value) for write in site.disk.seen if isinstance(write, Step)] == [bytes]
+
+
+def test_an_error_whose_text_is_none_is_kept(build: Build) -> None:
+    """What a handler says with half of a surrogate pair in it arrives, and is the stored answer as any other."""
+
+    def handler(request: Request) -> None:
+        raise ValueError("half \ud800")
+
+    site = build(handler)
+    for age in (0, 5):
+        site.peer.ask(age_ms=age)
+        kind, body = site.peer.hear()
+        error = RemoteError.from_reply(body)
+        assert error is not None
+        assert (kind, error.code, error.message) == (Kind.ERROR, "INTERNAL", "half \ud800")
+    assert len(site.runs) == 1

@@ -13,6 +13,10 @@ Group commit: what is written while one commit is under way is the next one's ba
 * That the place cannot be written to is logged, and `error` says so, from the first try on. While nothing is to be written an
   empty batch asks now and then whether that is over: a server that is not well may be asked nothing any more.
 * Between commits, however many there are, and now and then while nothing happens, the journal may tidy up.
+* A thread that does not come back (a disk that hangs, an effect that does not end) ends nobody's wait late: when it counts as
+  stalled (`_stall`) that is logged once, all who wait are told, except those whose own effect it is, and so is whoever comes
+  until it is back. While it takes long `on_look` is called, so that limits which are shorter can be seen to.
+* What nobody wants any more is withdrawn, see `_queue`.
 
 It does not know what is written.
 """
@@ -22,7 +26,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -33,21 +37,19 @@ from gevent.hub import Hub
 from gevent.threadpool import ThreadPool
 
 from ..deadlines import move_on, start_timer
-from ..errors import JournalError, JournalUnavailable
+from ..errors import JournalError, JournalUnavailable, Unstorable
 from ..sansio.records import Write
+from . import _stall
 from ._acts import ask, commit as _commit, finish, open_it, tidy
+from ._health import Health
 from ._patience import LIMIT, Patience
+from ._queue import Entry, Queue, Then
+from ._stall import LOOK, Lookout
 from .base import Journal
 
-__all__ = ["Commits", "Then"]
+__all__ = ["LOOK", "Commits", "Then"]
 
 log = logging.getLogger(__name__)
-
-#: Called with a write's result and None, or with None and the error.
-Then = Callable[[Any, "JournalError | None"], None]
-
-#: A write, who waits for it, and what undoes it.
-_Entry = tuple[Write, "Then | None", "Write | None"]
 
 #: Seconds between two times that the journal is asked to tidy up, if it had no more to do; and for which a write waits at most
 #: that nobody waits for.
@@ -67,7 +69,9 @@ class Commits:
     Attributes:
         count: Batches that were committed, or tried to.
         failures: Writes that have failed.
-        error: What the last try of a batch has failed with, None if it has not.
+        queue: What waits, and what is being written.
+        on_look: Called every `LOOK` seconds while the thread is at work for longer than that.
+        on_room: Called once, when the weight of what waits has become less.
     """
 
     def __init__(self, journal: Journal, running: Callable[[], Collection[bytes]]) -> None:
@@ -76,8 +80,9 @@ class Commits:
         self._hub: Hub = gevent.get_hub()
         self._pool = ThreadPool(1)
         self._process = os.getpid()
-        self._waiting: list[_Entry] = []
-        self._batch: Sequence[_Entry] = ()
+        self.queue = Queue()
+        self.on_look: Callable[[], object] | None = None
+        self.on_room: Callable[[], object] | None = None
         #: A batch is to be started as soon as that can be.
         self._is_due = False
         self._is_busy = False
@@ -85,25 +90,46 @@ class Commits:
         self._is_scheduled = False
         self._done = Event()
         self._closed = Event()
-        #: What is to be stored before the journal is closed, as long as that is to be done.
-        self._last: list[Write] | None = None
-        #: The batch that was under way when this was closed.
-        self._late: Sequence[_Entry] = ()
+        #: The journal is to be closed as soon as the thread is free.
+        self._is_to_finish = False
         self._patience = Patience()
+        #: What whoever comes while the thread is stalled is told.
+        self._stalled: JournalError | None = None
+        self._lookout = Lookout(
+            self._hub,
+            is_watched=lambda: self._is_busy and self._is_open and os.getpid() == self._process,
+            is_in_thread=lambda: self._pause is None,
+            on_stalled=partial(self._guarded, self._give_up_waiting),
+            on_look=lambda: None if self.on_look is None else self._guarded(self.on_look),
+        )
         #: When the thread was last given something to do.
         self._began = 0.0
         #: The timer of the pause before a batch is tried again. That is busy, too.
         self._pause: Any = None
         self._tidy_at = 0.0
-        self._timer: Any = None
+        self._health = Health(self._hub, self._on_timer)
         self.count = 0
         self.failures = 0
-        self.error: JournalError | None = None
 
     @property
     def pending(self) -> int:
         """Writes that are not durable yet."""
-        return len(self._waiting) + len(self._batch)
+        return len(self.queue.waiting) + len(self.queue.batch)
+
+    @property
+    def error(self) -> JournalError | None:
+        """What the last try of a batch has failed with, None if it has not."""
+        return self._health.error
+
+    @property
+    def oldest_seconds(self) -> float | None:
+        """For how long the thread has been at what it does now, all tries of a batch together; None if it has nothing to do."""
+        return monotonic() - self._lookout.since if self._is_busy else None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the journal can be written, and its thread is not stalled."""
+        return self.error is None and not self._lookout.is_stalled
 
     def __repr__(self) -> str:
         return f"<Commits {self._journal!r} pending={self.pending} count={self.count} failures={self.failures}>"
@@ -115,31 +141,48 @@ class Commits:
         """
         opening = self._pool.spawn(open_it, self._journal)
         try:
+            _stall.log_if_slow(opening, self._journal)
             error = opening.get()
         except BaseException:
-            self._last, self._is_busy = [], True
+            self._is_to_finish = self._is_busy = True
             opening.rawlink(partial(self._on_done, None))
             raise
         if error is not None:
             self._end()
             raise error
         self._is_open = True
-        self._set_timer(TIDY)
+        self._health.start(TIDY, ASK)
 
-    def write(self, write: Write, then: Then | None = None, undo: Write | None = None) -> None:
+    def write(self, write: Write, then: Then | None = None, undo: Write | None = None, weight: int = 0) -> int:
         """Store something. From any greenlet of the server's thread, the hub included; for `then` see above.
 
         Without `then` it may take `TIDY` seconds before it is stored. With `undo` it is only wanted if `then` is told of it: if
-        `close` is called first it is not stored; or undone, if it is by then and its result was None.
+        it is withdrawn, or `close` is called, first it is not stored; or undone, if it is by then and its result was None.
+        Returns its number, for `withdraw`.
         """
         if not self._is_open:
             if then is not None:
                 self._hub.loop.run_callback(then, None, JournalError("the journal is closed: its server was stopped"))
-            return
-        self._waiting.append((write, then, undo))
+            return 0
+        queue = self.queue
         if then is not None:
+            if self._stalled is not None:
+                self._hub.loop.run_callback(then, None, self._stalled)
+                return 0
             self._is_due = True
-            self._schedule()
+            if not self._is_busy and not self._is_scheduled:
+                self._schedule()
+        queue.number += 1
+        queue.waiting[queue.number] = write, then, undo, weight
+        queue.weight += weight
+        return queue.number
+
+    def withdraw(self, number: int) -> bool:
+        """Nobody wants this write any more, and its `then` is not called; True if nothing of it is, or will be, written."""
+        is_gone = self.queue.withdraw(number)
+        if is_gone and self.on_room is not None:
+            self._hub.loop.run_callback(self._have_room)
+        return is_gone
 
     def _schedule(self) -> None:
         if not self._is_busy and not self._is_scheduled:
@@ -147,12 +190,17 @@ class Commits:
             self._is_scheduled = True
             self._hub.loop.run_callback(self._start)
 
+    def _have_room(self) -> None:
+        on_room, self.on_room = self.on_room, None
+        if on_room is not None:
+            self._guarded(on_room)
+
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing is pending, but not longer; returns whether that is so."""
-        self._is_due = bool(self._waiting)
+        """Wait until nothing is pending, but not longer, and not for a thread that is stalled; returns whether that is so."""
+        self._is_due = bool(self.queue.waiting)
         self._schedule()
         with move_on(seconds):
-            while self.pending:
+            while self.pending and not self._lookout.is_stalled:
                 self._done.clear()
                 self._done.wait()
         return not self.pending
@@ -165,32 +213,29 @@ class Commits:
         if not self._is_open:
             return
         self._is_open = False
-        self._set_timer(None)
-        batch, waiting = self._batch, self._waiting
-        self._waiting, self._batch = [], ()
-        if self._pause is None:
-            self._late = batch
-        else:
+        self._health.stop()
+        self._lookout.stop()
+        is_paused = self._pause is not None
+        if is_paused:
             self._end_pause()
-            waiting = [*batch, *waiting]
-            batch = ()
-        self._last = [write for write, _, undo in waiting if undo is None]
-        pending = (*batch, *waiting)
-        self._tell_all(zip(pending, [JournalError("the server was stopped before this was known to be stored")] * len(pending)))
+        pending = self.queue.close(is_paused)
+        self._is_to_finish = True
+        error = JournalError("the server was stopped before this was known to be stored")
+        self._tell_all(zip(pending, [error] * len(pending)))
         self._done.set()
         if not self._is_busy:
             self._end()
 
     def join(self, seconds: float) -> bool:
-        """Wait until the journal is closed, but not longer; returns whether it is."""
-        with move_on(seconds):
+        """Wait until the journal is closed, but not longer, and not for a thread that is stalled; returns whether it is."""
+        with move_on(0 if self._lookout.is_stalled else seconds):
             self._closed.wait()
         return bool(self._closed.is_set())
 
     def _end(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            self._call(None, finish, self._journal, last)
+        if self._is_to_finish:
+            self._is_to_finish = False
+            self._call(None, finish, self._journal, self.queue.unfinished)
         else:
             # In a greenlet: called in the hub, gevent neither ends nor awaits a thread that has handed over its result and is
             # not quite done with that task.
@@ -198,62 +243,73 @@ class Commits:
 
     def _start(self) -> None:
         self._is_scheduled = False
-        if not self._is_open or self._is_busy or not self._is_due or not self._waiting:
+        if not self._is_open or self._is_busy or not self._is_due or not self.queue.waiting:
             return
         self._is_due = False
-        self._batch, self._waiting = self._waiting, []
+        self.queue.take()
         self._try()
+        if self.on_room is not None:
+            self._have_room()
 
-    def _try(self) -> None:
-        self._call(self._on_committed, _commit, self._journal, [write for write, _, _ in self._batch])
+    def _try(self, since: float | None = None) -> None:
+        self._call(self._on_committed, _commit, self._journal, [entry[0] for entry in self.queue.batch.values()], since=since)
 
-    def _call(self, then: Callable[[Any], None] | None, act: Callable[..., Any], *args: Any) -> None:
+    def _call(
+        self, then: Callable[[Any], None] | None, act: Callable[..., Any], *args: Any, since: float | None = None
+    ) -> None:
         """Have the thread do something; `then` is called with what it returns, unless this is closed meanwhile."""
         self._is_busy, self._began = True, monotonic()
+        if self._is_open:
+            self._lookout.begin(self._began if since is None else since)
         self._pool.spawn(act, *args).rawlink(partial(self._on_done, then))
 
     def _on_done(self, then: Callable[[Any], None] | None, done: Any) -> None:
         self._is_busy = False
+        if self._lookout.end():
+            log.warning("the journal goes on again: what it was busy with has taken %.1f s", monotonic() - self._lookout.since)
+            self._stalled = None
         if self._is_open:
             if then is not None:
                 self._guarded(then, done.get())
         else:
-            self._guarded(self._see_to_late, done)
+            if self.queue.late:
+                self._guarded(self.queue.settle, done.get())
             self._guarded(self._end)
         if not self.pending:
             self._done.set()
 
-    def _see_to_late(self, done: Any) -> None:
-        """The batch under way when this was closed has ended: undo or store, with the last, what needs it."""
-        late, self._late = self._late, ()
-        if not late or self._last is None:
-            return
-        first = []
-        for (write, _, undo), result in zip(late, done.get(), strict=True):
-            if isinstance(result, JournalUnavailable):
-                first += [write] if undo is None else []
-            elif undo is not None and result is None:
-                first.append(undo)
-        self._last = first + self._last
-
     def _on_committed(self, results: list[Any]) -> None:
-        batch, self._batch = self._batch, ()
+        batch = self.queue.end_batch()
+        told: list[tuple[Entry, Any]] = list(zip(batch.values(), results, strict=True))
         self.count += 1
-        told: Iterable[tuple[_Entry, Any]] = zip(batch, results, strict=True)
         failures = [result for result in results if isinstance(result, JournalError)]
         if failures:
-            told = self._try_again(list(told))
-            self.failures += sum(isinstance(result, JournalError) for _, result in told)
+            told = self._look_into(batch, told, failures)
         else:
             self._patience.ended()
-        self._note(failures[-1] if failures else None)
+            self._health.note(None)
+        self.queue.undo_unwanted(told)
         self._guarded(self._go_on)
         self._tell_all(told)
         self._guarded(self._go_on)
+        if self.on_room is not None and not self._is_due:
+            self._have_room()  # whoever waits for the next batch would wait for ever
 
-    def _try_again(self, told: list[tuple[_Entry, Any]]) -> list[tuple[_Entry, Any]]:
+    def _look_into(
+        self, batch: dict[int, Entry], told: list[tuple[Entry, Any]], failures: list[JournalError]
+    ) -> list[tuple[Entry, Any]]:
+        """Some of it has failed; returns what is to be told."""
+        # What can never be stored says nothing about the place.
+        ills = [failure for failure in failures if not isinstance(failure, Unstorable)]
+        if ills or len(failures) < len(told):
+            told = self._try_again(batch, told)
+            self._health.note(ills[-1] if ills else None)
+        self.failures += sum(isinstance(result, JournalError) for _, result in told)
+        return told
+
+    def _try_again(self, batch: dict[int, Entry], told: list[tuple[Entry, Any]]) -> list[tuple[Entry, Any]]:
         """Keep what the place could not take for another try, unless it was waited for long enough; returns the rest."""
-        kept = [entry for entry, result in told if isinstance(result, JournalUnavailable)]
+        kept = dict(each for each, (_, result) in zip(batch.items(), told) if isinstance(result, JournalUnavailable))
         if not kept:
             self._patience.ended()
             return told
@@ -263,26 +319,34 @@ class Commits:
             if not was_spent:
                 # What has come meanwhile was waiting as well. In a batch of its own it would wait for one more try, which takes
                 # a second where the file is locked.
-                late = self._take_waiting()
+                late, self._is_due = self.queue.take_waited_for(), False
                 told += zip(late, [told[-1][1]] * len(late))
                 text = "the journal could not be written for %.0f s: %d writes have failed; until it can be, each is tried once"
                 log.error(text, LIMIT, len(kept) + len(late))
             return told
-        self._batch, self._is_busy = kept, True
+        self.queue.batch, self._is_busy = kept, True
         self._pause = start_timer(self._hub, pause, self._on_pause)
         return [each for each in told if not isinstance(each[1], JournalUnavailable)]
-
-    def _take_waiting(self) -> list[_Entry]:
-        """Take out what somebody waits for; the rest goes with the next batch."""
-        waiting, self._waiting = self._waiting, []
-        self._waiting = [entry for entry in waiting if entry[1] is None]
-        self._is_due = False
-        return [entry for entry in waiting if entry[1] is not None]
 
     def _on_pause(self) -> None:
         self._end_pause()
         if os.getpid() == self._process:  # in a forked child the journal is closed
-            self._try()
+            self._try(self._lookout.since)
+
+    # A thread that does not come back.
+
+    def _give_up_waiting(self, age: float) -> None:
+        """Tell all who wait; and who comes, until the thread is back. Whose own effect it is waits on, as for any function."""
+        names = self.queue.under_way()
+        told = self.queue.abandon()
+        self._is_due = False
+        self.failures += len(told)
+        where = f"the effect of step {names[0]!r} has not returned" if names else "its disk, or who locks it, does not answer"
+        what = "the journal has been busy for %.0f s: %s; %d writes have failed, and so do all further ones until it goes on"
+        log.error(what, age, where, len(told))
+        self._stalled = JournalUnavailable(f"the journal has been busy for {age:.0f} s and does not answer: {where}")
+        self._tell_all(zip(told, [self._stalled] * len(told)))
+        self._have_room()
 
     def _end_pause(self) -> None:
         self._pause.stop()
@@ -307,36 +371,18 @@ class Commits:
         except BaseException:  # noqa: BLE001 - see above
             self._hub.handle_error(self, *sys.exc_info())
 
-    def _tell_all(self, told: Iterable[tuple[_Entry, Any]]) -> None:
-        for (_, then, _), result in told:
+    def _tell_all(self, told: Iterable[tuple[Entry, Any]]) -> None:
+        for (_, then, _, _), result in told:
             if then is not None:
                 if isinstance(result, JournalError):
                     self._guarded(then, None, result)
                 else:
                     self._guarded(then, result, None)
 
-    def _note(self, failed: JournalError | None) -> None:
-        if failed is not None and self.error is None:
-            log.error("the journal cannot be written: %s", failed)
-            self._set_timer(min(ASK, TIDY))
-        elif failed is None and self.error is not None:
-            log.warning("the journal can be written again")
-            self._set_timer(TIDY)
-        self.error = failed
-
-    def _set_timer(self, seconds: float | None) -> None:
-        if self._timer is not None:
-            self._timer.stop()
-            self._timer.close()
-            self._timer = None
-        if seconds is not None:
-            self._timer = self._hub.loop.timer(seconds, seconds, ref=False)
-            self._timer.start(self._on_timer)
-
     def _on_tidied(self, result: bool | JournalError) -> None:
         if isinstance(result, JournalUnavailable):
             self._patience.failed(self._began, monotonic())
-            self._note(result)
+            self._health.note(result)
         elif isinstance(result, JournalError):
             log.error("the journal cannot be tidied: %s", result)
         elif result:
@@ -348,14 +394,14 @@ class Commits:
             self._patience.ended()
         elif isinstance(error, JournalUnavailable):
             self._patience.failed(self._began, monotonic())
-        self._note(error)
+        self._health.note(error)
         self._go_on()
 
     def _on_timer(self) -> None:
         if os.getpid() != self._process:
-            self._set_timer(None)  # a forked child's, whose journal is closed
+            self._health.stop()  # a forked child's, whose journal is closed
         elif not self._is_busy and self._is_open:
-            self._is_due = bool(self._waiting)
+            self._is_due = bool(self.queue.waiting)
             if self.error is not None and not self._is_due:
                 self._call(self._on_asked, ask, self._journal)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 from gevent import threadpool
 from helpers import LONG, MS, wait_until
 
-from greensafe.errors import JournalError, JournalUnavailable
-from greensafe.journal import Begin, Finish, Forget, Known, SqliteJournal, State, Step
-from greensafe.journal.commits import Commits
+from greensafe.errors import JournalError, JournalUnavailable, Unstorable
+from greensafe.journal import Begin, Effect, Finish, Forget, Known, SqliteJournal, State, Step
+from greensafe.journal.commits import LOOK, Commits
+from greensafe.journal.steps import Act, JsonOrBytes, in_transaction
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -113,7 +114,7 @@ def test_the_next_batch_is_started_before_the_last_ones_writers_are_told(journal
     wait_until(lambda: journal.tidied and not commits._is_busy)
     journal.gate.clear()
     pending: list[int] = []
-    commits.write(_begin(2), lambda result, error: pending.append(len(commits._waiting)))
+    commits.write(_begin(2), lambda result, error: pending.append(len(commits.queue.waiting)))
     wait_until(lambda: commits._is_busy)
     commits.write(_begin(3), Told())
     journal.gate.set()
@@ -503,3 +504,256 @@ def test_tidies_however_much_there_is_to_store(journal: Gated, monkeypatch: pyte
         is_enough = True
         commits.close()
         assert commits.join(LONG)
+
+
+# What nobody wants any more.
+
+
+def test_what_is_withdrawn_in_time_is_not_written(journal: Gated, commits: Commits) -> None:
+    """However much of it there is: the disk does nothing for it, and nobody is told."""
+    numbers = [commits.write(_begin(number), Told(), Forget(_id(number)), 10) for number in range(100)]
+    assert commits.queue.weight == 1000
+    assert [commits.withdraw(number) for number in numbers] == [True] * 100
+    assert (commits.queue.weight, commits.pending, commits.queue.withdrawn) == (0, 0, 100)
+    told = Told()
+    commits.write(_begin(1), told)
+    assert commits.flush(LONG)
+    assert (journal.batches, told.got) == ([1], [(None, None)])
+
+
+def test_what_is_withdrawn_while_it_is_written_was_never_there(journal: Gated, commits: Commits) -> None:
+    """For whoever comes with the same id meanwhile: its write is behind the one that undoes the first."""
+    journal.gate.clear()
+    first, second = Told(), Told()
+    number = commits.write(_begin(1), first, Forget(_id(1)))
+    wait_until(lambda: commits._is_busy)
+    assert not commits.withdraw(number)
+    commits.write(_begin(1), second, Forget(_id(1)))
+    journal.gate.set()
+    assert commits.flush(LONG)
+    assert (first.got, second.got, journal.batches) == ([], [(None, None)], [1, 2])
+
+
+def test_there_is_room(journal: Gated, commits: Commits) -> None:
+    """Whoever waits for it is called once, when a batch is taken, and when what waits is withdrawn."""
+    rooms: list[int] = []
+
+    def on_room() -> None:
+        rooms.append(commits.queue.weight)
+
+    journal.gate.clear()
+    commits.write(_begin(1), Told(), weight=10)
+    commits.on_room = on_room
+    wait_until(lambda: rooms)
+    number = commits.write(_begin(2), Told(), weight=10)
+    commits.write(_begin(3), Told(), weight=7)
+    commits.on_room = on_room
+    commits.withdraw(number)
+    wait_until(lambda: len(rooms) == 2)
+    assert (rooms, commits.on_room) == ([0, 7], None)
+    journal.gate.set()
+
+
+# A thread that does not come back.
+
+
+@pytest.fixture
+def stall(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether the thread is stalled as soon as it has been looked at: only while it does not come back anyway."""
+    monkeypatch.setattr("greensafe.journal._stall.LOOK", MS)
+    monkeypatch.setattr("greensafe.journal._stall.LOOKS", 2)
+
+    def stall(is_on: bool) -> None:
+        monkeypatch.setattr("greensafe.journal._stall.LIMIT", 0.0 if is_on else LONG)
+
+    stall(False)
+    return stall
+
+
+def test_a_disk_that_hangs_keeps_nobody_waiting(
+    journal: Gated, stall: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """All are told, what comes later too; it is logged once, and once that it goes on; what is new by then is undone."""
+    commits = Commits(journal, set)
+    commits.open()
+    journal.gate.clear()
+    told = [Told() for _ in range(3)]
+    commits.write(_begin(1), told[0], Forget(_id(1)))
+    wait_until(lambda: commits._is_busy)
+    assert commits.oldest_seconds is not None
+    assert commits.is_well
+    commits.write(_begin(2), told[1], Forget(_id(2)))
+    commits.write(Forget(_id(9)))
+    stall(True)
+    wait_until(lambda: told[1].got)
+    assert (commits.is_well, commits.failures, commits.pending) == (False, 2, 2)
+    commits.write(_begin(3), told[2])
+    wait_until(lambda: told[2].got)
+    assert [type(error) for each in told for _, error in each.got] == [JournalUnavailable] * 3
+    assert "does not answer" in str(told[2].got[0][1])
+    assert not commits.flush(LONG)
+    assert _levels(caplog) == [logging.ERROR]
+    stall(False)
+    journal.gate.set()
+    wait_until(lambda: commits.is_well)
+    again = Told()
+    commits.write(_begin(1), again)
+    assert commits.flush(LONG)
+    assert again.got == [(None, None)]
+    assert [len(each.got) for each in told] == [1] * 3
+    assert _levels(caplog) == [logging.ERROR, logging.WARNING]
+    commits.close()
+    assert commits.join(LONG)
+
+
+def test_closed_while_it_hangs(journal: Gated, stall: Callable[[bool], None]) -> None:
+    """Nobody waits for it to be closed either; it is when it comes back, and what was wanted anyway is stored."""
+    commits = Commits(journal, set)
+    commits.open()
+    journal.gate.clear()
+    told = Told()
+    commits.write(_begin(1), told, Forget(_id(1)))
+    wait_until(lambda: commits._is_busy)
+    stall(True)
+    wait_until(lambda: told.got)
+    commits.write(_begin(2))
+    commits.close()
+    assert not commits.join(LONG)
+    journal.gate.set()
+    wait_until(lambda: commits.join(MS))
+    assert len(told.got) == 1
+    journal.open()
+    assert [result and result.attempts for result in journal.commit([_begin(1), _begin(2)])] == [None, 1]
+    journal.close()
+
+
+def test_whose_effect_it_is_waits_for_it(
+    journal: Gated, stall: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is a function that runs: what it returns arrives; everybody else is told, and the log names the step."""
+    over = Native()
+    act = Act(in_transaction(lambda connection: over.wait(LONG) and 5), (), JsonOrBytes())
+    mine, other = Told(), Told()
+    commits = Commits(journal, set)
+    commits.open()
+    commits.write(_begin(1))
+    commits.write(Effect(_id(1), "pay", 1, act), mine)
+    commits.write(_begin(2), other)
+    wait_until(lambda: act.is_under_way)
+    stall(True)
+    wait_until(lambda: other.got)
+    assert "the effect of step 'pay' has not returned" in caplog.messages[-1]
+    stall(False)
+    over.set()
+    wait_until(lambda: mine.got)
+    assert mine.got == [(b"j5", None)]
+    assert [len(other.got), act.is_under_way] == [1, False]
+    commits.close()
+    assert commits.join(LONG)
+
+
+def test_a_tidying_that_hangs(journal: Gated, stall: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who wait behind it are told, and what they wanted is not done."""
+    over, tidy = Native(), journal.tidy
+    monkeypatch.setattr(journal, "tidy", lambda running: over.wait(LONG) and tidy(running))
+    commits = Commits(journal, set)
+    commits.open()
+    commits.write(_begin(1), Told())
+    wait_until(lambda: commits.count and commits._is_busy)
+    told = Told()
+    commits.write(_begin(2), told)
+    stall(True)
+    wait_until(lambda: told.got)
+    assert isinstance(told.got[0][1], JournalUnavailable)
+    stall(False)
+    over.set()
+    wait_until(lambda: commits.is_well)
+    assert journal.batches == [1]
+    commits.close()
+    assert commits.join(LONG)
+
+
+def test_an_open_that_hangs_is_logged(
+    journal: Gated, stall: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that does not start says why."""
+    over, open = Native(), journal.open
+    monkeypatch.setattr(journal, "open", lambda: over.wait(LONG) and open())
+    stall(True)
+    commits = Commits(journal, set)
+    opening = gevent.spawn(commits.open)
+    wait_until(lambda: caplog.messages)
+    assert "could not be opened" in caplog.messages[0]
+    over.set()
+    opening.get()
+    commits.close()
+    assert commits.join(LONG)
+
+
+def test_looks_at_what_takes_long(journal: Gated, commits: Commits) -> None:
+    """Whoever has limits of its own is called while it lasts, and not afterwards."""
+    ages: list[float | None] = []
+    commits.on_look = lambda: ages.append(commits.oldest_seconds)
+    journal.gate.clear()
+    commits.write(_begin(1), Told())
+    wait_until(lambda: len(ages) == 2)
+    journal.gate.set()
+    assert commits.flush(LONG)
+    assert all(age is not None and age >= LOOK for age in ages)
+
+
+def test_a_write_that_makes_the_journal_fail_fails_alone(
+    journal: Gated, commits: Commits, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if what it raises is no JournalError; that is logged once."""
+    store = journal.commit
+
+    def commit(writes: Sequence[Any]) -> list[Any]:
+        if any(write.request_id == _id(3) for write in writes):
+            raise BufferError("a bug")
+        return store(writes)
+
+    monkeypatch.setattr(journal, "commit", commit)
+    told = [Told() for _ in range(8)]
+    for number, each in enumerate(told):
+        commits.write(_begin(number), each)
+    assert commits.flush(LONG)
+    assert [each.got == [(None, None)] for each in told] == [number != 3 for number in range(8)]
+    assert sum(message.startswith("<SqliteJournal") for message in caplog.messages) == 1
+
+
+def test_what_can_never_be_stored_is_no_fault_of_the_journals(
+    journal: Gated, commits: Commits, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its writer is told, and nobody takes the journal for ill."""
+    journal.fault, told = Unstorable("too large"), Told()
+    commits.write(_begin(1), told)
+    assert commits.flush(LONG)
+    assert told.got == [(None, journal.fault)]
+    assert (commits.is_well, commits.failures, caplog.messages) == (True, 1, [])
+
+
+def test_what_can_never_be_stored_does_not_make_the_journal_well(journal: Gated, commits: Commits) -> None:
+    """Nor does it end what its place is known for."""
+    journal.fault, told = JournalError("the disk is full"), Told()
+    commits.write(_begin(1), told)
+    wait_until(lambda: told.got)
+    journal.fault = Unstorable("too large")
+    commits.write(_begin(1), told)
+    wait_until(lambda: len(told.got) == 2)
+    assert str(commits.error) == "the disk is full"
+
+
+def test_there_is_room_when_all_have_been_told(journal: Gated, commits: Commits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who wait for the next batch come to it although nothing is left that would start one."""
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", LONG)
+    journal.fault, told, rooms = LOCKED, Told(), Told()
+    commits.write(_begin(1), told)
+    wait_until(lambda: commits.error)
+    commits.write(_begin(2), told)
+    commits.write(Forget(_id(9)))
+    commits.on_room = lambda: rooms(None, None)
+    monkeypatch.setattr("greensafe.journal._patience.LIMIT", 0.0)
+    wait_until(lambda: rooms.got)
+    assert len(told.got) == 2
+    journal.fault = None
