@@ -33,8 +33,8 @@ def _exchange(key: int = 1, at: float | None = None, body: tuple[bytes, ...] = (
     ("body", "weight"),
     [
         ((b"body",), storing.AT_ONCE // 1024),
-        ((bytes(10_000),), 10_000 + 8 + 4 * 128),
-        ((b"",) * 100_000, 100_003 * 128 + 8),
+        ((bytes(10_000),), 10_000 + 8 + 4 * FRAME),
+        ((b"",) * 100_000, 100_003 * FRAME + 8),
     ],
     ids=["small", "large", "empty frames"],
 )
