@@ -32,7 +32,7 @@ def test_the_records_of_a_request() -> None:
     assert answered("here", request, None) == RequestAnswered("here", ID.hex(), b"peer", forever)
     error = RemoteError("NOT_FOUND", "no", "KeyError")
     assert answered("here", request, error) == RequestFailed("here", ID.hex(), b"peer", forever, "NOT_FOUND", "KeyError", "no")
-    assert extra("here", request) == {"endpoint": "here", "request_id": ID.hex()}
+    assert extra("here", request) == {"endpoint": "here", "request_id": ID.hex(), "client": "peer"}
 
 
 def test_a_handler_without_a_name() -> None:

@@ -12,6 +12,7 @@ from greensafe import RemoteError, storing
 from greensafe.journal.commits import LOOK
 from greensafe.sansio.envelope import Envelope
 from greensafe.sansio.exchange import Exchange
+from greensafe.sansio.weights import FRAME
 from greensafe.storing import Memory, Storing
 
 GRACE = 1000.0
