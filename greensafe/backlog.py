@@ -35,6 +35,9 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._requests
+
     def __repr__(self) -> str:
         return f"<Backlog {len(self)} requests by {len(self._turns)} connections, {self.size} bytes>"
 

@@ -11,6 +11,7 @@ Rules:
   delivered behind the back of a caller who was told of the loss.
 * libzmq says DISCONNECTED, then hands over what it had read, then says CONNECT_RETRIED: so everything is read once more after
   the event that follows, and only then is a request lost. Where none follows (a peer that broke the protocol), after `SETTLE`.
+  A peer that has sent faster than it was read does not stop the hub: what it has sent is read in turns before that.
 * Signs of life of a TCP connection are counted in the kernel (see `sansio.liveness`); elsewhere messages are, and a second
   connection tells (see `secondlook`). Never by libzmq's HEARTBEAT_TIMEOUT, which kills a connection behind a long message.
 * inproc has none of these, and no monitor: there a peer that is gone cannot be sent to.
@@ -37,9 +38,10 @@ import zmq
 from .counts import is_counted, sample, unread
 from .deadlines import start_timer
 from .endpoints import explained, not_begun
-from .errors import PeerSilent, Refused, Unreachable
+from .errors import Disconnected, PeerSilent, Refused, Unreachable
 from .green._byname import ByName, has_proxy, reconnect
 from .green._forks import generation
+from .green._inlet import LOST_FIRST
 from .green._pump import OUTBOX, Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
@@ -52,7 +54,7 @@ from .sansio.requester import Asked, Connection, Requester, Resolution
 from .secondlook import SecondLook
 from .seldom import Seldom
 from .stats import EndpointStats
-from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE, Loss, Trouble, refusal
+from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_TYPE, Loss, Trouble, refusal
 
 __all__ = ["Channel", "Owner"]
 
@@ -60,6 +62,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds after which what a lost connection had read is taken for handed over if no event says so.
 SETTLE = 0.01
+
+#: Seconds in which all is read at the latest that a lost connection has left: a high-water mark's messages, or any number.
+READ_OUT, READ_OUT_ALL = 2.0, 60.0
 
 #: A connection that was lost within this many seconds of its beginning is made again only after a pause.
 SHORT_LIVED = 1.0
@@ -155,6 +160,7 @@ class Channel:
         "_has_tried",
         "_has_warned",
         "_ipv6",
+        "_is_bounded",
         "_is_closed",
         "_is_dying",
         "_is_mute",
@@ -166,6 +172,7 @@ class Channel:
         "_owner",
         "_pulse",
         "_pump",
+        "_reading_out",
         "_reopen",
         "_requester",
         "_second",
@@ -200,6 +207,7 @@ class Channel:
         self._pump: Pump | None = None
         self._monitor: Monitor | None = None
         self._settle: Any = None
+        self._reading_out: Any = None
         self._reopen: Any = None
         host = host_in(endpoint)
         self._by_name = None if host is None else ByName(host, self._on_no_address)
@@ -308,10 +316,9 @@ class Channel:
             self._by_name.rest()
         self._stop_reopening()
 
-    def drain(self) -> None:
-        """Read what has arrived."""
-        if self._pump is not None and not self.is_inherited:
-            self._pump.drain_all()
+    def drain(self) -> bool:
+        """Read what has arrived, for some milliseconds at most; whether that was all."""
+        return self._pump is None or self.is_inherited or self._pump.drain_all()
 
     def catch_up(self) -> None:
         """Learn what has happened to the connection while the loop did not turn."""
@@ -355,6 +362,8 @@ class Channel:
         if self._pulse is None or not self.is_up or not (self.connection.sent or is_awaited):
             self.begin_looks(now)
             return
+        if self._pump is not None:
+            self._pump.look_after()
         self.drain()
         if late:
             self._requester.forgive(self.connection, now)
@@ -366,6 +375,8 @@ class Channel:
             self._requester.forgive(self.connection, now)
         if trouble is not None:
             self._lose(trouble)
+        elif missing := self._requester.missing(self.connection, now):
+            self._tell_lost(Loss(TORN, missing, [], self.connection))
         elif second.is_open or second.has_reason:
             pass  # the pulse's verdict comes first
         elif (unheard := self._requester.silent(self.connection, now)) and self.connection.is_direct:
@@ -380,6 +391,7 @@ class Channel:
         self._is_closed = True
         self.is_up = False
         self._stop_settling()
+        self._stop_reading_out()
         self._stop_reopening()
         self._shut(linger)
         self._seldom.flush()
@@ -415,6 +427,9 @@ class Channel:
                 outbox=None,
                 on_gone=self._on_gone if is_inproc else None,
                 on_failure=lambda error, go_on: self._owner.restarts.failed("pump", error, go_on),
+                on_torn=self._on_torn,
+                most_frames=self._requester.max_frames,
+                on_interrupted=self._on_interrupted,
             )
         except BaseException:
             if self._monitor is not None:
@@ -422,6 +437,7 @@ class Channel:
             sock.close(0)
             raise
         self._ipv6 = bool(sock.getsockopt(zmq.IPV6))
+        self._is_bounded = bool(sock.getsockopt(zmq.RCVHWM))
         if self._by_name is not None:
             self._by_name.begin(self._ipv6, partial(reconnect, sock))
         if self._monitor is None:
@@ -625,6 +641,25 @@ class Channel:
                 if note is not None:
                     self.tell(note)
             self._owner.on_answer(self, answer)
+            self._requester.ended = None
+
+    def _on_torn(self, frames: list[bytes], why: str) -> None:
+        """A message has come that could not be received whole."""
+        trouble = Trouble(Disconnected, f"its answer was thrown away: {why}")
+        is_known = bool(frames) and why != LOST_FIRST
+        asked = self._requester.torn(frames if is_known else [], self.connection, monotonic())
+        if asked is not None:
+            self._tell_lost(Loss(trouble, [asked], [], self.connection))
+        elif not is_known and (self._limit is None or not self.connection.is_known):
+            self._lose(trouble)  # of a request that nobody will hear of any more; otherwise the missing WORKING tells whose
+
+    def _on_interrupted(self, frames: list[bytes]) -> None:
+        """Something from outside has ended `_on_message` halfway."""
+        answer, self._requester.ended = self._requester.ended, None
+        if answer is None:
+            self._on_message(frames)
+        elif answer.asked.owner is not None:  # it still waits
+            self._owner.on_answer(self, answer)
 
     def _learn(self) -> None:
         if self.connection.is_direct:
@@ -636,12 +671,26 @@ class Channel:
     # The end of a connection.
 
     def _lose(self, trouble: Trouble) -> None:
+        if self._reading_out is not None:
+            return  # it is known
         self._stop_settling()
         self._is_dying = False
         self.is_up = False  # whoever is woken by what is read now must not send on this socket
         self._unwatch()  # nor learn that it is connected again
-        self.drain()
-        if self._is_closed:
+        self._read_out(trouble, monotonic() + (READ_OUT if self._is_bounded else READ_OUT_ALL))
+
+    def _read_out(self, trouble: Trouble, until: float) -> None:
+        """See the end of a connection to its end when all is read that has arrived; others have their turns meanwhile.
+
+        What comes after `until` is a later connection's, which libzmq makes by itself.
+        """
+        self._stop_reading_out()
+        pump = self._pump
+        if not self.drain() and self._pump is pump and not self._is_closed and monotonic() < until:
+            again = partial(self._guarded, partial(self._read_out, trouble, until))
+            self._reading_out = start_timer(gevent.get_hub(), 0, again)
+            return
+        if self._is_closed or self._pump is not pump:
             return
         loss = self._count(trouble)
         self._shut(0)
@@ -718,6 +767,12 @@ class Channel:
             self._settle.stop()
             self._settle.close()
             self._settle = None
+
+    def _stop_reading_out(self) -> None:
+        if self._reading_out is not None:
+            self._reading_out.stop()
+            self._reading_out.close()
+            self._reading_out = None
 
     def _stop_reopening(self) -> None:
         if self._reopen is not None:

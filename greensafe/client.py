@@ -170,9 +170,9 @@ class Client:
         call = Call(getcurrent().switch, idempotent, now)
         request_id = self._prefix + next(self._numbers).to_bytes(8, "big")
         call.asked = self._requester.open(request_id, body, at, call, told, metadata)
-        if self._retries:
-            self._budget.earn()
         try:
+            if self._retries:
+                self._budget.earn()
             if self._tell is not None:
                 self._tell(CallStarted(self._endpoints, request_id.hex(), metadata))
             self._place(call, now)

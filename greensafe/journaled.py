@@ -117,6 +117,9 @@ class Journaled(Watchdog):
         """The ids of all requests that are open here, or whose handlers run."""
         return {*self.responder.open_ids(), *self._active}
 
+    def _is_placed(self, key: int) -> bool:
+        return key in self._beginning or super()._is_placed(key)
+
     # Before the handler runs.
 
     def _start(self, request: Request) -> None:

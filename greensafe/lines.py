@@ -81,6 +81,11 @@ class Lines:
         key = _raised_at(error)
         self._seldom.say(log, logging.ERROR, text, _shown(error), key=key, most=EACH_PLACE, error=error, extra=details)
 
+    def interrupted(self, error: BaseException) -> None:
+        """Something from outside has ended the answering of one request halfway; it is done once more."""
+        text = "answering was interrupted, and goes on: %s"
+        self._seldom.say(log, logging.WARNING, text, _shown(error), extra={"endpoint": self._endpoint})
+
     def answered_twice(self, request: Request) -> None:
         """A handler has returned an answer to a request that has one."""
         self._say(logging.ERROR, request, "handler of %s returned an answer though it is answered: dropped")

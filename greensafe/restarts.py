@@ -6,8 +6,8 @@ owner. Rules:
 * A loop that fails is called again after a pause (`sansio.backoff`); if that happens more than three times within five seconds,
   all of the owner's loops together, its `give_up` is called with the error, once, and nothing is called again.
 * Each failure is logged with its traceback, counted, and told to hooks.
-* An Exception is a failure. KeyboardInterrupt or SystemExit that happens to be raised in the hub is none: it goes where gevent
-  sends it, to the main greenlet, and the loop's turn is done again.
+* An Exception is a failure. What a signal's handler happens to raise in the hub is none, KeyboardInterrupt and SystemExit above
+  all: it goes where gevent sends it, those two to the main greenlet, and the loop's turn is done again.
 
 It does not know what the loops do, nor what giving up means; that one message's failure is not its loop's is up to the loop.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -25,6 +24,7 @@ import gevent
 
 from .deadlines import start_timer
 from .green._forks import generation
+from .green._interruptions import is_interruption
 from .hooks import LoopFailed, Tell
 from .sansio.backoff import PERIOD, RESTARTS, Intensity
 
@@ -66,12 +66,14 @@ class Restarts:
         """Do a turn of a loop; if it fails, again after a pause. In the hub nothing leaves this."""
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - what leaves a callback is reported at best, and ends a watcher for good
-            self.failed(loop, error, lambda: self.run(loop, act))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not is_interruption(error):
+                # What leaves a callback is reported at best, and ends a watcher for good.
+                self.failed(loop, error, lambda: self.run(loop, act))
+                return
             if gevent.getcurrent() is not self._hub:
                 raise
-            self._hub.handle_error(self, *sys.exc_info())
+            self._hub.handle_error(self, type(error), error, error.__traceback__)
             if not self._is_closed:
                 self._start(0.0, lambda: self.run(loop, act))
 

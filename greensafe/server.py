@@ -38,6 +38,7 @@ from .endpoints import check_endpoint
 from .errors import RemoteError
 from .green._binding import Binding
 from .green._forks import generation
+from .green._inlet import LOST_FIRST
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
@@ -346,13 +347,20 @@ class Server:
         self._stopped.clear()
         self._restarts = restarts = Restarts(self.endpoint, self._give_up, self._tell)
         self._pump = Pump(
-            sock, self._on_message, self.close, on_failure=lambda error, go_on: restarts.failed("pump", error, go_on)
+            sock,
+            self._on_message,
+            self.close,
+            on_failure=lambda error, go_on: restarts.failed("pump", error, go_on),
+            on_torn=self._on_torn,
+            most_frames=self._max_frames,
+            on_interrupted=self._on_interrupted,
         )
         close_first(context, self)
         options: dict[str, Any] = {
             "send_soon": self._pump.send_soon,
             "send_if_read": self._pump.send_if_read,
             "max_frames": self._max_frames,
+            "has_taken": self._pump.has_taken,
             "limit": self._limit,
             "grace": self._grace,
             "max_inflight": self._max_inflight,
@@ -527,6 +535,19 @@ class Server:
         self._watchdog.accept(frames)
         if self._watchdog.is_full:
             self._pump.is_paused = True
+
+    def _on_torn(self, frames: list[bytes], why: str) -> None:
+        if self._watchdog is None:
+            return
+        client = self._watchdog.responder.sender_of(frames) if why == LOST_FIRST else None
+        if client is not None:
+            self._on_message([client, *frames])  # nothing else of it is missing
+        else:
+            self._watchdog.refuse_torn([] if why == LOST_FIRST else frames, why)
+
+    def _on_interrupted(self, frames: list[bytes]) -> None:
+        if self._watchdog is not None:
+            self._watchdog.recover(frames)
 
     def _on_room(self) -> None:
         if self._watchdog is None or self._pump is None:

@@ -23,6 +23,7 @@ __all__ = [
     "NO_HANDSHAKE",
     "SILENT",
     "STUCK",
+    "TORN",
     "UNANSWERED",
     "UNASKED",
     "WRONG_TYPE",
@@ -75,6 +76,7 @@ class Loss(NamedTuple):
 
 
 LOST = Trouble(Disconnected, "the connection that carried the request is gone")
+TORN = Trouble(Disconnected, "a message was not received whole, here or at the server: this request, or its answer")
 NOBODY = Trouble(Unreachable, "nobody can be reached there")
 NO_HANDSHAKE = Trouble(
     Unreachable, "somebody is there, but the handshake fails: is it a ZeroMQ server, and are the CURVE keys right?"

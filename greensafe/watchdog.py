@@ -30,6 +30,7 @@ from gevent.hub import Hub
 from .backlog import Backlog
 from .deadlines import DeadlineSignal, deadline, start_timer
 from .errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
+from .green._interruptions import is_interruption
 from .hooks import HandlerStuck, Tell
 from .journal.steps import Codec, InTransaction, JsonOrBytes
 from .lines import Lines
@@ -72,6 +73,7 @@ class Watchdog:
         send: Takes the frames of an answer, envelope included; must not block.
         send_soon: The same for an answer behind which nothing runs that could hold it up; by default `send`.
         send_if_read: The same for what need not be kept for a client that does not read; by default `send`.
+        has_taken: Tells of frames, whose sending was interrupted, whether they leave all the same; by default they do.
         limit: Seconds that a handler has, None for no limit.
         grace: Seconds between the signal and the kill.
         max_inflight: Handlers that run at a time.
@@ -106,6 +108,7 @@ class Watchdog:
         grace: float,
         send_soon: Callable[[list[bytes]], None] | None = None,
         send_if_read: Callable[[list[bytes]], None] | None = None,
+        has_taken: Callable[[list[bytes]], bool] | None = None,
         max_inflight: int = 1000,
         max_zombies: int | None = None,
         rejects: bool = False,
@@ -127,6 +130,7 @@ class Watchdog:
         self._send = send
         self._send_soon = send_soon or send
         self._send_if_read = send_if_read or send
+        self._has_taken = has_taken or (lambda frames: True)
         self._limit = limit
         self._max_inflight = max_inflight
         self._most_zombies = math.inf if max_zombies is None else max_zombies + max_inflight
@@ -144,6 +148,8 @@ class Watchdog:
         self.thread: int = self.hub.thread_ident
         self._greenlets: dict[int, gevent.Greenlet] = {}
         self._owed: dict[int, Exchange] = {}
+        #: The routing id, as an object, that the request came with which was opened last.
+        self._opened = b""
         self._kept = Backlog()
         self._is_starting = False
         self._spent = 0.0
@@ -235,6 +241,9 @@ class Watchdog:
         except RemoteProtocolError as error:
             self._lines.malformed(error)
             return None
+        if received.__class__ is Exchange:  # no call: nothing can come between the responder's count and this
+            self._owed[received.key] = received
+            self._opened = frames[0]
         if not isinstance(received, Exchange):
             if received is not None:
                 self._guarded(self._apply, received)
@@ -242,7 +251,6 @@ class Watchdog:
             return None
         scope = self.scope(at=received.at)
         received.owner = scope
-        self._owed[received.key] = received
         request = Request(self, received, scope)
         if received.at is not None and received.at <= now:
             self._guarded(self._answer_overdue, received)
@@ -268,8 +276,24 @@ class Watchdog:
         self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY, error: RemoteError | None = None
     ) -> None:
         """Open the reply gate and send; LocalProtocolError if it was opened before. `error` is what the body says, if any."""
-        self._send(self.responder.answer(exchange, body, kind))
+        frames = None
+        try:
+            frames = self.responder.answer(exchange, body, kind)
+            self._send(frames)
+        except BaseException as interruption:
+            if is_interruption(interruption):
+                self._see_sent(exchange, body, kind, frames)
+            raise
         self._count(exchange, error)
+
+    def _see_sent(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, frames: list[bytes] | None) -> None:
+        """Something has ended the answering halfway: if the gate is open the answer leaves all the same, once."""
+        if not exchange.is_answered or (frames is None and exchange.is_delivered):
+            return
+        if frames is None:
+            frames = self.responder.deliver(exchange, body, kind)
+        if not self._has_taken(frames):
+            self._send(frames)
 
     def _count(self, exchange: Exchange, error: RemoteError | None) -> None:
         """An answer has left; `error` is what it says, if any."""
@@ -318,6 +342,47 @@ class Watchdog:
                 self.fail(request, error, Kind.REJECTED)
         finally:
             self.finish(request)
+
+    def recover(self, frames: list[bytes]) -> None:
+        """Deal with a message once more, since something from outside has ended `accept` halfway."""
+        if self._opened is not frames[0]:
+            self.accept(frames)
+        self._find_lost()
+        self._rearm()
+
+    def _find_lost(self) -> None:
+        """Have the requests wait for their turn that were on their way to their handlers when something was interrupted."""
+        for exchange in list(self._owed.values()):
+            if not exchange.is_running or self._is_placed(exchange.key):
+                continue
+            if exchange.owner is None:
+                exchange.owner = self.scope(at=exchange.at)
+            request = Request(self, exchange, exchange.owner)
+            if exchange.is_answered:
+                self._guarded(self.finish, request)
+            else:
+                self._kept.keep(request)
+                self._start_next_turn()
+
+    def _is_placed(self, key: int) -> bool:
+        """Whether a request waits for its turn, or its handler's greenlet has begun."""
+        greenlet = self._greenlets.get(key)
+        if greenlet is not None and not greenlet.dead and greenlet.gr_frame is None and greenlet is not gevent.getcurrent():
+            del self._greenlets[key]  # it was made, and never switched to
+            return False
+        return greenlet is not None or key in self._kept
+
+    def refuse_torn(self, frames: list[bytes], why: str) -> None:
+        """Drop a message that could not be received whole; its client, if it is known, may send it again.
+
+        Args:
+            frames: Its first frames.
+            why: What has become of it.
+        """
+        self._lines.malformed(RemoteProtocolError(why))
+        error = RemoteError("UNAVAILABLE", f"the request was not received whole: {why}", "Interrupted")
+        for told in self.responder.torn(frames, error):
+            self._guarded(self._apply, told)
 
     def note_answered(self, request: Request) -> None:
         """The program has answered on its own socket: open the gate without sending."""
@@ -374,11 +439,18 @@ class Watchdog:
         # Straight from the hub, so the handler cannot be killed before it starts.
         try:
             greenlet.switch()
-        except Exception as error:  # noqa: BLE001 - no memory for it: then it has not run, and nobody else answers
+        except Exception as error:
+            if is_interruption(error):
+                raise
+            # No memory for it: then it has not run, and nobody else answers.
             self._greenlets.pop(request._exchange.key, None)
             self._guarded(self.raised, request, error)
             self._guarded(self.finish, request)
         self._spent += monotonic() - before
+        if request._exchange.is_running and greenlet.dead:
+            # A signal's handler has raised before its first line: it has not run.
+            self._greenlets.pop(request._exchange.key, None)
+            self._find_lost()
 
     def _take(self, key: int) -> Request | None:
         """A request that waits does not any more; None if it did not."""
@@ -388,14 +460,20 @@ class Watchdog:
         """Answer a request that was not run, and will not be."""
         self._take(request._exchange.key)
         try:
-            self.fail(request, error, Kind.REJECTED)
+            if not request.replied:
+                self.fail(request, error, Kind.REJECTED)
         finally:
             self.finish(request)
 
     def _start_kept(self) -> None:
         self._spent = 0.0
         while self._kept and self.load < self._max_inflight and self._spent <= TURN:
-            self._start(self._kept.next())
+            try:
+                self._start(self._kept.next())
+            except BaseException:
+                self._is_starting = False
+                self._find_lost()
+                raise
         self._is_starting = False
         if self._kept and self.load < self._max_inflight:
             self._start_next_turn()
@@ -429,16 +507,32 @@ class Watchdog:
         except BaseException as error:  # noqa: BLE001 - the one place that supervises
             self._guarded(self.raised, request, error)
         finally:
-            scope._detach()
-            self._guarded(self.finish, request)
-            self._greenlets.pop(request._exchange.key, None)  # not before: on_error and hooks may ask whether this is a handler
+            try:
+                scope._detach()
+                self._guarded(self.finish, request)
+            except BaseException:
+                self._guarded(self.finish, request)  # a signal's handler has raised: it may be half done
+                raise
+            finally:
+                # Not before: on_error and hooks may ask whether this is a handler.
+                self._greenlets.pop(request._exchange.key, None)
 
     def _guarded(self, act: Callable[..., object], *args: object) -> None:
-        """Do something for one request; its failure, which only on_error can cause, is logged and touches no other request."""
+        """Do something for one request; its failure, which only on_error can cause, is logged and touches no other request.
+
+        What comes from outside, by a signal's handler, ends it as little: it is done once more, and may find half of it done.
+        """
         try:
             act(*args)
         except BaseException as error:  # noqa: BLE001 - see above
-            self._lines.answering_failed(error)
+            if not is_interruption(error):
+                self._lines.answering_failed(error)
+                return
+            self._lines.interrupted(error)
+            try:
+                act(*args)
+            except BaseException as again:  # noqa: BLE001 - see above
+                self._lines.answering_failed(again)
 
     def _returned(self, request: Request, result: object) -> None:
         exchange = request._exchange
@@ -455,7 +549,14 @@ class Watchdog:
 
     def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
         """Answer with what the handler has returned, which has nothing more to do."""
-        self._send_soon(self.responder.answer(request._exchange, frames))
+        exchange, made = request._exchange, None
+        try:
+            made = self.responder.answer(exchange, frames)
+            self._send_soon(made)
+        except BaseException as interruption:
+            if is_interruption(interruption):
+                self._see_sent(exchange, frames, Kind.REPLY, made)
+            raise
         if self._tell is not None:
             self._tell(answered(self._endpoint, request, None))
 
@@ -482,7 +583,8 @@ class Watchdog:
         """The handling is over; who has neither answered nor promised to is answered for."""
         exchange = request._exchange
         try:
-            if self.responder.finish(exchange):
+            # Once more if it was interrupted: it may be half done.
+            if self.responder.finish(exchange) if exchange.is_running else exchange.is_abandoned:
                 message = "the handler returned nothing: return bytes, call request.reply, or return greensafe.LATER"
                 self.fail(request, RemoteError("INTERNAL", message, "NoReply"))
         finally:

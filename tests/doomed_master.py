@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import master
+import zmq
 
 from greensafe.green import _pump
 from greensafe.journal import Begin, Effect, SqliteJournal
@@ -88,7 +89,7 @@ def send(sock: Any, frame: bytes, flags: int, *, _send: Any = _pump._send) -> An
         _leaving.append(_requests[frame[8:24]])
         reach(f"{_leaving[-1]}: answer leaves")
     result = _send(sock, frame, flags)
-    if _leaving and flags == _pump._NOBLOCK:
+    if _leaving and flags == int(zmq.NOBLOCK):
         reach(f"{_leaving.pop()}: answer left")
     return result
 

@@ -23,7 +23,7 @@ from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.deadlines import TICK
 from greensafe.failover import Failover
-from greensafe.green import _pump
+from greensafe.green import _pump, _whole
 from greensafe.green._pump import Pump
 from greensafe.hooks import LoopFailed, ServerStopped
 from greensafe.restarts import Restarts
@@ -218,7 +218,7 @@ ALL = Counter(b"%d-%d" % (number, index) for number in range(CLIENTS) for index 
 
 def _break(monkeypatch: pytest.MonkeyPatch, what: str, error: Exception, skips: int = 0) -> Fault:
     """Put a fault before something that the pump of the server does; it fails when `left` is set."""
-    owner: Any = _pump.Pump if what == "flush" else _pump
+    owner: Any = {"flush": _pump.Pump, "_recv": _whole}.get(what, _pump)
     fault = Fault(getattr(owner, what), error, skips)
     monkeypatch.setattr(owner, what, lambda *args: fault(*args))
     return fault
@@ -477,14 +477,21 @@ from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.deadlines import TICK
 from greensafe.failover import Failover
-from greensafe.green import _pump
+from greensafe.green import _whole
 from greensafe.green._pump import Pump
 
+is_failing, receive = False, _whole._recv
+
 def fail(*args):
-    raise MemoryError("injected")
+    if is_failing:
+        raise MemoryError("injected")
+    return receive(*args)
+
+_whole._recv = fail
 
 def handler(request):
-    _pump._recv = fail
+    global is_failing
+    is_failing = True
     gevent.sleep(3600)
 
 server = greensafe.Server("tcp://127.0.0.1:0", handler, deadline=None)

@@ -30,6 +30,8 @@ from zmq.backend import Socket as Backend
 from ..deadlines import deadline
 from ..errors import Disconnected, PeerError, RemoteError
 from ._carrier import Carrier
+from ._waits import POLLOUT
+from ._whole import read_rest
 
 if TYPE_CHECKING:
     from ._hosts import Hosts
@@ -43,6 +45,7 @@ RECENT = 0.001
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
 _LINGER = int(zmq.LINGER)
+_EVENTS = int(zmq.EVENTS)
 _RCVMORE = int(zmq.RCVMORE)
 _REQ_RELAXED = int(zmq.REQ_RELAXED)
 _LAST_ENDPOINT = int(zmq.LAST_ENDPOINT)
@@ -134,6 +137,13 @@ class Lockstep:
             self.is_interrupted = False
             if self.carrier is not None:
                 self.carrier.on_reply()
+
+    def on_interrupted(self, sock: Sock) -> None:
+        """Something has ended a send, and nobody knows whether before or behind it."""
+        if self.is_req:
+            self.is_open = self.is_interrupted = True
+        else:
+            self.is_open = bool(_get(sock, _EVENTS) & POLLOUT)  # a REP has room only for an answer that it owes
 
     # What to do about it.
 
@@ -263,8 +273,8 @@ class Lockstep:
 
 
 def _read_rest(sock: Sock) -> None:
-    while _get(sock, _RCVMORE):
-        _recv(sock, _NOBLOCK)
+    while read_rest(sock, 1024):
+        pass
 
 
 def _drop(sock: Sock, address: str) -> None:

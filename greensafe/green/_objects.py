@@ -11,20 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import zmq
-from zmq.backend import Socket as Backend
 from zmq.utils import jsonapi
 
+from ._inlet import throw_away_in_parts
 from ._waiting import EXPIRED, UNSET, Timeout, WaitingSocket
 
 __all__ = ["ObjectSocket"]
 
 T = TypeVar("T")
-
-_RCVMORE = int(zmq.RCVMORE)
-_NOBLOCK = int(zmq.NOBLOCK)
-
-_get: Callable[[Any, int], Any] = Backend.get
-_recv: Callable[..., Any] = Backend.recv
 
 
 class ObjectSocket(WaitingSocket):
@@ -117,11 +111,7 @@ class ObjectSocket(WaitingSocket):
         try:
             return decode(received)
         except BaseException as error:  # also of a kill or a Timeout, if decoding waits
-            rest = 0
-            while _get(self, _RCVMORE):
-                _recv(self, _NOBLOCK)
-                rest += 1
-            if rest and self._lockstep is not None:
+            if throw_away_in_parts(self._waits, self) and self._lockstep is not None:
                 self._lockstep.on_received(self)
             error.add_note(f"{op}: the message was read whole and is gone; the socket can be used")
             raise

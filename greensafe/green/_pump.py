@@ -19,6 +19,10 @@ Rules:
 * An exception of `on_message` goes to the hub's error handler; the pump goes on.
 * When the pump itself fails it rests until `on_failure`, who is told, has it go on. No message is lost by that: one that was
   read halfway is read to its end, one that could not be sent waits like one whose peer is full.
+* What a signal's handler raises is no failure of the pump's: it goes to the hub's error handler, or to the greenlet that has
+  called, and the pump goes on at once. No message is torn by it (see `_whole`). One whose handing over it has interrupted is
+  given to `on_interrupted`.
+* A long message is read in parts, and one with too many frames is thrown away (see `_inlet`): `on_torn` is told.
 * When the context is terminated or the socket closed, the pump stops and says so once, by `on_end`.
 
 It does not know what is in the messages, but that a ROUTER's first frame names the peer.
@@ -27,7 +31,7 @@ It does not know what is in the messages, but that a ROUTER's first frame names 
 from __future__ import annotations
 
 import itertools
-import sys
+import math
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -38,8 +42,12 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..sansio.weights import MESSAGE, weight
+from ._every import Every
 from ._forks import generation
+from ._inlet import AT_ONCE, TOO_MANY, Inlet
+from ._interruptions import is_interruption
 from ._turns import TURN, call_in_next_turn
+from ._whole import BYTES, FLAGS, consume, finish
 
 __all__ = ["Pump"]
 
@@ -65,11 +73,19 @@ SPARE = 2**20
 #: Messages that wait for a peer below which those that were taken back are not searched for.
 SWEPT = 64
 
-#: Messages that a socket about to close still reads in order to refuse them; who sends faster than that learns by its end.
+#: Seconds that reading all that has arrived may take at once: limits and others come then, whatever a peer sends.
+DRAIN = 0.005
+
+#: Messages that a socket about to close still reads in order to refuse them, and seconds for which it does so; who sends faster
+#: than that learns by its end.
 REFUSED = 10_000
+REFUSED_SECONDS = 0.25
 
 #: Seconds after which a full peer is tried again: a ROUTER is writable as soon as any peer is, so no event tells.
 RETRY = 0.02
+
+#: Seconds between two looks whether a server's socket is still watched.
+LOOK_AFTER = 1.0
 
 #: Full peers that are tried again then, and in each turn of the loop in which something is read or sent.
 TRIED_EACH_TIME = 64
@@ -77,43 +93,39 @@ TRIED_EACH_TURN = 4
 
 _EVENTS = int(zmq.EVENTS)
 _FD = int(zmq.FD)
-_NOBLOCK = int(zmq.NOBLOCK)
-_RCVMORE = int(zmq.RCVMORE)
-_SNDMORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
 _POLLOUT = int(zmq.POLLOUT)
 _SRCFD = int(zmq.SRCFD)
-_MORE = _NOBLOCK | _SNDMORE
 
 #: What libzmq says of a socket that cannot be used any more.
 _ENDED = frozenset({zmq.ETERM, zmq.ENOTSOCK})
 _UNREACHABLE = _ENDED | {zmq.EHOSTUNREACH}
 
+#: Counts the frames that follow a message's first one, until it is long.
+_FEW = (None,) * AT_ONCE
+
 _get: Callable[[Any, int], Any] = Backend.get
-_recv: Callable[..., Any] = Backend.recv
 _send: Callable[..., Any] = Backend.send
 
 
 class _Queue:
     """The messages that wait for one peer, each with its weight in bytes."""
 
-    __slots__ = ("_swept", "messages", "size")
+    __slots__ = ("messages", "size", "swept")
 
     def __init__(self) -> None:
         self.messages: deque[tuple[list[bytes], int]] = deque()
         self.size = 0
-        self._swept = SWEPT
+        #: Messages that were left when it was swept last.
+        self.swept = SWEPT
 
-    def keep(self, frames: list[bytes], size: int) -> int:
-        """Add a message; returns by how much the queue has grown. Those that were taken back go when they are half of it."""
+    def sweep(self) -> int:
+        """Forget the messages that were taken back; returns what they weighed. To be called when they may be half of it."""
         before = self.size
-        if len(self.messages) >= 2 * self._swept:
-            self.messages = deque(entry for entry in self.messages if entry[0])
-            self.size = sum(entry[1] for entry in self.messages)
-            self._swept = max(SWEPT, len(self.messages))
-        self.messages.append((frames, size))
-        self.size += size
-        return self.size - before
+        self.messages = deque(entry for entry in self.messages if entry[0])
+        self.size = sum(size for _, size in self.messages)
+        self.swept = max(SWEPT, len(self.messages))
+        return before - self.size
 
 
 class Pump:
@@ -128,6 +140,9 @@ class Pump:
         outbox: Bytes kept for a peer whose pipe is full; None for no limit.
         on_failure: Called with the error and with what makes the pump go on when it has failed and rests; by default the
             error goes to the hub's error handler, and the pump goes on.
+        on_torn: Called with the first frames of a message that was thrown away, and with the reason.
+        on_interrupted: Called with the frames of a message if an exception from outside has ended `on_message` halfway.
+        most_frames: Frames that a message may have; of one that has more, `on_message` gets so many and one more.
 
     Attributes:
         dropped: Messages thrown away because their peer's queue was full.
@@ -139,26 +154,33 @@ class Pump:
     """
 
     __slots__ = (
+        "__weakref__",
         "_first",
         "_generation",
         "_hub",
+        "_inlet",
         "_is_closed",
         "_is_reading",
         "_is_resting",
         "_is_router",
+        "_keeper",
+        "_kept_last",
         "_limit",
         "_on_end",
         "_on_failure",
         "_on_gone",
+        "_on_interrupted",
         "_on_message",
+        "_on_torn",
         "_outbox",
         "_outbox_size",
         "_retry",
         "_scheduled",
+        "_sent_last",
         "_since",
         "_sock",
+        "_socks",
         "_soon",
-        "_torn",
         "_watcher",
         "dropped",
         "is_paused",
@@ -175,17 +197,26 @@ class Pump:
         outbox: int | None = OUTBOX,
         on_gone: Callable[[], object] | None = None,
         on_failure: Callable[[Exception, Callable[[], None]], object] | None = None,
+        on_torn: Callable[[list[bytes], str], object] | None = None,
+        on_interrupted: Callable[[list[bytes]], object] | None = None,
+        most_frames: float = math.inf,
     ) -> None:
         self._sock = sock
+        self._socks = itertools.repeat(sock)
         self._on_message = on_message
         self._on_end = on_end
         self._on_gone = on_gone
         self._on_failure = on_failure
+        self._on_torn = on_torn
+        self._on_interrupted = on_interrupted
+        self._inlet = Inlet(sock, most_frames)
         self._limit = outbox
         self._is_router = sock.type == zmq.ROUTER
         self._generation = generation()
         self._hub = gevent.get_hub()
         self._watcher = self._hub.loop.io(_get(sock, _FD), 1)
+        #: A DEALER's owner looks after it; a server has nobody who does.
+        self._keeper = Every(LOOK_AFTER, self, Pump.look_after) if self._is_router else None
         self._outbox: dict[bytes, _Queue] = {}
         self._outbox_size = 0
         self._soon: deque[list[bytes]] = deque()
@@ -197,12 +228,13 @@ class Pump:
         self._is_reading = False
         self._is_closed = False
         self._is_resting = False
-        #: The first frames of a message whose reading has failed halfway.
-        self._torn: list[bytes] = []
         self.is_paused = False
         self.dropped = 0
         self.unreachable = 0
         self.unsaid = 0
+        #: In this turn: what libzmq has taken, and what is kept for a peer that has no room.
+        self._sent_last: list[bytes] | None = None
+        self._kept_last: list[bytes] | None = None
         self._first: zmq.Frame | None = None
 
     def __repr__(self) -> str:
@@ -232,7 +264,7 @@ class Pump:
     def has_input(self) -> bool:
         """Whether messages have arrived that are not read yet; they are read in the next turn unless paused."""
         try:
-            if not _get(self._sock, _EVENTS) & _POLLIN:
+            if not self._inlet.is_inside and not _get(self._sock, _EVENTS) & _POLLIN:
                 return False
         except zmq.ZMQError:
             return False  # the context is terminated or the socket closed: nothing can be read any more
@@ -248,10 +280,21 @@ class Pump:
     def start(self) -> None:
         """Begin to read. Also looks at once, since an edge may have passed before."""
         if not self.is_started:
-            self.is_started = True
             if not self._is_resting:
                 self._watcher.start(self._run, True)
                 self._schedule()
+            self.is_started = True  # last, so that whoever was interrupted can do it again
+
+    def look_after(self) -> None:
+        """Watch again, and have a turn, should both have ended by themselves.
+
+        They do if a signal's handler raises in the moment in which the loop calls back, before the first line is run.
+        """
+        if self.is_started and not self._is_resting and not self.is_inherited:
+            if not self._watcher.active:
+                self._watcher.start(self._run, True)
+            self._scheduled = False
+            self._schedule()
 
     def stop(self) -> None:
         """Stop reading until `start`; messages stay where they are and the loop is not kept alive by this socket."""
@@ -270,6 +313,8 @@ class Pump:
         self.stop()
         self._stop_retry()
         self._watcher.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self._outbox.clear()
         self._soon.clear()
         self._is_closed = True
@@ -288,18 +333,23 @@ class Pump:
         if not self.is_started:
             self.send(frames)
             return
-        self._soon.append(frames)
+        self._soon += (frames,)  # no call, so nothing can come between it and who asks whether it is taken
         if len(self._soon) >= SOON:
             self._send_gathered()
         if not self._scheduled:
             self._schedule()
 
+    def has_taken(self, frames: list[bytes]) -> bool:
+        """Whether this message, whose sending was interrupted in this turn, leaves all the same, or has left."""
+        return frames is self._sent_last or frames is self._kept_last or any(frames is each for each in self._soon)
+
     def _send_gathered(self) -> None:
         soon = self._soon
         while soon:
-            if soon[0]:
-                self._send(soon[0])
-            soon.popleft()
+            frames = soon[0]
+            if frames and frames is not self._sent_last and frames is not self._kept_last:
+                self._send(frames)
+            del soon[0]  # no call, so nothing comes between the two
 
     def _send(self, frames: list[bytes]) -> None:
         key = frames[0] if self._is_router else b""
@@ -307,9 +357,9 @@ class Pump:
         if waiting is not None:
             self._keep(waiting, frames)
         elif not self._try_send(frames):
+            self._start_retry()
             self._outbox[key] = waiting = _Queue()
             self._keep(waiting, frames)
-            self._start_retry()
 
     def send_if_read(self, frames: list[bytes]) -> None:
         """Send, unless much waits for the peer already: for what is said again soon, and must not take the room of answers."""
@@ -323,34 +373,43 @@ class Pump:
         """The messages that have not been handed to libzmq, as they were handed to `send`."""
         return [*self._soon, *(frames for queue in self._outbox.values() for frames, _ in queue.messages)]
 
-    def drain(self) -> None:
-        """Read what has arrived, here and now, up to a batch."""
-        self._try_drain()
-
-    def _try_drain(self) -> bool:
+    def drain(self) -> bool:
+        """Read what has arrived, here and now, up to a batch; whether it has done so, or else has failed."""
         try:
             if not self._read():
                 self._schedule()
-        except Exception as error:  # noqa: BLE001 - who only wants to read what is there has nothing to do with it
+        except Exception as error:
             if isinstance(error, zmq.ZMQError) and error.errno in _ENDED:
                 self._schedule()  # the same error is met there, and dealt with
+            elif is_interruption(error):
+                self._schedule()
+                raise
             else:
                 self._fail(error)
             return False
         return True
 
-    def drain_all(self) -> None:
-        """Read everything that has arrived, here and now."""
+    def drain_all(self) -> bool:
+        """Read everything that has arrived, here and now, but for `DRAIN` at most; whether that was all.
+
+        The rest is read in the turns that follow.
+        """
         self.is_paused = False
-        while not self._is_closed and self.has_input and self._try_drain():
-            pass
+        until = 0.0
+        while not self._is_closed and self.has_input and self.drain():
+            now = monotonic()
+            until = until or now + DRAIN
+            if now > until:
+                return self._is_closed or not self.has_input
+        return True
 
     def refuse(self, refuse: Callable[[list[bytes]], None]) -> None:
         """Read all that has arrived, paused or not, and hand it to `refuse` instead; for a socket that is about to close."""
         self.is_paused = False
         self._on_message = refuse
+        until = monotonic() + REFUSED_SECONDS
         for _ in range(REFUSED // BATCH):
-            if not self.has_input:
+            if not self.has_input or monotonic() > until:
                 return
             self.drain()
 
@@ -358,11 +417,15 @@ class Pump:
         """Send what is about to be sent, and try again to send what is kept for so many peers; None for all."""
         self._send_gathered()
         for key in list(itertools.islice(self._outbox, peers)):
-            waiting = self._outbox.pop(key)
+            waiting = self._outbox[key]
+            del self._outbox[key]  # neither this nor the next `del` is a call: nothing comes between them and what follows
             messages = waiting.messages
             try:
-                while messages and (not messages[0][0] or self._try_send(messages[0][0])):
-                    size = messages.popleft()[1]
+                while messages:
+                    frames, size = messages[0]
+                    if frames and frames is not self._sent_last and not self._try_send(frames):
+                        break
+                    del messages[0]
                     waiting.size -= size
                     self._outbox_size -= size
             finally:
@@ -373,35 +436,50 @@ class Pump:
 
     def _try_send(self, frames: list[bytes]) -> bool:
         """False if the peer has no room, or sending fails. Nothing switches in here, so a message goes out whole."""
-        sock = self._sock
-        last = len(frames) - 1
+        left = iter(frames)
         try:
             try:
-                _send(sock, frames[0], _MORE if last else _NOBLOCK)
-            except zmq.Again:
+                consume(map(_send, self._socks, left, FLAGS[len(frames)]))
+            except zmq.Again as error:
+                if type(error) is not zmq.Again:
+                    raise  # by a signal's handler
                 # libzmq throttles its commands: reading EVENTS processes them, then the second try tells the truth.
-                _get(sock, _EVENTS)
-                _send(sock, frames[0], _MORE if last else _NOBLOCK)
-            for frame in frames[1:last]:
-                _send(sock, frame, _MORE)
-            if last:
-                _send(sock, frames[last], _NOBLOCK)
-        except zmq.Again:
+                left = iter(frames)
+                _get(self._sock, _EVENTS)
+                consume(map(_send, self._socks, left, FLAGS[len(frames)]))
+        except BaseException as error:
+            if finish(self._sock, frames, left, error):
+                self._sent_last = frames
+                raise
+            return self._not_sent(error)
+        self._sent_last = frames
+        return True
+
+    def _not_sent(self, error: BaseException) -> bool:
+        """Nothing of a message has left: whether that is as if it had."""
+        if type(error) is zmq.Again:
             return False
-        except zmq.ZMQError as error:
-            if error.errno not in _UNREACHABLE:
-                self._fail(error)
-                return False
-            self.unreachable += 1
+        if not isinstance(error, zmq.ZMQError) or is_interruption(error):
+            raise error
+        if error.errno not in _UNREACHABLE:
+            self._fail(error)
+            return False
+        self.unreachable += 1
         return True
 
     def _keep(self, waiting: _Queue, frames: list[bytes]) -> None:
         size = MESSAGE + weight(frames)
         limit = self._limit
         if limit is None or (self._outbox_size < OUTBOXES and (not waiting.messages or waiting.size + size <= limit)):
-            self._outbox_size += waiting.keep(frames, size)
+            if len(waiting.messages) >= 2 * waiting.swept:
+                self._outbox_size -= waiting.sweep()
+            waiting.messages += ((frames, size),)  # no call; see flush
+            waiting.size += size
+            self._outbox_size += size
+            self._kept_last = frames
         else:
             self.dropped += 1
+            self._kept_last = frames
 
     def _schedule(self) -> None:
         if self._scheduled:
@@ -420,8 +498,7 @@ class Pump:
             is_woken: See above.
             since: The monotonic time at which a chain of such calls began that follow from one another; 0 if this is the first.
         """
-        if not is_woken:
-            self._scheduled = False
+        self._scheduled = False  # first of all: if this is interrupted it can be scheduled again
         if self._generation != generation():
             self._watcher.stop()
             return
@@ -431,6 +508,7 @@ class Pump:
         try:
             if self._outbox or self._soon:
                 self.flush(TRIED_EACH_TURN)
+            self._sent_last = self._kept_last = None
             if not self.is_paused and not self._read(is_woken):
                 self._schedule()
             if self._on_gone is None or self.is_inherited:
@@ -455,10 +533,10 @@ class Pump:
             on_gone()
 
     def _fail(self, error: BaseException) -> None:
-        """Not a message but the pump has failed, here and now."""
+        """Not a message but the pump has failed, or was interrupted, here and now."""
         if self._is_closed or self._is_resting:
             return  # this is known
-        if self._on_failure is None or not isinstance(error, Exception):
+        if self._on_failure is None or not isinstance(error, Exception) or is_interruption(error):
             self._hub.handle_error(self, type(error), error, error.__traceback__)
             self._schedule()  # the edge may be used up
         else:
@@ -477,6 +555,9 @@ class Pump:
         outer, self._is_reading = self._is_reading, True
         try:
             return self._read_batch(is_likely)
+        except BaseException as error:
+            self._inlet.note(error)
+            raise
         finally:
             self._is_reading = outer
 
@@ -486,35 +567,44 @@ class Pump:
         To find nothing costs 4.8 µs by recv, which raises, and 2.0 by EVENTS. So EVENTS is asked where nothing is likely: at
         first, unless `is_likely`, and after a single message.
         """
-        sock = self._sock
+        sock, inlet = self._sock, self._inlet
+        parts, step = inlet.parts, inlet.step
         left = BATCH
         until = over = 0.0
-        if self._torn:
-            self._read_rest()
+        if inlet.is_inside and not self.is_paused and not self._read_on(inlet):
+            return False
         while left:
             if self.is_paused or self._is_closed:
                 return True
             if not is_likely and not _get(sock, _EVENTS) & _POLLIN:
                 return True  # what is to be sent soon goes out in the turn that it has asked for
             try:
-                frame = _recv(sock, _NOBLOCK, False)
-            except zmq.Again:
+                next(step)
+            except zmq.Again as error:
+                if parts or type(error) is not zmq.Again:
+                    raise  # by a signal's handler
                 return True
             is_likely = left < BATCH
             left -= 1
-            self._first = frame
-            frames = [frame.bytes]
-            try:
-                while frame.more:
-                    frame = _recv(sock, _NOBLOCK, False)
-                    frames.append(frame.bytes)
-            except Exception:
-                self._torn = frames
-                raise
+            for _ in _FEW:
+                if not parts[-1].more:
+                    break
+                next(step)
+            else:
+                if not self._read_on(inlet):
+                    return False
+                now = monotonic()
+                over = over or now + TURN
+                if now > over or self._generation != generation():
+                    return False
+                continue
+            self._first = parts[0]
+            frames = list(map(BYTES, parts))
+            del parts[:]
             try:
                 self._on_message(frames)
-            except BaseException:  # noqa: BLE001 - one message's failure is reported and the next is read
-                self._hub.handle_error(self, *sys.exc_info())
+            except BaseException as error:  # noqa: BLE001 - one message's failure is reported and the next is read
+                self._not_handed(frames, error)
             self._first = None
             if self._generation != generation():  # a greenlet that was switched to has forked, and this is the child
                 return True
@@ -532,15 +622,30 @@ class Pump:
                     return False
         return False
 
-    def _read_rest(self) -> None:
-        """Read the message to its end whose reading has failed halfway."""
-        while _get(self._sock, _RCVMORE):
-            self._torn.append(_recv(self._sock, _NOBLOCK, True))
-        frames, self._torn = self._torn, []
+    def _read_on(self, inlet: Inlet) -> bool:
+        """Read on in a message that is long, or was interrupted, and hand it over; whether it was read to its end."""
+        if not inlet.read_on():
+            return False
+        why = inlet.why
+        self._first = inlet.parts[0] if inlet.parts else None
+        frames = inlet.take()
         try:
-            self._on_message(frames)
-        except BaseException:  # noqa: BLE001 - see _read
-            self._hub.handle_error(self, *sys.exc_info())
+            if not why or why is TOO_MANY:
+                self._on_message(frames)
+            elif self._on_torn is not None:
+                self._on_torn(frames, why)
+        except BaseException as error:  # noqa: BLE001 - see _read_batch
+            self._not_handed(frames, error)
+        self._first = None
+        return True
+
+    def _not_handed(self, frames: list[bytes], error: BaseException) -> None:
+        """`on_message` has raised."""
+        try:
+            if self._on_interrupted is not None and is_interruption(error):
+                self._on_interrupted(frames)
+        finally:
+            self._hub.handle_error(self, type(error), error, error.__traceback__)
 
     def _start_retry(self) -> None:
         if self._retry is None:

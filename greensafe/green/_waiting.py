@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import zmq
+from gevent import getcurrent
 from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, to_seconds
@@ -30,13 +34,18 @@ from ..errors import OperationTimeout, PeerError
 from ._binding import Binding
 from ._ids import draw_ids
 from ._inheritance import noted
+from ._inlet import AT_ONCE, INTERRUPTED, read_in_parts
 from ._lockstep import Lockstep
 from ._waits import POLLIN, POLLOUT, Waits, events_of
+from ._whole import BYTES, FLAGS, finish, has_gap, read_rest, reader
 
 if TYPE_CHECKING:
     from .context import Context
 
 __all__ = ["DEFAULT_LINGER", "EXPIRED", "UNSET", "Timeout", "WaitingSocket"]
+
+
+log = logging.getLogger(__name__)
 
 
 class Unset(enum.Enum):
@@ -61,6 +70,9 @@ _RCVTIMEO = int(zmq.RCVTIMEO)
 _SNDTIMEO = int(zmq.SNDTIMEO)
 _LINGER = int(zmq.LINGER)
 _LAST_ENDPOINT = int(zmq.LAST_ENDPOINT)
+
+#: Counts the frames that follow a message's first one, until it is long.
+_FEW = (None,) * AT_ONCE
 
 _get: Callable[[Any, int], Any] = Backend.get
 _recv: Callable[..., Any] = Backend.recv
@@ -175,26 +187,72 @@ class WaitingSocket(zmq.Socket[bytes]):
                 return _recv(self, _NOBLOCK, copy, track)
             except zmq.Again:
                 waits.look_first()
-        frame = self._try_or_wait(op, POLLIN, partial(_recv, self, int(flags) | _NOBLOCK, copy, track), flags, timeout)
-        if self._lockstep is not None and frame is not EXPIRED:
+        if waits.held and (kept := self._take_kept(1)):
+            frame = kept[0].bytes if copy else kept[0]
+        else:
+            frame = self._try_or_wait(op, POLLIN, partial(_recv, self, int(flags) | _NOBLOCK, copy, track), flags, timeout)
+        if self._lockstep is not None and frame is not EXPIRED and not waits.kept:
             self._lockstep.on_received(self)
         return frame
 
     def _receive_all(self, op: str, flags: int, copy: bool, track: bool, timeout: Timeout) -> Any:
-        """A list of frames, or EXPIRED."""
-        frame = self._receive(op, flags, False, track, timeout)
-        if frame is EXPIRED:
-            return frame
-        # A Frame knows whether more follow, which costs a third of asking the socket.
-        frames = [frame.bytes if copy else frame]
-        while frame.more:
-            # libzmq hands over whole messages: the rest is there, and nothing may switch before it is read.
-            frame = _recv(self, _NOBLOCK, False, track)
-            frames.append(frame.bytes if copy else frame)
-        if self._lockstep is not None:
-            self._lockstep.on_received(self)
-        self._recheck()
-        return frames
+        """A list of frames, or EXPIRED. What was read of the message stays with the socket when something ends this."""
+        waits = self._waits
+        parts: list[Any] = []
+        step = reader(self, parts, track)
+        left = waits.straight_in
+        try:
+            if left > 0 and not flags:
+                waits.straight_in = left - 1
+                try:
+                    next(step)
+                except zmq.Again as error:
+                    if parts or type(error) is not zmq.Again:
+                        raise  # by a signal's handler
+                    waits.look_first()
+            elif waits.held:
+                parts += self._take_kept()
+            if not parts and self._try_or_wait(op, POLLIN, partial(next, step), flags, timeout) is EXPIRED:
+                return EXPIRED
+            # A Frame knows whether more follow, which costs a third of asking the socket.
+            for _ in _FEW:
+                if not parts[-1].more:
+                    break
+                # libzmq hands over whole messages: the rest is there, and nobody else may read it.
+                next(step)
+            else:
+                read_in_parts(waits, parts, step)
+            if self._lockstep is not None:
+                self._lockstep.on_received(self)
+            if waits.queue:
+                waits.recheck(self)
+            return list(map(BYTES, parts)) if copy else parts
+        except BaseException as error:
+            self._keep(parts, error)
+            raise
+
+    def _take_kept(self, count: int | None = None) -> list[Any]:
+        """The first frames that are kept of a message, all by default; none while another greenlet reads it."""
+        waits = self._waits
+        if waits.reader is not None:
+            return []
+        kept, rest = waits.kept[:count], waits.kept[count:] if count is not None else []
+        waits.hold(None, rest)
+        return kept
+
+    def _keep(self, parts: list[Any], error: BaseException) -> None:
+        """Receiving a message has ended by an exception: what was read of it is for whoever receives next."""
+        if has_gap(self, parts, error):
+            log.warning("%r: a message was thrown away: %s", self, INTERRUPTED)
+            while read_rest(self, AT_ONCE):
+                pass
+            if self._lockstep is not None:
+                self._lockstep.on_received(self)
+                self._lockstep.is_interrupted = True
+                if not self._lockstep.is_req:
+                    self._lockstep.reset_rep(self)
+        elif parts and not self.closed:
+            self._waits.hold(None, parts)
 
     def _transmit(
         self, op: str, data: Any, flags: int, copy: bool, track: bool, timeout: Timeout, extra: dict[str, Any] | None
@@ -212,18 +270,34 @@ class WaitingSocket(zmq.Socket[bytes]):
         if lockstep is not None:
             if waits.is_inherited:
                 waits.check_owner()
-            lockstep.before_send(self)
+            self._before_send(lockstep)
         nonblocking = int(flags) | _NOBLOCK
         attempt = partial(_sugar_send, self, data, nonblocking, copy, track, **(extra or {}))
-        result = self._try_or_wait(op, POLLOUT, attempt, flags, timeout)
-        if result is not EXPIRED:
-            more = bool(nonblocking & _SNDMORE)
-            waits.note_sent(more)
-            if lockstep is not None:
-                lockstep.on_sent(self, more)
-            if waits.keeps:
-                waits.hosts.on_sent(data, more)
+        try:
+            result = self._try_or_wait(op, POLLOUT, attempt, flags, timeout)
+            if result is not EXPIRED:
+                self._note_sent([data], bool(nonblocking & _SNDMORE))
+        except BaseException as error:
+            if lockstep is not None and not isinstance(error, zmq.ZMQError):
+                lockstep.on_interrupted(self)
+            raise
         return result
+
+    def _before_send(self, lockstep: Lockstep) -> None:
+        if self._waits.kept and lockstep.is_req:
+            self._waits.hold(None, [])  # a reply that its receiver was not given: it is given up
+            lockstep.is_interrupted = True
+        lockstep.before_send(self)
+
+    def _note_sent(self, frames: Sequence[Any], more: bool) -> None:
+        """These frames have left by the long way; `more`: the message is not at its end."""
+        waits = self._waits
+        waits.note_sent(more)
+        if self._lockstep is not None:
+            self._lockstep.on_sent(self, more)
+        if waits.keeps:
+            for index, frame in enumerate(frames, 1):
+                waits.hosts.on_sent(frame, more or index < len(frames))
 
     def _transmit_all(
         self, op: str, frames: Sequence[Any], flags: int, copy: bool, track: bool, timeout: Timeout, extra: dict[str, Any]
@@ -237,22 +311,43 @@ class WaitingSocket(zmq.Socket[bytes]):
                 _check_frame(index, frame, track)
         if not copy:
             frames = [_kept(frame, self.copy_threshold, track) for frame in frames]
-        flags = int(flags)
         if len(frames) == 1:
             return self._transmit(op, frames[0], flags, copy, track, timeout, extra)
-        result = self._transmit(op, frames[0], flags | _SNDMORE, copy, track, timeout, extra)
-        if result is EXPIRED:
-            return result
-        for frame in frames[1:-1]:
-            _sugar_send(self, frame, flags | _SNDMORE | _NOBLOCK, copy, track, **extra)
-        result = _sugar_send(self, frames[-1], flags | _NOBLOCK, copy, track, **extra)
+        flags = int(flags)
         more = bool(flags & _SNDMORE)
-        self._waits.note_sent(more)
-        if self._lockstep is not None:
-            self._lockstep.on_sent(self, more)
-        if self._waits.keeps:
-            for index, frame in enumerate(frames[1:], 2):
-                self._waits.hosts.on_sent(frame, more or index < len(frames))
+        each = FLAGS[len(frames) + 1][:-1] if more else FLAGS[len(frames)]
+        send = partial(_sugar_send, **extra) if extra else _send
+        waits, lockstep = self._waits, self._lockstep
+        left: Any = None
+
+        def attempt() -> Any:
+            nonlocal left
+            left = iter(frames)
+            try:
+                return deque(map(send, repeat(self), left, each, repeat(copy), repeat(track)), 1)[-1]
+            except zmq.Again as error:
+                if type(error) is zmq.Again:
+                    left = None
+                raise
+
+        straight = waits.straight_out
+        try:
+            if straight > 0 and not flags and not extra:
+                waits.straight_out = straight - 1
+                with contextlib.suppress(zmq.Again):
+                    return attempt()
+            if lockstep is not None:
+                if waits.is_inherited:
+                    waits.check_owner()
+                self._before_send(lockstep)
+            result = self._try_or_wait(op, POLLOUT, attempt, flags, timeout)
+            if result is EXPIRED:
+                return result
+            self._note_sent(frames, more)
+        except BaseException as error:
+            if left is not None and finish(self, frames, left, error, each):
+                self._note_sent(frames, more)
+            raise
         self._recheck()
         return result
 
@@ -345,6 +440,9 @@ class WaitingSocket(zmq.Socket[bytes]):
         libzmq throttles its commands, so a send fails with EAGAIN now and then although there is room: reading EVENTS
         processes them, then the second try tells the truth.
         """
+        waits = self._waits
+        if waits.reader is not None and mask == POLLIN and waits.reader is not getcurrent():
+            raise zmq.Again  # it is inside a message
         try:
             return attempt()
         except zmq.Again:
@@ -352,7 +450,6 @@ class WaitingSocket(zmq.Socket[bytes]):
                 return attempt()
             raise
         finally:
-            waits = self._waits
             if waits.queue:
                 waits.recheck(self)
 

@@ -134,16 +134,19 @@ class Waits:
     __slots__ = (
         "__weakref__",
         "fair",
+        "held",
         "hosts",
         "hub",
         "is_half_sent",
         "is_inherited",
         "is_lockstep",
         "keeps",
+        "kept",
         "look",
         "looks_first",
         "monitor",
         "queue",
+        "reader",
         "scheduled",
         "share",
         "straight_in",
@@ -182,6 +185,12 @@ class Waits:
         self.hosts: Any = None
         #: What is sent is handed to `hosts`, too; so every send goes the long way.
         self.keeps = False
+        #: The frames that were read of a message whose receiver was interrupted: the next one gets them first.
+        self.kept: list[Any] = []
+        #: The greenlet that reads a long message in parts: nobody else receives meanwhile.
+        self.reader: Any = None
+        #: One of the two: so every receive goes the long way.
+        self.held = False
         #: How often the socket was connected or bound.
         self.ways = 0
         forbid_in_child(self)
@@ -200,7 +209,7 @@ class Waits:
         """Look whether a message is there; called while nobody waits and `looks_first`."""
         if events_of(sock) & POLLIN:
             self.looks_first = False
-            self.straight_in = self.fair
+            self.straight_in = LOOK if self.held else self.fair
         return not self.looks_first
 
     def note_sent(self, more: bool) -> None:
@@ -208,6 +217,16 @@ class Waits:
         if more is not self.is_half_sent:
             self.is_half_sent = more
             self.straight_out = LOOK if more or self.queue or self.is_lockstep or self.keeps else self.fair
+
+    def hold(self, reader: Any, kept: list[Any]) -> None:
+        """Note who reads a long message, and what is kept of one; (None, []) for neither."""
+        self.kept = kept
+        self.reader = reader
+        self.held = bool(kept) or reader is not None
+        if not self.is_lockstep and not self.is_inherited:
+            self.straight_in = LOOK if self.held or self.queue or self.looks_first else self.fair
+        if reader is None:
+            self.announce(POLLIN)
 
     def set_keeps(self, keeps: bool) -> None:
         """Have what is sent from now on handed to `hosts`, too, or no longer."""
@@ -292,7 +311,7 @@ class Waits:
         if self.queue:
             return
         if not self.is_lockstep and not self.is_inherited:
-            self.straight_in = LOOK if self.looks_first else self.fair
+            self.straight_in = LOOK if self.looks_first or self.held else self.fair
             self.straight_out = LOOK if self.is_half_sent or self.keeps else self.fair
         if self.watcher is not None:
             self.watcher.stop()
@@ -337,10 +356,12 @@ class Waits:
 
     def events(self, sock: zmq.Socket[Any]) -> int:
         """What the socket is ready for."""
-        return events_of(sock) if self.look is None else events_of(sock) | self.lost(sock)
+        return events_of(sock) if self.look is None and not self.kept else events_of(sock) | self.lost(sock)
 
     def lost(self, sock: zmq.Socket[Any]) -> int:
-        """POLLIN if the socket is a REQ whose request is lost: recv will not wait but raise. Otherwise 0."""
+        """POLLIN if there is what EVENTS does not tell of: a message that is kept, or a REQ's request that is lost; else 0."""
+        if self.kept:
+            return POLLIN
         return 0 if self.look is None or self.look(sock) is None else POLLIN
 
     def announce(self, mask: int) -> None:

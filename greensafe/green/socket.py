@@ -26,6 +26,7 @@ __all__ = ["DEFAULT_LINGER", "UNSET", "Socket", "Timeout"]
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _EVENTS = int(zmq.EVENTS)
+_RCVMORE = int(zmq.RCVMORE)
 _REQ_RELAXED = int(zmq.REQ_RELAXED)
 
 _get: Callable[[Any, int], Any] = Backend.get
@@ -110,15 +111,21 @@ class Socket(MonitoredSocket):
     def recv_into(self, buffer: Any, /, *, nbytes: int = 0, flags: int = 0, timeout: Timeout = UNSET) -> int:
         """Receive one frame into a writable buffer; returns its size in bytes. See `recv` for the rest."""
 
+        if self._waits.held and (kept := self._take_kept(1)):
+            room = memoryview(buffer).cast("B")
+            filled: int = min(len(kept[0]), nbytes or room.nbytes)
+            room[:filled] = kept[0].buffer[:filled]
+            return filled
+
         def attempt() -> int:
             return Backend.recv_into(self, buffer, nbytes=nbytes, flags=int(flags) | _NOBLOCK)
 
-        size: int = self._try_or_wait("recv_into", POLLIN, attempt, flags, timeout)
+        size: Any = self._try_or_wait("recv_into", POLLIN, attempt, flags, timeout)
         if size is EXPIRED:
             return self._ended()  # type: ignore[no-any-return]  # whatever a subclass decides
         if self._lockstep is not None:
             self._lockstep.on_received(self)
-        return size
+        return int(size)
 
     # Sending.
 
@@ -251,6 +258,9 @@ class Socket(MonitoredSocket):
         if self._lockstep is None:
             raise zmq.ZMQError(zmq.ENOTSUP, f"only REQ and REP have a state to reset, not {self._type_name}")
         self._waits.check_owner()
+        if self._waits.kept:  # of a message whose receiver was interrupted
+            self._lockstep.is_open = True
+            self._waits.hold(None, [])
         try:
             self._lockstep.reset(self)
         finally:
@@ -274,8 +284,11 @@ class Socket(MonitoredSocket):
 
     def get(self, option: int) -> Any:
         """Get a socket option, as in pyzmq."""
-        if option == _EVENTS and self._waits.is_inherited:
-            self._waits.check_owner()
+        waits = self._waits
+        if option == _EVENTS and waits.is_inherited:
+            waits.check_owner()
+        if waits.kept and option == _RCVMORE:
+            return 1
         try:
             return super().get(option)
         finally:

@@ -93,6 +93,9 @@ SERVER_STOPPED = "ServerStopped"
 #: What a server without a journal says in its place, and a client whom any may serve.
 NO_JOURNAL = bytes(16)
 
+#: The request id of a message that is about no request: DRAINING, CLOSED, and REJECTED if nobody knows which it was.
+NOBODY = bytes(16)
+
 _NO_LIMIT = 0xFFFFFFFF
 _MAX_MS = _NO_LIMIT - 1
 

@@ -78,6 +78,7 @@ class Exchange:
         caller: The responder's own object for a client that sends headers.
         also: The envelopes of others that have sent the same request (with a journal): they get the same answer.
         ways_size: What the ways weigh by which it has come again.
+        is_delivered: The frames of the answer have been made.
         is_held: The one answer has been given, and does not leave before it is stored (with a journal).
         owner: The shell's own object.
         memory: The same, for what a journal keeps of it.
@@ -89,6 +90,7 @@ class Exchange:
         "at",
         "caller",
         "envelope",
+        "is_delivered",
         "is_expired",
         "is_held",
         "is_limited_by_caller",
@@ -114,6 +116,7 @@ class Exchange:
         self.caller: Any = None
         self.also: tuple[Envelope, ...] = ()
         self.ways_size = 0
+        self.is_delivered = False
         self.is_held = False
         self.owner: Any = None
         self.memory: Any = None
@@ -122,6 +125,11 @@ class Exchange:
     def is_answered(self) -> bool:
         """Whether the one answer has been given."""
         return self.state is _ANSWERED or self.state is _OVER
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the handler has ended and nobody else owes the answer."""
+        return self.state is _ABANDONED
 
     @property
     def is_over(self) -> bool:

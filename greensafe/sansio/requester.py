@@ -22,6 +22,7 @@ from .envelope import (
     GREET,
     MAGIC,
     NO_JOURNAL,
+    NOBODY,
     SERVER_HEADER_SIZE,
     VERSION,
     Header,
@@ -134,6 +135,7 @@ class Connection:
         is_direct: Nobody is between the two: what holds for the connection holds for the server.
         is_draining: The server wants further requests to go elsewhere.
         is_over: It has received its last request: those that are open on it were not run.
+        torn_at: When messages came that were not received whole, and of which nobody knows what they were.
         forgiven_at: Nothing that the server has not said by then is held against it.
         left: When requests were sent that were given up since and may not have arrived yet, and their sizes in bytes.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
@@ -153,6 +155,7 @@ class Connection:
         "left",
         "sent",
         "signature",
+        "torn_at",
     )
 
     def __init__(self) -> None:
@@ -167,6 +170,7 @@ class Connection:
         self.journal = b""
         self.signature: bytes | None = None
         self.forgiven_at = float("-inf")
+        self.torn_at: list[float] = []
         self.left: list[tuple[float, int]] = []
 
     @property
@@ -245,13 +249,14 @@ class Requester:
         malformed: Messages without delimiter, body or header.
         noted: How many of these the caller has noted: its to set.
         ignored: Messages that mean nothing here: kinds that are unknown, or a client's.
+        ended: The answer that a request has just been given. Whoever hands it on sets it to None afterwards.
     """
 
-    __slots__ = ("_due", "_max_frames", "_patience_ms", "ignored", "late", "malformed", "noted", "patience", "pending")
+    __slots__ = ("_due", "_patience_ms", "ended", "ignored", "late", "malformed", "max_frames", "noted", "patience", "pending")
 
     def __init__(self, patience: float | None = None, max_frames: int | None = None) -> None:
         self.patience = patience
-        self._max_frames = float("inf") if max_frames is None else max_frames
+        self.max_frames = float("inf") if max_frames is None else max_frames
         self._patience_ms = 0 if patience is None else max(1, round(patience * 1000))
         self.pending: dict[bytes, Asked] = {}
         self._due: DueQueue[Asked] = DueQueue(_is_due)
@@ -259,6 +264,7 @@ class Requester:
         self.malformed = 0
         self.noted = 0
         self.ignored = 0
+        self.ended: Resolution | None = None
 
     def __len__(self) -> int:
         """Requests that are open."""
@@ -288,9 +294,9 @@ class Requester:
         if request_id in self.pending:
             raise LocalProtocolError(f"requester: open does not fit request {request_id.hex()}, which is open already")
         asked = Asked(request_id, body, at, told, metadata, owner)
-        self.pending[request_id] = asked
         if at is not None:
             self._due.push(at, asked)
+        self.pending[request_id] = asked  # last, and no call follows: whoever is interrupted has opened it, or not
         return asked
 
     def send(self, asked: Asked, connection: Connection, now: float) -> list[bytes]:
@@ -317,7 +323,7 @@ class Requester:
 
     def receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
         """Take in what the DEALER received; None if it resolves nothing. Never raises, whatever the frames are."""
-        if not 3 <= len(frames) <= self._max_frames or frames[1] != b"":
+        if not 3 <= len(frames) <= self.max_frames or frames[1] != b"":
             return self._receive_malformed(frames, connection, now)
         frame = frames[0]
         asked = self.pending.get(frame[8:24])
@@ -334,9 +340,9 @@ class Requester:
     def _receive_malformed(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
         """Of its frames the first may be all there are. If it answers a request that ends: its caller would wait for ever."""
         malformed = self.malformed + 1
-        answer = None if len(frames) <= self._max_frames else self.receive(frames[:3], connection, now)
+        answer = None if len(frames) <= self.max_frames else self.receive(frames[:3], connection, now)
         self.malformed = malformed
-        flaw = f"the reply has more than {self._max_frames} frames: have it sent in fewer, or raise the Client's max_frames"
+        flaw = f"the reply has more than {self.max_frames} frames: have it sent in fewer, or raise the Client's max_frames"
         return None if answer is None else answer._replace(body=[], kind=int(Kind.ERROR), flaw=flaw)
 
     def _receive(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
@@ -349,6 +355,9 @@ class Requester:
             connection.learn(header)
         else:
             connection.is_mixed = True
+        if header.kind == Kind.REJECTED and header.request_id == NOBODY:
+            self._note_torn(connection, now)
+            return None
         if header.kind in _ENDS:
             return self._resolve(header, frames, connection)
         if header.kind == Kind.WORKING:
@@ -377,15 +386,38 @@ class Requester:
         return self._end(asked, frames, header.kind, journal)
 
     def _end(self, asked: Asked, frames: Sequence[bytes], kind: int, journal: bytes) -> Resolution:
+        answer = Resolution(asked, list(frames[2:]), kind, journal)
+        connection = asked.connection
+        if connection is not None and connection.left:
+            connection.arrive(asked)
+        # No call from here on: what a signal's handler raises leaves the table as it was, or finds the answer in `ended`.
+        if connection is not None:
+            if asked.request_id in connection.sent:
+                del connection.sent[asked.request_id]
+            asked.connection = None
+        self.ended = answer
         asked.is_open = False
         del self.pending[asked.request_id]
-        connection = asked.connection
-        if connection is not None:
-            connection.sent.pop(asked.request_id, None)
-            if connection.left:
-                connection.arrive(asked)
-            asked.connection = None
-        return Resolution(asked, list(frames[2:]), kind, journal)
+        return answer
+
+    def torn(self, frames: Sequence[bytes], connection: Connection, now: float) -> Asked | None:
+        """Take in the first frames of a message that was not received whole.
+
+        Returns:
+            The request whose answer it was, if that can be told and it was asked by this connection. It waits again.
+        """
+        self.malformed += 1
+        header = decode(frames[0]) if frames else None
+        if header is None:
+            self._note_torn(connection, now)
+            return None
+        if isinstance(header, ServerHeader) and header.kind not in _ENDS:
+            return None
+        asked = self.pending.get(header.request_id)
+        if asked is None or asked.connection is not connection:
+            return None
+        self.unsend(asked)
+        return asked
 
     def _hear(self, ids: bytes, now: float, connection: Connection) -> None:
         for start in range(0, min(len(ids), LONGEST_WORD) - _ID + 1, _ID):
@@ -459,6 +491,28 @@ class Requester:
             self.forgive(connection, now)
             return []
         return unheard
+
+    def _note_torn(self, connection: Connection, now: float) -> None:
+        torn_at = connection.torn_at
+        if len(torn_at) > 1 and now - torn_at[-2] < (self.patience or 0.0) / 10:
+            torn_at[-1] = now  # so there are some ten or twenty at most
+        else:
+            torn_at.append(now)
+
+    def missing(self, connection: Connection, now: float) -> list[Asked]:
+        """The requests that were sent before a message was not received whole, and of which nothing was heard for long since.
+
+        They wait again. One of them was in that message, or its answer was.
+        """
+        until = now if self.patience is None else now - WORDLESS * self.patience
+        over = [at for at in connection.torn_at if at <= until]
+        if not over:
+            return []
+        del connection.torn_at[: len(over)]
+        missing = [asked for asked in connection.sent.values() if asked.heard_at <= over[-1]]
+        for asked in missing:
+            self.unsend(asked)
+        return missing
 
     def forgive(self, connection: Connection, now: float) -> None:
         """Begin to count the silence anew: this process was itself not there to hear, or nothing could come."""

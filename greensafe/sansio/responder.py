@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from ..errors import LocalProtocolError, RemoteError, RemoteProtocolError
 from .due import DueQueue
-from .envelope import GREET, NO_JOURNAL, OTHER_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
+from .envelope import GREET, NO_JOURNAL, NOBODY, OTHER_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
 from .exchange import Event, Exchange, State
 from .liveness import LOOKS
 from .rounds import INTERVAL, Rounds
 from .weights import CALLER, weight
 
 __all__ = ["Acked", "Cancel", "Effect", "Expire", "Kill", "Responder", "Say", "Send", "Zombie"]
+
+#: Clients that are told of a lost message, at most, if nobody knows whose it was.
+MOST_TOLD = 1000
 
 #: Seconds between two WORKING for one client, at least, however short its patience.
 SHORTEST_PULSE = INTERVAL
@@ -302,6 +306,46 @@ class Responder:
             return Send(self._refusal(Kind.ERROR, envelope, header, error))
         raise RemoteProtocolError(message)
 
+    def sender_of(self, frames: Sequence[bytes]) -> bytes | None:
+        """The routing id that a message came with which lacks it; None if it is not known, or not only that is missing.
+
+        A client's request ids begin alike, and with 8 bytes that nobody else can know.
+        """
+        try:
+            envelope = split([b"?", *frames])
+        except RemoteProtocolError:
+            return None
+        if not isinstance(envelope.header, Header):
+            return None
+        way, begin = envelope.origin[1:], envelope.header.request_id[:8]
+        for origin, caller in self._callers.items():
+            if origin[1:] == way and any(request_id.startswith(begin) for request_id in caller.open):
+                return origin[0]
+        return None
+
+    def torn(self, frames: Sequence[bytes], error: RemoteError) -> list[Send]:
+        """Take in the first frames of a message that was not received whole; returns what its client is told.
+
+        Args:
+            frames: The frames.
+            error: What has become of it.
+        """
+        self.malformed += 1
+        try:
+            envelope = split([*(frames or [b"?"]), b"", b""])  # up to the delimiter, if that was received
+        except RemoteProtocolError:
+            return []
+        header = envelope.header
+        if isinstance(header, Header):
+            return [Send(self._refusal(Kind.REJECTED, envelope, header, error))] if header.kind == Kind.REQUEST else []
+        if header is None and b"" in frames[1:]:
+            return [Send([*envelope.route, error.to_reply()])]
+        # Nobody knows which request it was, if it was one. Those who may have sent it find out.
+        begin = tuple(frames[:1])
+        origins = (origin for origin in self._callers if origin[:1] == begin or not begin)
+        told = [error.to_reply()]
+        return [Send(self._say(Kind.REJECTED, origin, NOBODY, told)) for origin in islice(origins, MOST_TOLD)]
+
     def begin(self, exchange: Exchange, now: float, limit: float | None) -> None:
         """Its handler is about to start: from here the server's own limit in seconds holds, if it is the earlier one."""
         if limit is not None and (exchange.at is None or now + limit < exchange.at):
@@ -309,17 +353,27 @@ class Responder:
             self._set_due(exchange, now + limit)
 
     def _open(self, envelope: Envelope, header: Header | None, now: float) -> Exchange:
+        exchange = Exchange(self._key + 1, envelope, now)
+        try:
+            if header is not None:
+                if header.remaining_ms is not None:
+                    exchange.is_limited_by_caller = True
+                    self._set_due(exchange, now + header.remaining_ms / 1000)
+                self._add(exchange, envelope.origin, header, now)
+                if self._ids is not None:
+                    self._ids[header.request_id] = exchange
+        except BaseException:
+            # By a signal's handler, or for want of memory: the message is taken in once more, if it is, as if it were new.
+            exchange.at = None
+            if header is not None and self._ids is not None and self._ids.get(header.request_id) is exchange:
+                del self._ids[header.request_id]
+            if header is not None and (caller := self._callers.get(envelope.origin)) is not None:
+                self._settle(caller, header.request_id, exchange)
+            raise
+        # No call from here on, so nothing can come between: the caller gets the exchange that is counted.
         self._key += 1
-        exchange = Exchange(self._key, envelope, now)
         self.inflight += 1
         self.running += 1
-        if header is not None:
-            if header.remaining_ms is not None:
-                exchange.is_limited_by_caller = True
-                self._set_due(exchange, now + header.remaining_ms / 1000)
-            self._add(exchange, envelope.origin, header, now)
-            if self._ids is not None:
-                self._ids[header.request_id] = exchange
         return exchange
 
     def _join(self, exchange: Exchange, envelope: Envelope, header: Header, now: float) -> Send | None:
@@ -456,8 +510,6 @@ class Responder:
 
     def deliver(self, exchange: Exchange, body: Sequence[bytes], kind: Kind | int = Kind.REPLY) -> list[bytes]:
         """The second half: the answer leaves."""
-        self.inflight -= 1
-        self.answered += 1
         envelope = exchange.envelope
         header = envelope.header
         caller = exchange.caller
@@ -465,13 +517,20 @@ class Responder:
         if hops > 2 and exchange.at is not None and (header is None or hops > 3 or header.metadata):
             self._bury(_way(envelope))
         if header is None or caller is None:
-            return [*envelope.route, *body]
-        if exchange.ways_size:
-            self._ways_size -= exchange.ways_size
-        self._settle(caller, header.request_id, exchange)
-        if self._ids is not None and self._ids.get(header.request_id) is exchange:
-            del self._ids[header.request_id]
-        return self._say(kind, caller.origin, header.request_id, body, header.metadata)
+            frames = [*envelope.route, *body]
+        else:
+            if exchange.ways_size:
+                self._ways_size -= exchange.ways_size
+                exchange.ways_size = 0
+            self._settle(caller, header.request_id, exchange)
+            if self._ids is not None and self._ids.get(header.request_id) is exchange:
+                del self._ids[header.request_id]
+            frames = self._say(kind, caller.origin, header.request_id, body, header.metadata)
+        # No call from here on: whoever is interrupted before may deliver once more.
+        exchange.is_delivered = True
+        self.inflight -= 1
+        self.answered += 1
+        return frames
 
     def copies(self, exchange: Exchange, body: Sequence[bytes], kind: Kind | int = Kind.REPLY) -> list[list[bytes]]:
         """The same answer for all others that have sent the same request."""
