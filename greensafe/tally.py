@@ -102,9 +102,9 @@ class Tally:
             self._restarts.update(restarts.counts)
 
     def keep(self, peer: bytes, size: int, most: int, most_of_all: int) -> bool:
-        """Whether so many bytes more may wait for a peer: then they count until `release`."""
+        """Whether so many bytes more may wait for a peer: then they count until `release`. One message always may."""
         waits = self.waiting.get(peer, 0)
-        if waits + size > most or self._waiting_size + size > most_of_all:
+        if self._waiting_size >= most_of_all or (waits and waits + size > most):
             return False
         self.waiting[peer] = waits + size
         self._waiting_size += size

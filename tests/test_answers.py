@@ -106,6 +106,18 @@ def test_a_client_that_does_not_read(
     assert sorted(record.__dict__["request_id"] for record in said) == ["3", "4"]
 
 
+def test_an_answer_that_is_larger_than_all_that_may_wait(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message waits for a client however long it is; what comes behind it is dropped, and counted."""
+    monkeypatch.setattr(answers, "OUTBOX", 100)
+    sock, peer, serving = _flood(context)
+    wait_until(lambda: stats_of(sock).answered == 4)
+    assert (stats_of(sock).unsent, stats_of(sock).drops["full_outbox"]) == (1, 1)
+    for _ in range(3):
+        assert peer.recv_multipart() == [b"", b"y"]
+    wait_until(lambda: stats_of(sock).unsent == 0)
+    serving.kill()
+
+
 def test_what_is_nobodys_answer_is_not_logged_as_one(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
     """A WORKING for a client that is gone is counted only."""
     caplog.set_level(logging.INFO, "greensafe.supervision")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import gevent
@@ -190,3 +191,21 @@ def test_its_fields_are_those_of_a_server() -> None:
     assert tally.Tally().stats() == ServerStats("", "closed", drops=tally.Tally().stats().drops)
     assert set(tally.Tally().stats().drops.values()) == {0}
     assert repr(tally.Tally()) == "<Tally of 0 watchdogs received=0 answered=0>"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_waits(seed: int) -> None:
+    """What is kept and released in any order adds up, by peer and in all, and is bounded but for one message each."""
+    chance, counts = random.Random(seed), tally.Tally()
+    kept: list[tuple[bytes, int]] = []
+    for _ in range(300):
+        if chance.random() < 0.6:
+            peer, size = b"%d" % chance.randrange(5), chance.choice((1, 50, 500))
+            was = sum(each for name, each in kept if name == peer), sum(each for _, each in kept)
+            is_kept = counts.keep(peer, size, 200, 1500)
+            assert is_kept == (was[1] < 1500 and (was[0] == 0 or was[0] + size <= 200))
+            kept += [(peer, size)] * is_kept
+        elif kept:
+            counts.release(*kept.pop(chance.randrange(len(kept))))
+        assert counts.waiting == {name: sum(each for peer, each in kept if peer == name) for name in dict(kept)}
+        assert sum(counts.waiting.values()) == counts._waiting_size
