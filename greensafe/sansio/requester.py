@@ -56,6 +56,9 @@ LONGEST_WORD = 2 * 2**20
 #: Requests given up of which a connection remembers the sizes one by one.
 LEFT = 100
 
+#: Connections that a request remembers to have been sent on: a server that ends each may make it a new one for hours.
+MOST_TRIED = 64
+
 
 class Asked:
     """One request on the client's side.
@@ -69,7 +72,7 @@ class Asked:
         owner: The shell's own object.
         frames: What was sent last, empty before.
         connection: Where it was sent, None while it waits.
-        tried: All connections it was ever sent on: an answer by any other is none.
+        tried: The last `MOST_TRIED` connections it was sent on: an answer by any other is none.
         is_heard: The server has said that it works on it.
         heard_by: The journal of the server that has; b"" before.
         first_at: When it was first sent, 0 before.
@@ -314,7 +317,7 @@ class Requester:
             asked.first_at = now
         asked.connection = connection
         if connection not in asked.tried:
-            asked.tried += (connection,)
+            asked.tried = (*asked.tried[1 - MOST_TRIED :], connection)
         asked.is_heard = False
         asked.heard_at = now
         connection.sent[asked.request_id] = asked

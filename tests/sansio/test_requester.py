@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from greensafe.errors import LocalProtocolError
 from greensafe.sansio.envelope import GREET, NO_JOURNAL, Header, Kind, ServerHeader, decode
 from greensafe.sansio.liveness import WORDLESS
-from greensafe.sansio.requester import LEFT, LONGEST_WORD, Asked, Connection, Requester, Resolution
+from greensafe.sansio.requester import LEFT, LONGEST_WORD, MOST_TRIED, Asked, Connection, Requester, Resolution
 
 INSTANCE = b"instance".ljust(16)
 JOURNAL = b"journal".ljust(16)
@@ -545,6 +545,19 @@ def test_memory_is_bounded() -> None:
         assert requester.receive(_said(Kind.REPLY, number), connection, 0.0) is not None
         assert len(requester._due) < 200
     assert (len(requester), connection.sent) == (0, {})
+
+
+def test_connections_that_are_lost_again_and_again() -> None:
+    """A request that waits meanwhile remembers some of them; what the last ones have brought is its answer."""
+    requester = Requester()
+    asked = _ask(requester, Connection())
+    for _ in range(2 * MOST_TRIED):
+        assert asked.connection is not None
+        requester.lose(asked.connection)
+        requester.send(asked, Connection(), 1.0)
+    assert len(asked.tried) == MOST_TRIED
+    assert asked.tried[-1] is asked.connection
+    assert requester.receive(_said(Kind.REPLY), asked.tried[0], 1.0) is not None
 
 
 def test_an_answer_of_a_stranger() -> None:
