@@ -541,6 +541,7 @@ class Responder:
                 if (caller := self._callers.get(origin)) is not None:
                     self._settle(caller, header.request_id, exchange)
                 frames.append(self._say(kind, origin, header.request_id, body, header.metadata))
+        exchange.also = ()  # the queue of times may hold on to this exchange until its limit, but not to what was asked
         return frames
 
     def _settle(self, caller: _Caller, request_id: bytes, exchange: Exchange) -> None:
@@ -607,6 +608,8 @@ class Responder:
             if exchange.is_running:
                 self._set_due(exchange, now + (self._grace if exchange.kills == 0 else max(self._grace, AGAIN)))
         for caller in self._pulses.take(now):
+            if caller.due > now:
+                continue  # it stood there twice: a coarse clock makes the same time again, after an earlier one in between
             if caller.open:
                 caller.due = now + caller.pulse
                 self._pulses.push(caller.due, caller)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -714,6 +715,87 @@ def test_ways_are_bounded() -> None:
     assert len(responder.copies(exchange, [b"x"])) == MOST_WAYS
     responder.finish(exchange)
     assert _counts(responder) == (0, 0, 0, 0)  # nothing is kept of the ways that were forgotten
+
+
+def test_what_has_come_by_several_ways_is_not_kept_until_its_limit() -> None:
+    """With its answer the ways go, and the body that they share, however long the client would have waited."""
+    responder = _journaling()
+    exchange = _open(responder, remaining_ms=10**9)
+    responder.receive(_frames(Kind.REQUEST, route=(b"new",), remaining_ms=10**9), 0.1)
+    (way,) = exchange.also
+    assert way.body is exchange.envelope.body
+    responder.answer(exchange, [b"x"])
+    responder.copies(exchange, [b"x"])
+    assert exchange.also == ()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sums(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes in whatever order, what is bounded is what is there, and nothing of it is left in the end."""
+    monkeypatch.setattr(responder_module, "IDLE_BYTES", 5000)
+    monkeypatch.setattr(responder_module, "WAYS_BYTES", 3000)
+    monkeypatch.setattr(responder_module, "SMALL_WAY", 300)
+    monkeypatch.setattr(responder_module, "DEAD_BYTES", 3000)
+    chance, now = random.Random(seed), 0.0
+    responder = _responder() if seed % 3 == 0 else _journaling()
+    owed: list[Exchange] = []
+    running: list[Exchange] = []
+
+    def answer(exchange: Exchange) -> None:
+        owed.remove(exchange)
+        if not exchange.is_answered:
+            responder.seal(exchange)
+        responder.deliver(exchange, [b"x"])
+        responder.copies(exchange, [b"x"])
+
+    def finish(exchange: Exchange) -> None:
+        running.remove(exchange)
+        if responder.finish(exchange):
+            answer(exchange)
+
+    for _ in range(300):
+        act = chance.random()
+        if act < 0.5:
+            route = (b"%d" % chance.randrange(4), *[b"%d" % chance.randrange(12) + bytes(chance.choice((0, 300)))])
+            received = responder.receive(
+                _frames(
+                    chance.choice([Kind.REQUEST] * 6 + [Kind.CANCEL]),
+                    chance.randrange(15),
+                    route=route[: chance.randrange(1, 3)],
+                    remaining_ms=chance.choice((None, 0, 5000)),
+                    patience_ms=chance.choice((0, 1, 500, 10**6)),
+                    metadata=bytes(chance.choice((0, 200))),
+                ),
+                now,
+            )
+            if isinstance(received, Exchange):
+                owed.append(received)
+                running.append(received)
+        elif act < 0.75 and owed:
+            answer(chance.choice(owed))
+        elif act < 0.8 and owed:
+            exchange = chance.choice(owed)  # its answer is held: it may come again meanwhile
+            if not exchange.is_answered:
+                responder.seal(exchange)
+        elif act < 0.9 and running:
+            finish(chance.choice(running))
+        else:
+            now += chance.choice((0.0, SHORTEST_PULSE, 1.0, 40.0))
+            responder.tick(now)
+            responder.next_deadline()
+        idle = [caller.size for caller in responder._callers.values() if not caller.open]
+        assert responder._idle_size == sum(idle) <= responder_module.IDLE_BYTES
+        assert responder._ways_size == sum(exchange.ways_size for exchange in owed)
+        assert {id(each) for caller in responder._callers.values() for each in caller.open.values()} <= set(map(id, owed))
+    for exchange in [*running]:
+        finish(exchange)
+    for exchange in [*owed]:
+        answer(exchange)
+    for _ in range(100):
+        now += LONGEST_PULSE
+        responder.tick(now)
+    assert (responder._callers, responder._idle_size, responder._ways_size) == ({}, 0, 0)
+    assert (len(responder._pulses), responder.next_deadline()) == (0, None)
 
 
 def test_limit() -> None:
