@@ -26,10 +26,11 @@ from .green._waits import Waiter
 from .green.socket import Socket
 from .hooks import Hooks, ServerStarted, ServerStopped, teller
 from .lines import Lines
-from .options import Handler, OnError, check_handler, check_limits, check_options
+from .options import Handler, OnError, check_handler, check_limits, check_max_frames, check_options
 from .reports import started
 from .request import Request
 from .restarts import Restarts
+from .sansio.weights import MAX_FRAMES
 from .stats import ServerStats
 from .tally import Tally, tally_of
 from .watchdog import Watchdog
@@ -47,6 +48,7 @@ def supervise(
     deadline: Any,
     grace: Any = 1.0,
     max_inflight: int = 1000,
+    max_frames: int = MAX_FRAMES,
     on_error: OnError | None = None,
     tell_errors: bool = True,
     hooks: Hooks | None = None,
@@ -59,7 +61,7 @@ def supervise(
 
     Args:
         sock: A bound or connected greensafe REP or ROUTER; nobody else may receive from it meanwhile.
-        handler, deadline, grace, on_error, tell_errors, hooks: As for Server. `stats_of` has the counts.
+        handler, deadline, grace, max_frames, on_error, tell_errors, hooks: As for Server. `stats_of` has the counts.
         max_inflight: For a ROUTER: requests handled at a time; see Server.
 
     Raises:
@@ -71,6 +73,7 @@ def supervise(
     check_handler(handler)
     limit, after = check_limits(deadline, grace)
     check_options(max_inflight, on_error)
+    check_max_frames(max_frames)
     tell = teller(hooks)
     room, lines = Event(), _lines_of(sock)
     is_rep = sock.type == zmq.REP
@@ -87,6 +90,7 @@ def supervise(
         limit=limit,
         grace=after,
         max_inflight=max_inflight,
+        max_frames=max_frames,
         instance=tally.instance,
         on_error=on_error,
         tell_errors=tell_errors,
@@ -182,8 +186,8 @@ class supervised:
         sock: A greensafe REP or ROUTER.
         deadline: Seconds from the request's arrival until it is answered DEADLINE_EXCEEDED and the block gets the signal;
             None, in writing, for no limit. The block runs in the caller's greenlet, so it is never killed.
-        on_error, tell_errors, hooks: As for Server; no record says that a server was started or stopped. `stats_of` has
-            the counts.
+        max_frames, on_error, tell_errors, hooks: As for Server; no record says that a server was started or stopped.
+            `stats_of` has the counts.
     """
 
     def __init__(
@@ -191,6 +195,7 @@ class supervised:
         sock: Socket,
         *,
         deadline: Any,
+        max_frames: int = MAX_FRAMES,
         on_error: OnError | None = None,
         tell_errors: bool = True,
         hooks: Hooks | None = None,
@@ -198,6 +203,7 @@ class supervised:
         _check_socket(sock)
         self._limit, self._grace = check_limits(deadline, 1.0)
         check_options(1, on_error)
+        self._max_frames = check_max_frames(max_frames)
         self._sock = sock
         self._on_error = on_error
         self._tell_errors = tell_errors
@@ -219,6 +225,7 @@ class supervised:
             send_if_read=sender.send_if_read,
             limit=self._limit,
             grace=self._grace,
+            max_frames=self._max_frames,
             instance=tally.instance,
             reads_on=False,
             on_error=self._on_error,

@@ -18,7 +18,9 @@ from greensafe import (
     answers,
     backlog,
     channel,
+    stats_of,
     supervise,
+    supervised,
 )
 from greensafe.green import _pump
 from greensafe.sansio.envelope import Header, Kind, ServerHeader
@@ -53,6 +55,32 @@ def test_requests_of_too_many_frames(context: zmq.Context) -> None:
         plain.send(b"x")
         assert plain.recv() == b"x"
         assert (server.stats.drops["malformed"], server.stats.received) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", [zmq.REP, zmq.ROUTER])
+@pytest.mark.parametrize("is_own_loop", [False, True])
+def test_requests_of_too_many_frames_to_a_socket_of_the_programs(context: zmq.Context, kind: int, is_own_loop: bool) -> None:
+    """They are answered, and neither a handler nor a block sees them."""
+    sock = context.socket(kind)
+    port = sock.bind_to_random_port("tcp://127.0.0.1")
+
+    def loop() -> None:
+        while True:
+            with supervised(sock, deadline=LONG, max_frames=100) as request:
+                request.reply(request.body)
+
+    options = {"deadline": LONG, "max_frames": 100}
+    serving = gevent.spawn(loop) if is_own_loop else gevent.spawn(supervise, sock, _echo, **options)
+    plain = context.socket(zmq.REQ)
+    plain.connect(f"tcp://127.0.0.1:{port}")
+    plain.send_multipart([b"x"] * 100)
+    error = RemoteError.from_reply(plain.recv())
+    assert error is not None
+    assert (error.code, error.type) == ("INVALID_ARGUMENT", "TooManyFrames")
+    plain.send_multipart([b"x"] * 97)
+    assert plain.recv_multipart() == [b"x"] * (1 if is_own_loop else 97)
+    assert (stats_of(sock).received, stats_of(sock).drops["malformed"]) == (1, 1)
+    serving.kill()
 
 
 def test_replies_of_too_many_frames(context: zmq.Context) -> None:
