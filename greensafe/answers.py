@@ -3,7 +3,7 @@
 Rules:
 
 * Nothing waits for a client: what a ROUTER's pipe has no room for is sent by a greenlet of its own, within `FULL_PEER` seconds.
-  Such messages and their greenlets have at most `OUTBOX` bytes for one client and `OUTBOXES` for all; a single one may be larger.
+  They and their greenlets have at most `OUTBOX` bytes for one client and `OUTBOXES` for all; one alone may be larger.
 * The program may answer a REP's request by the socket's own send. Then that was the answer, and nothing else is sent.
 * What is dropped is counted in the socket's `Tally`; an answer that is dropped is logged, with its request.
 

@@ -1,8 +1,8 @@
 """Who is owed an answer, and what is next?
 
 The request table of the server's role: a `Responder` sees to it that each request gets exactly one answer, that its handler is
-signalled, killed and finally called a zombie in time, and that its client hears meanwhile that it is worked on. (The client's
-table is `requester`.)
+signalled, killed and finally called a zombie in time, and that its client hears meanwhile that it is worked on (see `callers`).
+(The client's table is `requester`.)
 
 With a journal the same request may come again, by another way: while it is owed its answer it is not opened anew but joined,
 and all who have sent it get the answer. There the gate is opened (`seal`) before the answer is stored; `deliver` has it leave.
@@ -18,36 +18,22 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..errors import LocalProtocolError, RemoteError, RemoteProtocolError
+from .callers import Caller, Callers
 from .due import DueQueue
 from .envelope import GREET, NO_JOURNAL, NOBODY, OTHER_JOURNAL, Envelope, Header, Kind, ServerHeader, pack_server, split
 from .exchange import Event, Exchange, State
-from .liveness import LOOKS
-from .rounds import INTERVAL, Rounds
-from .weights import CALLER, weight
+from .weights import DEAD_BYTES, weight
 
 __all__ = ["Acked", "Cancel", "Effect", "Expire", "Kill", "Responder", "Say", "Send", "Zombie"]
 
 #: Clients that are told of a lost message, at most, if nobody knows whose it was.
 MOST_TOLD = 1000
 
-#: Seconds between two WORKING for one client, at least, however short its patience.
-SHORTEST_PULSE = INTERVAL
-
-#: And at most, however long: a client that has gone is remembered until its next one would be due.
-LONGEST_PULSE = 30.0
-
-#: Bytes of the clients that are remembered until then without an open request: some 20,000 with ordinary routing ids. Whoever
-#: puts an id of its own before each request is a new one each time.
-IDLE_BYTES = 16 * 2**20
-
 #: Bytes of the ways by which open requests have come again: what is more than that is not answered by all its ways.
 WAYS_BYTES = 16 * 2**20
 
 #: Bytes of one such way that is answered all the same, since it is the only one that is known to work.
 SMALL_WAY = 1000
-
-#: Bytes of what is over that the queues of times may keep until it would have been due.
-DEAD_BYTES = 4 * 2**20
 
 #: Limits that are seen to at a time; the others come in the next turn.
 AT_A_TIME = 100
@@ -107,29 +93,6 @@ class Acked(NamedTuple):
 Effect = Expire | Cancel | Kill | Zombie | Send | Say | Acked
 
 
-class _Caller:
-    """A client that sends headers, as far as its requests are open.
-
-    Attributes:
-        origin: Its routing ids.
-        open: Its unanswered requests by their ids; of two with the same id the later one.
-        pulse: Seconds between two WORKING, infinity if it wants none.
-        due: When the next one is.
-        is_told: It knows that this server drains.
-        size: Its weight.
-    """
-
-    __slots__ = ("due", "is_told", "open", "origin", "pulse", "size")
-
-    def __init__(self, origin: tuple[bytes, ...]) -> None:
-        self.origin = origin
-        self.open: dict[bytes, Exchange] = {}
-        self.pulse = math.inf
-        self.due = math.inf
-        self.is_told = False
-        self.size = CALLER + weight(origin)
-
-
 class Responder:
     """The server's table.
 
@@ -148,13 +111,11 @@ class Responder:
         answered: Requests that were answered.
         cancelled: Requests whose clients did not want the answer any more.
         malformed: Messages refused by `receive`.
-        forgotten: Clients without open requests that were not remembered until their next WORKING, for want of room.
         ignored: CANCEL and ACK for requests that are not open.
         duplicates: Answers refused because there was one already.
         joined: Requests that have come again while they were owed their answer.
         misdirected: Requests refused because only a server with another journal may run them.
         soonest: The time of what is due next, or earlier; infinity for nothing. `next_deadline` makes it exact.
-        is_draining: Clients that send requests are told to send the next ones elsewhere.
     """
 
     __slots__ = (
@@ -162,23 +123,19 @@ class Responder:
         "_dead_size",
         "_due",
         "_grace",
-        "_idle_size",
         "_ids",
         "_instance",
         "_journal",
         "_key",
         "_max_frames",
-        "_pulses",
         "_reads_on",
         "_spared",
         "_ways_size",
         "answered",
         "cancelled",
         "duplicates",
-        "forgotten",
         "ignored",
         "inflight",
-        "is_draining",
         "joined",
         "malformed",
         "misdirected",
@@ -203,12 +160,10 @@ class Responder:
         self._max_frames = math.inf if max_frames is None else max_frames
         self._key = 0
         self._due: DueQueue[Exchange] = DueQueue(_is_due)
-        self._pulses: Rounds[_Caller] = Rounds(_is_pulse)
-        self._callers: dict[tuple[bytes, ...], _Caller] = {}
+        self._callers = Callers()
         #: Those whose kill was put off, since this process was away when its time came; some may have ended since.
         self._spared: set[Exchange] = set()
-        #: What those without open requests weigh, the ways of requests that have come again, and what is over and still queued.
-        self._idle_size = 0
+        #: What the ways of requests weigh that have come again, and what is over and still queued.
         self._ways_size = 0
         self._dead_size = 0
         #: With a journal: what is owed an answer, by the client's id.
@@ -219,18 +174,26 @@ class Responder:
         self.answered = 0
         self.cancelled = 0
         self.malformed = 0
-        self.forgotten = 0
         self.ignored = 0
         self.duplicates = 0
         self.joined = 0
         self.misdirected = 0
         self.soonest = math.inf
-        self.is_draining = False
 
     @property
     def received(self) -> int:
         """Requests that have come."""
         return self._key
+
+    @property
+    def forgotten(self) -> int:
+        """Clients without open requests that were not remembered until their next WORKING, for want of room."""
+        return self._callers.forgotten
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether clients that send requests are told to send the next ones elsewhere."""
+        return self._callers.is_draining
 
     def go_on_from(self, received: int) -> None:
         """Number the next requests as if so many had come before; `received` counts those as well."""
@@ -318,9 +281,9 @@ class Responder:
         if not isinstance(envelope.header, Header):
             return None
         way, begin = envelope.origin[1:], envelope.header.request_id[:8]
-        for origin, caller in self._callers.items():
-            if origin[1:] == way and any(request_id.startswith(begin) for request_id in caller.open):
-                return origin[0]
+        for caller in self._callers:
+            if caller.origin[1:] == way and any(request_id.startswith(begin) for request_id in caller.open):
+                return caller.origin[0]
         return None
 
     def torn(self, frames: Sequence[bytes], error: RemoteError) -> list[Send]:
@@ -342,7 +305,7 @@ class Responder:
             return [Send([*envelope.route, error.to_reply()])]
         # Nobody knows which request it was, if it was one. Those who may have sent it find out.
         begin = tuple(frames[:1])
-        origins = (origin for origin in self._callers if origin[:1] == begin or not begin)
+        origins = (caller.origin for caller in self._callers if caller.origin[:1] == begin or not begin)
         told = [error.to_reply()]
         return [Send(self._say(Kind.REJECTED, origin, NOBODY, told)) for origin in islice(origins, MOST_TOLD)]
 
@@ -359,7 +322,9 @@ class Responder:
                 if header.remaining_ms is not None:
                     exchange.is_limited_by_caller = True
                     self._set_due(exchange, now + header.remaining_ms / 1000)
-                self._add(exchange, envelope.origin, header, now)
+                at = self._callers.add(exchange, envelope.origin, header.request_id, header.patience_ms, now)
+                if at < self.soonest:
+                    self.soonest = at
                 if self._ids is not None:
                     self._ids[header.request_id] = exchange
         except BaseException:
@@ -367,8 +332,9 @@ class Responder:
             exchange.at = None
             if header is not None and self._ids is not None and self._ids.get(header.request_id) is exchange:
                 del self._ids[header.request_id]
-            if header is not None and (caller := self._callers.get(envelope.origin)) is not None:
-                self._settle(caller, header.request_id, exchange)
+            if header is not None:
+                self._callers.leave(envelope.origin, header.request_id, exchange)
+            self.next_deadline()  # what this has made due sooner may not have been noted
             raise
         # No call from here on, so nothing can come between: the caller gets the exchange that is counted.
         self._key += 1
@@ -394,13 +360,12 @@ class Responder:
         self.joined += 1
         exchange.also = tuple(others[:most])
         for forgotten in others[most:]:
-            if (caller := self._callers.get(forgotten.origin)) is not None:
-                self._settle(caller, header.request_id, exchange)
+            self._callers.leave(forgotten.origin, header.request_id, exchange)
         exchange.envelope = envelope
         self._ways_size -= exchange.ways_size
         exchange.ways_size = _way(envelope) + sum(map(_way, exchange.also))
         self._ways_size += exchange.ways_size
-        self._add(exchange, origin, header, now)
+        self.soonest = min(self.soonest, self._callers.add(exchange, origin, header.request_id, header.patience_ms, now))
         if header.flags & GREET:
             return Send(self._say(Kind.WORKING, origin, header.request_id, [header.request_id]))
         return None
@@ -425,25 +390,8 @@ class Responder:
         if at < self.soonest:
             self.soonest = at
 
-    def _add(self, exchange: Exchange, origin: tuple[bytes, ...], header: Header, now: float) -> None:
-        caller = self._callers.get(origin)
-        if caller is None:
-            self._callers[origin] = caller = _Caller(origin)
-        elif not caller.open:
-            self._idle_size -= caller.size
-        caller.open[header.request_id] = exchange
-        exchange.caller = caller
-        if header.patience_ms:
-            pulse = min(max(header.patience_ms / 1000 / LOOKS, SHORTEST_PULSE), LONGEST_PULSE)
-            caller.pulse = min(pulse, caller.pulse)
-            if now + caller.pulse < caller.due:
-                caller.due = now + caller.pulse
-                self._pulses.push(caller.due, caller)
-                self.soonest = min(self.soonest, caller.due)
-
     def _cancelled(self, envelope: Envelope, header: Header, now: float) -> Cancel | None:
-        caller = self._callers.get(envelope.origin)
-        exchange = None if caller is None else caller.open.get(header.request_id)
+        exchange = self._callers.find(envelope.origin, header.request_id)
         if exchange is None:
             self.ignored += 1
             return None
@@ -465,14 +413,14 @@ class Responder:
 
     def drain(self) -> list[Send]:
         """Have clients told to send further requests elsewhere: those with open ones now, the others as they ask."""
-        self.is_draining = True
-        return [Send(told) for caller in self._callers.values() if (told := self._tell(caller)) is not None]
+        self._callers.is_draining = True
+        return [Send(told) for caller in self._callers if (told := self._tell(caller)) is not None]
 
     def drain_notice(self, exchange: Exchange) -> list[bytes] | None:
         """What the client of a new request is told while this server drains: frames, or None."""
-        return self._tell(exchange.caller) if self.is_draining and exchange.caller is not None else None
+        return self._tell(exchange.caller) if self._callers.is_draining and exchange.caller is not None else None
 
-    def _tell(self, caller: _Caller) -> list[bytes] | None:
+    def _tell(self, caller: Caller) -> list[bytes] | None:
         if caller.is_told:
             return None
         caller.is_told = True
@@ -484,7 +432,7 @@ class Responder:
         For who has answered all that was received, and has thrown no answer away. While it drains no client is forgotten, so
         these are all that have asked since then, or shortly before.
         """
-        return [Send(self._say(Kind.CLOSED, caller.origin, bytes(16), [b""])) for caller in self._callers.values()]
+        return [Send(self._say(Kind.CLOSED, caller.origin, bytes(16), [b""])) for caller in self._callers]
 
     def answer(self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY) -> list[bytes]:
         """The frames of the one answer, for the ROUTER.
@@ -522,7 +470,7 @@ class Responder:
             if exchange.ways_size:
                 self._ways_size -= exchange.ways_size
                 exchange.ways_size = 0
-            self._settle(caller, header.request_id, exchange)
+            self._callers.settle(caller, header.request_id, exchange)
             if self._ids is not None and self._ids.get(header.request_id) is exchange:
                 del self._ids[header.request_id]
             frames = self._say(kind, caller.origin, header.request_id, body, header.metadata)
@@ -538,41 +486,17 @@ class Responder:
         for envelope in exchange.also:
             header, origin = envelope.header, envelope.origin
             if isinstance(header, Header):
-                if (caller := self._callers.get(origin)) is not None:
-                    self._settle(caller, header.request_id, exchange)
+                self._callers.leave(origin, header.request_id, exchange)
                 frames.append(self._say(kind, origin, header.request_id, body, header.metadata))
         exchange.also = ()  # the queue of times may hold on to this exchange until its limit, but not to what was asked
         return frames
 
-    def _settle(self, caller: _Caller, request_id: bytes, exchange: Exchange) -> None:
-        if caller.open.get(request_id) is exchange:
-            del caller.open[request_id]
-            if caller.open:
-                return
-            if caller.due == math.inf and not self.is_draining:
-                self._callers.pop(caller.origin, None)
-                return
-            # While this drains those without open requests are to be told CLOSED, but no more of them than else are remembered.
-            self._idle_size += caller.size
-            if self._idle_size > IDLE_BYTES:
-                self.forgotten += 1
-                self._forget(caller)
-
-    def _forget(self, caller: _Caller) -> None:
-        """A client without open requests."""
-        self._callers.pop(caller.origin, None)
-        self._idle_size -= caller.size
-        if caller.due != math.inf:
-            caller.due = math.inf
-            self._bury(caller.size)
-
     def _bury(self, size: int) -> None:
-        """Something is over that the queues of times may hold on to until it would have been due, which may be never."""
+        """Something is over that the queue of times may hold on to until it would have been due, which may be never."""
         self._dead_size += size
         if self._dead_size > DEAD_BYTES:
             self._dead_size = 0
             self._due.sweep()
-            self._pulses.sweep()
 
     def promise(self, exchange: Exchange) -> None:
         """The handler has returned LATER: the end of its greenlet does not mean that the answer is missing."""
@@ -607,18 +531,8 @@ class Responder:
                 effects.append(Kill(exchange))
             if exchange.is_running:
                 self._set_due(exchange, now + (self._grace if exchange.kills == 0 else max(self._grace, AGAIN)))
-        for caller in self._pulses.take(now):
-            if caller.due > now:
-                continue  # it stood there twice: a coarse clock makes the same time again, after an earlier one in between
-            if caller.open:
-                caller.due = now + caller.pulse
-                self._pulses.push(caller.due, caller)
-                effects.append(Say(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
-            else:
-                caller.due = math.inf
-                if not self.is_draining:
-                    # Only now, so that a client that asks one thing after another is not forgotten after each.
-                    self._forget(caller)
+        for caller in self._callers.take(now):
+            effects.append(Say(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
         return effects
 
     def _spares(self, exchange: Exchange, now: float) -> bool:
@@ -631,7 +545,7 @@ class Responder:
 
     def next_deadline(self) -> float | None:
         """When `tick` is to be called next, None for not at all."""
-        times = [at for at in (self._due.next_at(), self._pulses.next_at()) if at is not None]
+        times = [at for at in (self._due.next_at(), self._callers.next_at()) if at is not None]
         self.soonest = min(times, default=math.inf)
         return min(times, default=None)
 
@@ -650,7 +564,3 @@ def _is_due(exchange: Exchange, at: float) -> bool:
 def _way(envelope: Envelope) -> int:
     """What an envelope weighs without the body; metadata is kept twice, in the header's frame and by itself."""
     return weight(envelope.route) + (0 if envelope.header is None else len(envelope.header.metadata))
-
-
-def _is_pulse(caller: _Caller, at: float) -> bool:
-    return caller.due == at

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CALLER", "FRAME", "MAX_FRAMES", "MESSAGE", "REQUEST", "weight"]
+__all__ = ["CALLER", "DEAD_BYTES", "FRAME", "MAX_FRAMES", "MESSAGE", "REQUEST", "weight"]
 
 #: Bytes of one frame besides its contents: a bytes object has 33, rounded up to 48, and each of the two lists that it is in 8.
 FRAME = 64
@@ -25,6 +25,9 @@ REQUEST = 2000
 
 #: Bytes of a client that is remembered, besides its routing ids; 550 measured.
 CALLER = 600
+
+#: Bytes of what is over that a queue of times may keep until it would have been due.
+DEAD_BYTES = 4 * 2**20
 
 #: Frames of one message, its envelope included, unless an option says otherwise. Reading so many takes 11 ms.
 MAX_FRAMES = 4096

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from greensafe.errors import CODES, RemoteError
-from greensafe.sansio import responder, rounds
+from greensafe.sansio import callers, rounds
 from greensafe.sansio.envelope import (
     CALLER_LIMIT,
     GREET,
@@ -114,12 +114,12 @@ def test_error_frame() -> None:
         f"the metadata has at most {MAX_METADATA:,} bytes",
         f"for {round(WORDLESS * 5)}/5 of the patience",
         f"a {({5: 'fifth'})[LOOKS]} of the smallest patience",
-        f"more often than every {responder.SHORTEST_PULSE * 1000:g} ms",
+        f"more often than every {callers.SHORTEST_PULSE * 1000:g} ms",
         f"among its first {MAX_ROUTE}, no more than {MAX_ROUTE_BYTES:,} bytes before that",
         f"`max_frames`, {MAX_FRAMES} in all",
         f"no more than {rounds.EACH} in {rounds.INTERVAL * 1000:g} ms, to all together {rounds.ALL},",
         f"a message of more than {rounds.LONG} bytes counts as several",
-        f"more seldom than every {responder.LONGEST_PULSE:g} s",
+        f"more seldom than every {callers.LONGEST_PULSE:g} s",
         f"the type `{CALLER_LIMIT}`",
         f"the code FAILED_PRECONDITION and the type `{OTHER_JOURNAL}`",
         f"(type `{SERVER_STOPPED}`)",

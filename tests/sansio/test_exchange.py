@@ -176,7 +176,7 @@ class _World:
         assert client.connection.sent == {}
         gone, _ = client.route, client.connect()
         if not self.proxies:
-            callers = [caller for origin, caller in self.responder._callers.items() if origin[0] == gone]
+            callers = [caller for caller in self.responder._callers if caller.origin[0] == gone]
             for exchange in [exchange for caller in callers for exchange in caller.open.values()]:
                 self.apply(self.responder.cancel(exchange, self.now))
 
@@ -332,8 +332,8 @@ def _check_the_end(world: _World) -> None:
     assert (responder.inflight, responder.running, responder.zombies) == (0, 0, 0)
     assert sum(world.answers.values()) == responder.answered
     assert responder.next_deadline() is None
-    assert not any(caller.open for caller in responder._callers.values())
-    assert responder.is_draining or responder._callers == {}
+    assert not any(caller.open for caller in responder._callers)
+    assert responder.is_draining or len(responder._callers) == 0
     for client in world.clients:
         assert client.requester.next_deadline() is None
         assert all(asked.at is None for asked in client.requester.asked())

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
-from greensafe.sansio import responder as responder_module
+from greensafe.sansio import callers as callers_module, responder as responder_module
+from greensafe.sansio.callers import IDLE_BYTES, LONGEST_PULSE, SHORTEST_PULSE
 from greensafe.sansio.envelope import (
     GREET,
     MAX_METADATA,
@@ -24,11 +25,7 @@ from greensafe.sansio.envelope import (
 from greensafe.sansio.exchange import Exchange, State
 from greensafe.sansio.responder import (
     AT_A_TIME,
-    DEAD_BYTES,
-    IDLE_BYTES,
-    LONGEST_PULSE,
     MOST_WAYS,
-    SHORTEST_PULSE,
     WAYS_BYTES,
     Acked,
     Cancel,
@@ -39,7 +36,7 @@ from greensafe.sansio.responder import (
     Send,
     Zombie,
 )
-from greensafe.sansio.weights import CALLER
+from greensafe.sansio.weights import CALLER, DEAD_BYTES
 
 RID = b"\0abcd"
 GRACE = 1.0
@@ -305,7 +302,7 @@ def test_working() -> None:
     for exchange in (exchanges[0], exchanges[2]):
         responder.answer(exchange, [b"x"])
     assert responder.tick(4.0) == []
-    assert responder._callers == {}
+    assert len(responder._callers) == 0
     assert responder.next_deadline() is None
 
 
@@ -350,7 +347,7 @@ def test_clients_with_much_patience_are_forgotten_in_time() -> None:
         responder.answer(exchange, [b"x"])
         responder.finish(exchange)
     assert responder.tick(LONGEST_PULSE) == []
-    assert responder._callers == {}
+    assert len(responder._callers) == 0
     assert responder.next_deadline() is None
 
 
@@ -359,7 +356,7 @@ def test_clients_without_requests_are_remembered_up_to_a_weight(monkeypatch: pyt
     responder = _responder()
     waiting = [_open(responder, number, patience_ms=0xFFFFFFFF, route=(b"waits %d" % number,)) for number in range(100)]
     most = 2000
-    monkeypatch.setattr(responder_module, "IDLE_BYTES", most * CALLER)
+    monkeypatch.setattr(callers_module, "IDLE_BYTES", most * CALLER)
     for number in range(2 * most):
         exchange = _open(responder, number, patience_ms=0xFFFFFFFF, route=(RID, b"%d" % number))
         responder.answer(exchange, [b"x"])
@@ -367,7 +364,7 @@ def test_clients_without_requests_are_remembered_up_to_a_weight(monkeypatch: pyt
     remembered = len(responder._callers)
     assert most // 2 < remembered < most + len(waiting)
     assert responder.forgotten == 2 * most - remembered + len(waiting)
-    assert len(responder._pulses) <= 2 * most
+    assert len(responder._callers._pulses) <= 2 * most
     told = []
     while (responder.next_deadline() or 0.0) <= LONGEST_PULSE:
         told += responder.tick(LONGEST_PULSE)
@@ -380,7 +377,7 @@ def test_clients_that_are_remembered_while_it_drains(monkeypatch: pytest.MonkeyP
     responder = _responder()
     responder.drain()
     most = 2000
-    monkeypatch.setattr(responder_module, "IDLE_BYTES", most * CALLER)
+    monkeypatch.setattr(callers_module, "IDLE_BYTES", most * CALLER)
     for number in range(2 * most):
         exchange = _open(responder, number, route=(RID, b"%d" % number))
         responder.answer(exchange, [b"x"])
@@ -396,14 +393,14 @@ def test_clients_that_are_remembered_weigh_what_their_ids_weigh() -> None:
         exchange = _open(responder, number, patience_ms=0xFFFFFFFF, route=(RID, b"%d" % number + bytes(60_000)))
         responder.answer(exchange, [b"x"])
         responder.finish(exchange)
-        assert len(responder._pulses) * 60_000 <= IDLE_BYTES + DEAD_BYTES + 200_000
-    remembered = sum(len(frame) for caller in responder._callers.values() for frame in caller.origin)
+        assert len(responder._callers._pulses) * 60_000 <= IDLE_BYTES + DEAD_BYTES + 200_000
+    remembered = sum(len(frame) for caller in responder._callers for frame in caller.origin)
     assert IDLE_BYTES // 2 < remembered < IDLE_BYTES
     assert responder.forgotten > 2 * IDLE_BYTES // 60_000
-    assert waiting.caller.origin in responder._callers
+    assert waiting.caller in list(responder._callers)
     assert [effect for effect in responder.tick(LONGEST_PULSE) if isinstance(effect, Say)]
-    assert list(responder._callers) == [(b"waits",)]
-    assert responder._idle_size == 0
+    assert [caller.origin for caller in responder._callers] == [(b"waits",)]
+    assert responder._callers._idle_size == 0
 
 
 @pytest.mark.parametrize(
@@ -432,8 +429,8 @@ def test_the_pulse_of_a_client_that_keeps_asking() -> None:
         responder.answer(exchange, [b"x"])
         responder.finish(exchange)
         responder.tick(number / 1000)
-        assert max(len(responder._callers), len(responder._pulses)) <= 1
-        assert responder._idle_size <= CALLER + 200
+        assert max(len(responder._callers), len(responder._callers._pulses)) <= 1
+        assert responder._callers._idle_size <= CALLER + 200
 
 
 def test_two_requests_with_one_id() -> None:
@@ -732,10 +729,11 @@ def test_what_has_come_by_several_ways_is_not_kept_until_its_limit() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_sums(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes in whatever order, what is bounded is what is there, and nothing of it is left in the end."""
-    monkeypatch.setattr(responder_module, "IDLE_BYTES", 5000)
+    monkeypatch.setattr(callers_module, "IDLE_BYTES", 5000)
     monkeypatch.setattr(responder_module, "WAYS_BYTES", 3000)
     monkeypatch.setattr(responder_module, "SMALL_WAY", 300)
     monkeypatch.setattr(responder_module, "DEAD_BYTES", 3000)
+    monkeypatch.setattr(callers_module, "DEAD_BYTES", 3000)
     chance, now = random.Random(seed), 0.0
     responder = _responder() if seed % 3 == 0 else _journaling()
     owed: list[Exchange] = []
@@ -783,10 +781,10 @@ def test_sums(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             now += chance.choice((0.0, SHORTEST_PULSE, 1.0, 40.0))
             responder.tick(now)
             responder.next_deadline()
-        idle = [caller.size for caller in responder._callers.values() if not caller.open]
-        assert responder._idle_size == sum(idle) <= responder_module.IDLE_BYTES
+        idle = [caller.size for caller in responder._callers if not caller.open]
+        assert responder._callers._idle_size == sum(idle) <= callers_module.IDLE_BYTES
         assert responder._ways_size == sum(exchange.ways_size for exchange in owed)
-        assert {id(each) for caller in responder._callers.values() for each in caller.open.values()} <= set(map(id, owed))
+        assert {id(each) for caller in responder._callers for each in caller.open.values()} <= set(map(id, owed))
     for exchange in [*running]:
         finish(exchange)
     for exchange in [*owed]:
@@ -794,8 +792,8 @@ def test_sums(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(100):
         now += LONGEST_PULSE
         responder.tick(now)
-    assert (responder._callers, responder._idle_size, responder._ways_size) == ({}, 0, 0)
-    assert (len(responder._pulses), responder.next_deadline()) == (0, None)
+    assert (len(responder._callers), responder._callers._idle_size, responder._ways_size) == (0, 0, 0)
+    assert (len(responder._callers._pulses), responder.next_deadline()) == (0, None)
 
 
 def test_limit() -> None:
@@ -841,7 +839,7 @@ def test_the_ways_of_a_request_that_comes_again_are_bounded() -> None:
         responder.copies(exchange, [b"x"])
         responder.finish(exchange)
     assert responder._ways_size == 0
-    assert responder._callers == {}
+    assert len(responder._callers) == 0
 
 
 def test_closing() -> None:
