@@ -144,6 +144,10 @@ class _Kind:
         self._close()
         if self._owner._kinds.get(self._key) is self:
             del self._owner._kinds[self._key]
+        self.tell_rest()
+
+    def tell_rest(self) -> None:
+        """Write what was counted so far."""
         if self.count and self._process == os.getpid():
             self._tell(self._since)
 
@@ -223,4 +227,5 @@ def _barred(error: BaseException) -> str:
 @atexit.register
 def _flush_all() -> None:
     for seldom in list(_all):
-        seldom.flush()
+        for kind in list(seldom._kinds.values()):
+            kind.tell_rest()  # its timer may be that of another thread's loop, which turns still

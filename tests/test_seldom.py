@@ -195,6 +195,19 @@ def test_counts_are_written_at_exit() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_at_exit_other_threads_timers_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Counts are written, and no timer is touched: its loop may be another thread's, which does not stand that."""
+    seldom_of_another_thread = Seldom()
+    for _ in range(3):
+        seldom_of_another_thread.say(log, logging.WARNING, "a line")
+    (kind,) = seldom_of_another_thread._kinds.values()
+    seldom._flush_all()
+    assert _total(caplog) == 3
+    assert kind._timer.active
+    seldom_of_another_thread.flush()
+    assert _total(caplog) == 3
+
+
 def test_a_forked_child_does_not_write_its_parents_counts() -> None:
     """Each line is counted by the process in which it was said."""
     program = """if 1:
