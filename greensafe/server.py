@@ -65,7 +65,7 @@ from .sansio.envelope import SERVER_STOPPED
 from .sansio.weights import MAX_FRAMES
 from .stats import ServerStats
 from .stopping import Stop
-from .threads import LIMIT, call_in, check_here, is_elsewhere, is_in_hub, wait_while
+from .threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
@@ -275,7 +275,8 @@ class Server:
         Its loops work, no more than max_zombies handlers have survived a kill, the journal can be written and answers, its ipc
         path still leads to it, and a descriptor is left for the next client.
         """
-        if self._restarts.error is not None or (self._commits is not None and not self._commits.is_well):
+        commits = self._commits  # another thread may ask while it stops
+        if self._restarts.error is not None or (commits is not None and not commits.is_well):
             return False
         if not self._is_accepting or self._binding.trouble:
             return False
@@ -414,7 +415,8 @@ class Server:
         In one of this server's own handlers, and in the hub (where handlers of `signal.signal` may run), it begins all that and
         returns at once: the handler can answer, and `state` is "stopping" until the end.
 
-        In another thread this waits until the server's thread has done it; who ends that wait does not end the stop.
+        In another thread this waits until the server's thread has done it; who ends that wait does not end the stop. In that
+        other thread's hub it only has it begun, and returns at once.
 
         Raises:
             TypeError, ValueError: The timeout is none.
@@ -451,6 +453,9 @@ class Server:
 
     def _stop_elsewhere(self, hub: Hub, limit: float | None) -> None:
         """Have it stopped in its own thread, which may end as soon as it is."""
+        if is_in_hub():
+            begin_in(hub, self._begin_stop, limit)
+            return
         call_in(hub, "Server.stop", self._begin_stop, limit)
         if not wait_while(lambda: not self._is_over, hub, math.inf if limit is None else limit + LIMIT):
             raise RuntimeError("the server was told to stop, and then its thread has ended, or its hub did not turn any more")
@@ -504,8 +509,8 @@ class Server:
 
     @property
     def _is_over(self) -> bool:
-        """Whether it is closed, and its journal as well."""
-        return self._pump is None and self._commits is None and self._stopped.is_set()
+        """Whether it is closed, and its journal as well; also while it starts, when there is nothing to stop yet."""
+        return self._pump is None and self._stopped.is_set()
 
     @property
     def _is_open_elsewhere(self) -> bool:
@@ -514,7 +519,8 @@ class Server:
 
     @property
     def _is_accepting(self) -> bool:
-        return self._descriptors is None or not self._descriptors.is_exhausted
+        descriptors = self._descriptors
+        return descriptors is None or not descriptors.is_exhausted
 
     def _running(self) -> set[bytes]:
         return self._watchdog.running() if isinstance(self._watchdog, Journaled) else set()

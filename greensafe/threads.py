@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from gevent.monkey import get_original
 
 from .deadlines import start_timer
 
-__all__ = ["LIMIT", "call_in", "check_here", "is_elsewhere", "is_in_hub", "pause", "wait_while"]
+__all__ = ["LIMIT", "begin_in", "call_in", "check_here", "is_elsewhere", "is_in_hub", "pause", "wait_while"]
 
 T = TypeVar("T")
 
@@ -78,8 +79,7 @@ def call_in(hub: Hub, what: str, function: Callable[..., T], *args: Any) -> T:
     errand = _Errand(function, args)
     wait = _wait_natively if (here := get_hub_if_exists()) is None else _wait_in(here, what)
     until = monotonic() + LIMIT
-    if not _has_ended(hub):
-        hub.loop.run_callback_threadsafe(errand.begin)
+    _call_soon(hub, errand.begin)
     try:
         while not wait(errand):
             has_ended = _has_ended(hub)
@@ -92,12 +92,18 @@ def call_in(hub: Hub, what: str, function: Callable[..., T], *args: Any) -> T:
                 )
     finally:
         errand.take_back()  # whoever ends the wait before it has begun
-    if errand.error is not None:
+    error, errand.error = errand.error, None  # its traceback holds the errand, and this frame
+    if error is not None:
         try:
-            raise errand.error
+            raise error
         finally:
-            del errand  # the error's traceback holds this frame
+            del error
     return errand.result  # type: ignore[no-any-return]
+
+
+def begin_in(hub: Hub, function: Callable[..., object], *args: Any) -> None:
+    """Have a function called in another thread's hub, and do not wait for it: for a callback of a hub, which cannot wait."""
+    _call_soon(hub, gevent.spawn, function, *args)
 
 
 def wait_while(predicate: Callable[[], bool], hub: Hub, seconds: float) -> bool:
@@ -143,12 +149,16 @@ class _Errand:
 
     def begin(self) -> None:
         """Call it; in the hub of its thread."""
-        if self.take_back():
-            gevent.spawn(self._run)
+        gevent.spawn(self._run)
 
     def _run(self) -> None:
+        if not self.take_back():
+            return
         try:
             self.result = self._function(*self._args)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.error = error
+            raise  # meant for this thread, too
         except BaseException as error:  # noqa: BLE001 - it is the caller's
             self.error = error
         finally:
@@ -177,7 +187,7 @@ def _wait_in(hub: Hub, what: str) -> Callable[[_Errand], bool]:
         waiter = Waiter(hub)
         timer = start_timer(hub, LOOK, lambda: waiter.switch(None))  # which also keeps this loop going
         try:
-            errand.notify = lambda: None if hub.loop is None else hub.loop.run_callback_threadsafe(waiter.switch, None)
+            errand.notify = lambda: _call_soon(hub, waiter.switch, None)
             if not errand.is_done:
                 waiter.get()
         finally:
@@ -187,6 +197,14 @@ def _wait_in(hub: Hub, what: str) -> Callable[[_Errand], bool]:
         return errand.is_done
 
     return wait
+
+
+def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
+    """Have something called in a hub of any thread; nothing if that thread has destroyed it, perhaps just now."""
+    loop = hub.loop
+    if loop is not None and not hub.dead:
+        with suppress(ValueError):  # the loop is destroyed
+            loop.run_callback_threadsafe(callback, *args)
 
 
 def _has_ended(hub: Hub) -> bool:

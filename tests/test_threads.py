@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from greensafe import (
 )
 from greensafe.auth import Authenticator
 from greensafe.green.monitor import ConnectionEvents
+from greensafe.journal import SqliteJournal
 from greensafe.testing import FaultyLink, JournalConformance
 from greensafe.threads import call_in, check_here, wait_while
 from greensafe.watchdog import Watchdog
@@ -493,6 +497,54 @@ def test_thread_that_ends_instead(context: zmq.Context, monkeypatch: pytest.Monk
     made[0]._hub.destroy(destroy_loop=True)
 
 
+@pytest.mark.parametrize("method", ["stop", "close"])
+def test_stopped_in_another_threads_hub(context: zmq.Context, method: str) -> None:
+    """There, where handlers of `signal.signal` may run and nothing can wait, it is begun, as in the hub of its own thread."""
+    server = Server("inproc://server", lambda request: b"", deadline=LONG, context=context)
+    server.start()
+
+    def act() -> list[Any]:
+        found: list[Any] = []
+        gevent.get_hub().loop.run_callback(lambda: found.append(getattr(server, method)()))
+        wait_until(lambda: found)
+        return found
+
+    assert _elsewhere(KINDS[1], act) == [None]
+    wait_until(lambda: server.closed)
+    server.stop()
+
+
+class _SlowToOpen(SqliteJournal):
+    """A journal that is not open before it may be."""
+
+    def open(self) -> Any:
+        opening.append(self)
+        may_open.acquire()
+        return super().open()
+
+
+opening: list[Any] = []
+may_open = get_original("_thread", "allocate_lock")()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_while_it_starts(context: zmq.Context, tmp_path: Path, kind: str) -> None:
+    """Nothing is to be stopped yet: it returns at once in any thread, and the server starts. (It waited for ever.)"""
+    opening.clear()
+    may_open.acquire()
+    journal = _SlowToOpen(tmp_path / "journal")
+    server = Server("inproc://server", lambda request: b"", deadline=LONG, journal=journal, context=context)
+    starting = gevent.spawn(server.start)
+    wait_until(lambda: opening)
+    _elsewhere(kind, lambda: server.stop(None))
+    may_open.release()
+    starting.get()
+    assert server.started
+    may_open.acquire(False)
+    may_open.release()
+    server.stop()
+
+
 # call_in itself.
 
 
@@ -536,6 +588,79 @@ def test_hub_that_does_not_turn(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     gevent.sleep(MS)
     assert "has not turned" in told[0]
     assert called == []
+
+
+def test_hub_that_turns_no_more_when_it_should_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has heard of the call and then does not turn: the caller is told all the same, and the function is not called."""
+    monkeypatch.setattr(threads, "LIMIT", 5 * MS)
+    hub, called, told = gevent.get_hub(), [], []
+    begin = threads._Errand.begin
+
+    def begin_behind_another(errand: Any) -> None:
+        gevent.spawn(thread.join, LONG)
+        begin(errand)
+
+    monkeypatch.setattr(threads._Errand, "begin", begin_behind_another)
+
+    def ask() -> None:
+        try:
+            call_in(hub, "act", called.append, 1)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    wait_until(lambda: not thread.is_alive())
+    assert "has not turned" in told[0]
+    gevent.sleep(MS)
+    assert called == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_kept_of_an_error(kind: str) -> None:
+    """What the function was called with is gone with the error, and not when the garbage is collected."""
+    hub, found = gevent.get_hub(), []
+
+    class Argument:
+        pass
+
+    def fail(argument: Argument) -> None:
+        raise ValueError
+
+    def act() -> None:
+        argument = Argument()
+        found.append(weakref.ref(argument))
+        with suppress(ValueError):
+            call_in(hub, "act", fail, argument)
+
+    gc.collect()
+    gc.disable()
+    try:
+        _elsewhere(kind, act)
+        assert found[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_interrupted_in_the_other_thread() -> None:
+    """Ctrl-C while a function runs for another thread is raised in its own thread as well as in the caller's."""
+    hub, told = gevent.get_hub(), []
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    def ask() -> None:
+        try:
+            call_in(hub, "act", fail)
+        except KeyboardInterrupt:
+            told.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        wait_until(lambda: False)
+    wait_until(lambda: not thread.is_alive())
+    assert told == [True]
 
 
 def test_thread_that_has_ended() -> None:
