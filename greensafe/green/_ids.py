@@ -9,7 +9,8 @@ ordinary peer connects.
 Rules:
 
 * `rand` is seeded from the system's random source each time before such a socket is made. A peer that has learned ids of one
-  socket knows nothing of those of the next one, or of a forked child's.
+  socket knows nothing of those of the next one, or of a forked child's. Only two that two threads make in the same moment may
+  share a seed.
 * That changes state of the whole process: a program that calls `srand` itself, in order to repeat its numbers, gets others as
   soon as such a socket is made. Python's `random` is not concerned.
 * The ids of one socket stay consecutive, which nobody can change from outside of libzmq. No peer is told its own.
