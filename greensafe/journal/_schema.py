@@ -43,6 +43,7 @@ __all__ = [
     "head",
     "is_files_fault",
     "migrate",
+    "set_wal",
 ]
 
 #: "GSjl".
@@ -259,16 +260,15 @@ def create(path: str, here: Moment) -> None:
     """Make a new journal, all or nothing; its owner's alone."""
     draft = None
     try:
-        draft = make_draft(path, APPLICATION.to_bytes(4, "big"))
+        draft = make_draft(path)
         with closing(connect(draft, "rw")) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             migrate(connection)
             row = (os.urandom(16), here.boot, offset(None, here), here.wall)
             connection.execute("INSERT INTO greensafe_journal (id, boot, offset, last) VALUES (?, ?, ?, ?)", row)
-            # Kept in the header.
-            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise JournalError(f"the journal {path}: its file system cannot share memory (a network's?): choose another")
+            set_wal(path, connection)
+        if os.path.lexists(path):
+            raise JournalError(f"the journal {path}: somebody has just put a file there; try again")
         os.rename(draft, path)
         _sync(os.path.dirname(path))
     except (OSError, sqlite3.Error) as error:
@@ -276,6 +276,18 @@ def create(path: str, here: Moment) -> None:
     finally:
         if draft is not None:
             remove_draft(draft)
+
+
+def set_wal(path: str, connection: sqlite3.Connection) -> None:
+    """Have a write-ahead log, which the header says from then on; a copy by VACUUM INTO says something else.
+
+    Raises:
+        JournalError: It cannot have one.
+    """
+    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise JournalError(f"the journal {path}: its file system cannot share memory (a network's?): choose another")
+    connection.execute("PRAGMA user_version").fetchone()  # sqlite makes it when something is read
 
 
 def migrate(connection: sqlite3.Connection) -> None:

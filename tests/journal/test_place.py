@@ -14,7 +14,6 @@ import pytest
 
 from greensafe import JournalError
 from greensafe.journal import Begin, SqliteJournal
-from greensafe.journal._schema import APPLICATION
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no journals in files")
 
@@ -136,32 +135,15 @@ def test_a_log_that_is_a_link(path: Path) -> None:
 # The draft of a new one.
 
 
-def draft_of_a_journal(name: Path) -> None:
-    with closing(sqlite3.connect(name)) as connection:
-        connection.execute(f"PRAGMA application_id = {APPLICATION}")
-
-
-@pytest.mark.parametrize(
-    "make", [Path.touch, lambda name: name.write_bytes(bytes(8_192)), draft_of_a_journal], ids=["empty", "zeros", "begun"]
-)
-def test_what_a_crash_has_left(path: Path, make: Callable[[Path], None]) -> None:
-    """Of a file that was being made is made anew, and what sqlite had beside it goes too."""
-    make(path.with_name("requests.db.new"))
-    path.with_name("requests.db.new-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + bytes(100))
-    path.with_name("requests.db.new-wal").write_bytes(b"\x37\x7f\x06\x82" + bytes(100))
-    path.with_name("requests.db.new-shm").write_bytes(bytes(32_768))
-    use(path)
-    assert sorted(contents(path)) == ["requests.db"]
-
-
 def database(name: Path) -> None:
     with closing(sqlite3.connect(name)) as connection:
         connection.execute("CREATE TABLE theirs (x)")
 
 
-def draft_by_another_name(name: Path) -> None:
-    draft_of_a_journal(name)
-    name.with_name("precious").hardlink_to(name)
+def copy_of_a_journal(name: Path) -> None:
+    with closing(SqliteJournal(name)) as journal:
+        journal.open()
+        journal.commit([Begin(bytes(16), [b"body"], since=1.0)])
 
 
 @pytest.mark.parametrize(
@@ -169,21 +151,50 @@ def draft_by_another_name(name: Path) -> None:
     [
         lambda name: name.write_bytes(b"precious"),
         database,
-        draft_by_another_name,
+        copy_of_a_journal,
         Path.mkdir,
         lambda name: os.mkfifo(name),
         lambda name: name.symlink_to("nothing"),
-        lambda name: name.write_bytes(bytes(2**20 + 1)),
         lambda name: name.with_name(name.name + "-journal").write_bytes(b"precious"),
     ],
-    ids=["text", "database", "hard link", "folder", "pipe", "link", "large", "sqlite's"],
+    ids=["text", "database", "copy", "folder", "pipe", "link", "sqlite's"],
 )
-def test_what_no_crash_has_left(path: Path, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture) -> None:
-    """Stays as it is, and is logged; the journal is made by another name."""
+def test_what_stands_in_the_drafts_place(path: Path, make: Callable[[Path], None]) -> None:
+    """Stays as it is, be it a copy that is about to be put in the journal's place; that of a version before was called .new."""
     make(path.with_name("requests.db.new"))
     before = contents(path)
     use(path)
     after = contents(path)
     assert after.pop("requests.db")
     assert after == before
-    assert "was not left by one; it stays" in caplog.text
+
+
+def test_a_file_that_is_put_there_while_a_journal_is_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not written over, and nothing is left of the draft."""
+
+    def put(draft: str, connection: sqlite3.Connection) -> None:
+        path.write_bytes(b"precious")
+
+    monkeypatch.setattr("greensafe.journal._schema.set_wal", put)
+    with pytest.raises(JournalError, match="somebody has just put a file there"):
+        use(path)
+    assert contents(path) == {"requests.db": b"precious"}
+
+
+def test_a_draft_that_cannot_be_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves nothing, also where nothing can be removed any more."""
+    monkeypatch.setattr("greensafe.journal._schema.migrate", fail)
+    with pytest.raises(JournalError, match="no table today"):
+        use(path)
+    assert contents(path) == {}
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(JournalError, match="no table today"):
+        use(path)
+
+
+def fail(connection: sqlite3.Connection) -> None:
+    raise sqlite3.OperationalError("no table today")
+
+
+def refuse(name: str) -> None:
+    raise PermissionError(13, "Permission denied", name)
