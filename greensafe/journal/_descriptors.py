@@ -2,7 +2,7 @@
 
 sqlite's locks on a file are the process's (POSIX): they end when anything in the process closes any descriptor of that file.
 So whatever else opens one does it here: it is closed only when this process has no other descriptor of the same file. Until
-then it is kept, and used again.
+then it is kept, and used again. Where that cannot be told (no descriptor is left to list them by) it is kept, too.
 
 Any thread may call this; a thread holds the lock for the milliseconds that it takes to list all descriptors.
 
@@ -26,10 +26,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["CAREFULLY", "Key", "get", "key_at", "key_of", "let_go", "peek", "sweep"]
+__all__ = ["CAREFULLY", "Key", "get", "key_at", "key_of", "let_go", "open_files", "peek", "sweep"]
 
 #: How files are opened that somebody else may have put there: no link is followed, and a pipe is not waited for.
 CAREFULLY = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
+
+#: Where a system lists a process's descriptors. If it lists the standard ones only (FreeBSD's devfs), even that is missing by
+#: which the list is read.
+_LIST = "/dev/fd"
+_FIRST = 3
 
 #: What tells a file from all others: device and inode.
 Key = tuple[int, int]
@@ -48,14 +53,14 @@ def key_at(name: str) -> Key | None:
 
 
 def peek(path: str, size: int) -> bytes | None:
-    """The beginning of a file, or None if this process has it open.
+    """The beginning of a file, or None if this process has it open, or cannot tell.
 
     Raises:
         OSError: It cannot be read.
     """
-    with _lock:
-        if key_at(path) in _open_files():
-            return None
+    used = open_files()
+    if used is None or key_at(path) in used:
+        return None
     fd = os.open(path, os.O_RDONLY | CAREFULLY)
     try:
         return os.read(fd, size)
@@ -99,12 +104,19 @@ def sweep() -> None:
         _sweep()
 
 
+def open_files() -> set[Key] | None:
+    """The files that this process has open, apart from what is only kept here; None if that cannot be told."""
+    with _lock:
+        return _open_files()
+
+
 def _sweep() -> None:
-    if _kept:
-        used = _open_files()
+    used = _open_files() if _kept else None
+    if used is not None:
         for each in [each for each in _kept if each[0] not in used]:
             _kept.remove(each)
-            os.close(each[1])
+            with contextlib.suppress(OSError):  # it is closed all the same, and nothing was written by it
+                os.close(each[1])
 
 
 def _take_kept(key: Key, how: int) -> int | None:
@@ -115,23 +127,21 @@ def _take_kept(key: Key, how: int) -> int | None:
     return None
 
 
-def _open_files() -> set[Key]:
-    """The files that this process has open, apart from what is only kept here."""
+def _open_files() -> set[Key] | None:
+    try:
+        listed = [int(name) for name in os.listdir(_LIST)]
+    except OSError:  # no such list here, or no descriptor left to read it by
+        return None
+    if max(listed, default=0) < _FIRST:
+        return None
     kept = {fd for _, fd in _kept}
     found = set()
-    for fd in _descriptors():
+    for fd in listed:
         # OSError: the one by which the list was read; or another thread has closed it.
         with contextlib.suppress(OSError):
             if fd not in kept:
                 found.add(key_of(os.fstat(fd)))
     return found
-
-
-def _descriptors() -> list[int]:
-    try:
-        return [int(name) for name in os.listdir("/dev/fd") if name.isdigit()]
-    except OSError:  # no such list here, or no descriptor left to read it by
-        return []
 
 
 #: What cannot be closed yet.

@@ -16,6 +16,7 @@ It does not know what is in the files.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,13 +24,10 @@ import sqlite3
 import struct
 import sys
 import weakref
-from time import monotonic
 from typing import Any
 
-from gevent.monkey import get_original
-
 from ..errors import JournalError, JournalUnavailable
-from ._descriptors import Key, get, key_at, key_of, let_go
+from ._descriptors import Key, get, key_at, key_of, let_go, open_files
 
 fcntl: Any
 try:
@@ -62,11 +60,6 @@ _NAMES = "/proc/self/fd"
 #: Of a file system that knows no such locks.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
-#: Seconds between two tries to get a lock that a program has for the moments in which it closes the file.
-PAUSE = 0.005
-
-_sleep = get_original("time", "sleep")
-
 
 class Files:
     """The three files of the journal at `path`, for the one server that may write to it.
@@ -89,45 +82,50 @@ class Files:
             raise in_use(path, "this process")
         self._fd = get(path, os.O_RDWR)
         self._file = key_of(os.fstat(self._fd))
-        if _lock(self._fd, "write", _SERVER, 1) is False:
+        try:
+            if _lock(self._fd, "write", _SERVER, 1) is False:
+                raise in_use(path, "another server, whose lock file was removed or which has the file by another name")
+        except BaseException:
             let_go(self._fd)
-            raise in_use(path, "another server, whose lock file was removed or which has the file by another name")
+            raise
         _here.add(self)
 
-    def guard(self, seconds: float) -> None:
-        """Keep other programs from deleting the log as they close the file; before a connection is opened.
+    def expect(self) -> None:
+        """Check that the file is still there; before a connection is opened, which writes to what it finds.
 
         Raises:
-            JournalUnavailable: Another program has had the file for itself for `seconds`; or another one stands in its place.
+            JournalUnavailable: It is not, or another one stands in its place.
         """
         if key_at(self.path) != self._file:
             raise self._error(f"{self.path} was removed, renamed or replaced")
-        end = monotonic() + seconds
-        while (got := _lock(self._fd, "read", _SHARED_FIRST, _SHARED_SIZE)) is False:
-            if monotonic() >= end:
-                raise JournalUnavailable(f"the journal {self.path}: another program has it for itself, and did not end in time")
-            _sleep(PAUSE)
-        self.is_guarded = got is True
 
-    def note(self) -> None:
-        """Note which log and which shared memory the connection has, that has just been opened.
+    def guard(self) -> None:
+        """Keep other programs from deleting the log as they close the file; behind a connection's first statement.
+
+        It has sqlite's own lock from then on, so nobody else has the file for itself.
 
         Raises:
-            JournalUnavailable: They are not there, or cannot be opened.
+            JournalUnavailable: Somebody has, since something in this process has just ended that lock; or the log and the
+                shared memory that stand at the names are not those of the connection.
         """
-        keys = [key_at(name) for name in self._names]
+        if (got := _lock(self._fd, "read", _SHARED_FIRST, _SHARED_SIZE)) is False:
+            raise JournalUnavailable(f"the journal {self.path}: another program has it for itself just now")
+        self.is_guarded = got is True
+        here, keys = open_files(), [key_at(name) for name in self._names]
         for name, key in zip(self._names, keys):
-            if key is None:
+            if key is None or (here is not None and key not in here):
                 raise JournalUnavailable(
-                    f"the journal {self.path}: {name} is missing although it was just opened: another connection of this "
-                    "process may keep the one that was removed; close that, or restart the server"
+                    f"the journal {self.path}: {name} is not what was just opened: another connection of this process may keep "
+                    "one that was removed; close that, or restart the server"
                 )
-        self._keys = tuple(key for key in keys if key is not None)
         try:
             self._log = get(self._names[1], os.O_RDONLY)
             self._memory = get(self._names[2], os.O_RDWR)
         except JournalError as error:  # no descriptor is left, say
             raise JournalUnavailable(str(error)) from error
+        self._keys = self._file, key_of(os.fstat(self._log)), key_of(os.fstat(self._memory))
+        if keys != list(self._keys):
+            raise self._error("its files were replaced")
         self._links = tuple((f"{_NAMES}/{fd}", name) for fd, name in zip((self._fd, self._log), self._names))
         _lock(self._memory, "read", _MEMORY_IN_USE, 1)
 
@@ -138,7 +136,7 @@ class Files:
         replaced by another one, which begins a new log: returns False.
 
         Args:
-            connection: The one that was opened before `note`.
+            connection: The one that was opened before `guard`.
             is_sure: Check the shared memory as well, which holds nothing that is not in the log.
 
         Raises:
@@ -161,9 +159,9 @@ class Files:
             # sqlite would leave the log as it is, to be read into whatever stands there next.
             _move_log(connection)
         if not self._has_foreign_log():
-            _lock(self._fd, "none", _SHARED_FIRST, _SHARED_SIZE)
+            _unlock(self._fd, _SHARED_FIRST, _SHARED_SIZE)
         connection.close()
-        _lock(self._fd, "none", _SHARED_FIRST, _SHARED_SIZE)
+        _unlock(self._fd, _SHARED_FIRST, _SHARED_SIZE)
         self._keys = self._links = ()
         unused = (self._log, self._memory)
         self._log = self._memory = -1  # before they are closed: a child that is forked just now closes what stands here
@@ -270,12 +268,12 @@ def _move_log(connection: sqlite3.Connection) -> bool:
 
 
 def _lock(fd: int, how: str, start: int, length: int) -> bool | None:
-    """Take or let go a lock that is this open file's; False if somebody else has one, None if there are no such locks here."""
+    """Take a lock that is this open file's; False if somebody else has one, None if there are no such locks here."""
     if not _HAS_LOCKS:
         return None
-    kind = {"read": fcntl.F_RDLCK, "write": fcntl.F_WRLCK, "none": fcntl.F_UNLCK}[how]
+    kind = {"read": fcntl.F_RDLCK, "write": fcntl.F_WRLCK}[how]
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+        _set(fd, kind, start, length)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
@@ -285,9 +283,20 @@ def _lock(fd: int, how: str, start: int, length: int) -> bool | None:
     return True
 
 
+def _unlock(fd: int, start: int, length: int) -> None:
+    """Let a lock go. One that stays all the same keeps others from tidying up, and ends with the descriptor."""
+    if _HAS_LOCKS:
+        with contextlib.suppress(OSError):
+            _set(fd, fcntl.F_UNLCK, start, length)
+
+
+def _set(fd: int, kind: int, start: int, length: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
 def _release(fd: int) -> None:
     if fd >= 0:
-        _lock(fd, "none", 0, 0)  # it may have to stay open
+        _unlock(fd, 0, 0)  # it may have to stay open
         let_go(fd)
 
 

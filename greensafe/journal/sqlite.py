@@ -36,7 +36,7 @@ from ._clock import moment, offset
 from ._files import Files
 from ._lock import Lock
 from ._place import warn_of_others
-from ._schema import BUSY, SQLITE_ERRORS, check, check_version, connect, create, explain, head, is_files_fault, migrate
+from ._schema import BUSY, SQLITE_ERRORS, check, check_version, connect, create, explain, head, is_files_fault, migrate, set_wal
 from ._tidying import MOST, Dropped, evict, expire, oldest, renew, size
 from ._writing import Writing
 from .base import Journal
@@ -292,9 +292,12 @@ class SqliteJournal(Journal):
     def _connect(self, files: Files, busy: float) -> sqlite3.Connection:
         """Open the file, waiting `busy` seconds for other programs, and read what is kept in memory of it."""
         connection = None
-        files.guard(busy)
+        files.expect()
         try:
             connection = connect(self.path, "rw", busy)
+            check_version(self.path, connection)
+            set_wal(self.path, connection)
+            files.guard()
             for setting in (
                 f"synchronous = {self._synchronous}",
                 f"wal_autocheckpoint = {_CHECKPOINT}",
@@ -303,13 +306,11 @@ class SqliteJournal(Journal):
                 "fullfsync = ON",
             ):
                 connection.execute(f"PRAGMA {setting}")
-            check_version(self.path, connection)
             migrate(connection)
             self._start_clock(connection)
             self._read(connection)
             (self._has_steps,) = connection.execute("SELECT EXISTS (SELECT 1 FROM greensafe_steps)").fetchone()
             connection.execute(f"PRAGMA busy_timeout = {int(_PATIENCE * 1000)}")
-            files.note()
         except BaseException as error:
             if connection is not None:
                 files.disconnect(connection)

@@ -471,22 +471,100 @@ def test_a_program_that_has_the_file_for_itself(path: Path, monkeypatch: pytest.
         made.open()
     fd = _descriptors.get(str(path), os.O_RDWR)
     assert _files._lock(fd, "write", _files._SHARED_FIRST, _files._SHARED_SIZE)
-    pauses: list[float] = []
-
-    def pause(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == 3:
-            assert _files._lock(fd, "none", 0, 0)
-
-    monkeypatch.setattr(_files, "_sleep", pause)
+    monkeypatch.setattr("greensafe.journal.sqlite.BUSY", 10 * MS)
+    with pytest.raises(JournalError, match="another program is writing to it, and did not end in time"):
+        made.open()
+    _files._release(fd)
     made.open()
     made.close()
-    assert len(pauses) == 3
-    assert _files._lock(fd, "write", _files._SHARED_FIRST, _files._SHARED_SIZE)
-    monkeypatch.setattr("greensafe.journal.sqlite.BUSY", 0.0)
-    with pytest.raises(JournalError, match="another program has it for itself"):
+
+
+@pytest.mark.parametrize("how", ["VACUUM INTO 'copy.db'", "PRAGMA journal_mode = DELETE"])
+def test_a_file_without_a_log(path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """As sqlite makes copies, or a person has left it, gets one when it is opened."""
+    monkeypatch.chdir(path.parent)
+    with closing(SqliteJournal(path)) as made:
         made.open()
-    _descriptors.let_go(fd)
+        made.commit([begin(1)])
+    with closing(sqlite3.connect(path)) as own:
+        own.execute(how)
+    if (copy := path.with_name("copy.db")).exists():
+        copy.rename(path)
+    with closing(SqliteJournal(path)) as made:
+        made.open()
+        assert [known is not None for known in made.commit([begin(1), begin(2)])] == [True, False]
+        assert wal(path).exists()
+
+
+@needs_locks
+def test_memory_that_is_not_what_stands_there(path: Path) -> None:
+    """A connection of the program's own has kept the one that was removed, another program has made another: nothing is stored.
+
+    Both would write to the log, and neither know of what the other writes.
+    """
+    with closing(SqliteJournal(path)) as made:
+        made.open()
+    with closing(sqlite3.connect(path)) as own:
+        own.execute("SELECT * FROM greensafe_requests").fetchall()
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink()
+        with subprocess.Popen([sys.executable, "-c", STAYS, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            with pytest.raises(JournalUnavailable, match="-shm is not what was just opened"):
+                made.open()
+            process.kill()
+    made.open()
+    made.close()
+
+
+def test_no_descriptor_is_left_to_see_which_are_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then what is kept stays open: to close it might end the lock of a connection of the program's own."""
+    with closing(SqliteJournal(path)) as made:
+        made.open()
+    with closing(sqlite3.connect(path)) as own:
+        own.execute("SELECT * FROM greensafe_requests").fetchall()
+        made.open()
+        made.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", raise_too_many)
+            assert _descriptors.open_files() is None
+            _descriptors.sweep()
+        open_and_close(path)
+        assert wal(path).exists()
+    _descriptors.sweep()
+    assert not _descriptors._kept
+
+
+def raise_too_many(name: str) -> list[str]:
+    raise OSError(24, "Too many open files", name)
+
+
+def test_a_list_of_the_standard_descriptors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tells nothing."""
+    monkeypatch.setattr(os, "listdir", lambda name: ["0", "1", "2"])
+    assert _descriptors.open_files() is None
+
+
+@needs_locks
+def test_locks_that_fail(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no descriptor behind; what cannot be let go ends with its descriptor."""
+    with closing(SqliteJournal(path)) as made:
+        made.open()
+    before = len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "_set", refuse)
+        with pytest.raises(JournalError, match="a lock cannot be had"):
+            made.open()
+    assert len(os.listdir("/dev/fd")) == before
+    made.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "_set", refuse)
+        made.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def refuse(*args: object) -> None:
+    raise OSError(5, "Input/output error")
 
 
 def test_a_killed_server_is_in_nobodys_way(path: Path) -> None:
