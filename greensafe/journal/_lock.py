@@ -80,11 +80,14 @@ class Lock:
         Raises:
             JournalUnavailable: Somebody else has made and locked another one, or it cannot be made.
         """
-        if _is_at(self._path, self._fd):
-            return
-        self.is_lost = True
         try:
+            if _is_at(self._path, self._fd):
+                self.is_lost = False
+                return
+            self.is_lost = True
             fd = _take(self._path, self._of)
+        except OSError as error:
+            raise JournalUnavailable(f"{_cannot(self._of, self._path, error)}; see the system's log") from error
         except JournalError as error:
             raise JournalUnavailable(f"{error} (the lock file was removed or replaced while this process had it)") from error
         log.error("the journal %s: its lock file was removed or replaced while it was open; it was made again", self._of)
@@ -105,7 +108,8 @@ class Lock:
     def _drop(self) -> None:
         """Close without unlocking: where it was inherited, the lock is the parent's."""
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        with contextlib.suppress(OSError):  # it is closed all the same, and only a process id was written by it
+            os.close(fd)
 
 
 def holder(path: str) -> int | None:
@@ -132,8 +136,7 @@ def _take(name: str, path: str) -> int:
         except OSError as error:
             link = " (it is a link, which is not followed: remove it)" if os.path.islink(name) else ""
             raise JournalError(
-                f"the journal {path} cannot be locked: {name}: {error.strerror}{link}; its folder has to be there, and this "
-                "user must be able to write there"
+                f"{_cannot(path, name, error)}{link}; its folder has to be there, and this user must be able to write there"
             ) from error
         is_locked = False
         try:
@@ -143,12 +146,18 @@ def _take(name: str, path: str) -> int:
                 who = "this process" if process == os.getpid() else f"process {process}" if process else "another process"
                 raise in_use(path, who)
             is_locked = _is_at(name, fd)
+        except OSError as error:
+            raise JournalError(f"{_cannot(path, name, error)}; its file system may have no locks: choose another") from error
         finally:
             if not is_locked:
                 os.close(fd)
         if is_locked:
             _say(fd)
             return fd
+
+
+def _cannot(path: str, name: str, error: OSError) -> str:
+    return f"the journal {path} cannot be locked: {name}: {error.strerror}"
 
 
 def _check_ours(name: str, path: str, fd: int) -> None:

@@ -451,6 +451,38 @@ def test_anothers_lock_file_is_not_removed(unguarded: None, journal: SqliteJourn
     assert lock.read_bytes() == b"1\n"
 
 
+def test_a_lock_file_that_was_put_back(unguarded: None, journal: SqliteJournal, path: Path) -> None:
+    """Is the one that is locked: all goes on as before, and the connection is not replaced again and again."""
+    lock, aside = path.with_name("requests.db.lock"), path.with_name("aside")
+    lock.rename(aside)
+    lock.mkdir()
+    with pytest.raises(JournalUnavailable):
+        journal.commit([begin(1)])
+    lock.rmdir()
+    aside.rename(lock)
+    assert journal.commit([begin(1)]) == [None]
+    before = journal._connection
+    journal.tidy(())
+    assert journal._connection is before
+
+
+def test_a_lock_file_that_cannot_be_looked_at(journal: SqliteJournal, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system says is a JournalError, and leaves nothing open."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", refuse)
+        with pytest.raises(JournalUnavailable, match=r"cannot be locked: .*\.lock: Input/output error"):
+            journal.tidy(())
+    journal.tidy(())
+    journal.close()
+    before = len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", refuse)
+        with pytest.raises(JournalError, match=r"cannot be locked: .*\.lock: Input/output error"):
+            journal.open()
+    assert len(os.listdir("/dev/fd")) == before
+    journal.open()
+
+
 @needs_locks
 def test_another_name_of_the_file(journal: SqliteJournal, path: Path) -> None:
     """A hard link has a lock file of its own, and is refused all the same."""
