@@ -3,6 +3,7 @@
 https://www.sqlite.org/fileformat2.html#the_write_ahead_log has the format. Each page carries the salts of the log that it
 belongs to, and a checksum over all of the log before it. Behind the last page that checks out there may be pages of an older
 log, which have other salts; and of a transaction that was never committed. If a commit of this log is there, it was cut off.
+What was cut off with the end of the file leaves no trace.
 
 It does not know what is in the pages.
 """
@@ -10,6 +11,7 @@ It does not know what is in the pages.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -17,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from gevent.monkey import get_original
 
 from ..errors import JournalError
+from ._descriptors import CAREFULLY
 from ._files import is_journal_here
 
 __all__ = ["log_faults"]
@@ -79,8 +82,11 @@ def _sentence(name: str, found: _Found) -> str:
 def _look(name: str) -> _Found | None:
     """Read the log once; None if it is whole, or not there."""
     try:
-        with open(name, "rb") as file:
-            return _read(file, os.fstat(file.fileno()).st_size)
+        with open(name, "rb", opener=lambda name, how: os.open(name, how | CAREFULLY)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise JournalError(f"{name} is not a file: move it away")
+            return _read(file, found.st_size)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -89,7 +95,7 @@ def _look(name: str) -> _Found | None:
 
 def _read(file: BinaryIO, size: int) -> _Found | None:
     header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.strip(b"\0"):
+    if len(header) < _HEADER.size or (size == _HEADER.size and not header.strip(b"\0")):
         return None
     magic, _, page_size, _, *salts, first, second = _HEADER.unpack(header)
     order = _ORDERS.get(magic)
@@ -103,12 +109,15 @@ def _read(file: BinaryIO, size: int) -> _Found | None:
         if len(page) < _PAGE.size + page_size:
             break
         number, commit, *of, first, second = _PAGE.unpack_from(page)
-        if of == salts and not end:
+        is_of_this = of == salts
+        if not end:
             sums = _sum(order, page[_PAGE.size :], _sum(order, page[:8], sums))
-        if end or of != salts or not number or sums != (first, second):
-            end = end or at
-            if of == salts:
-                behind.append(commit)
+            is_next = sums == (first, second)  # they do not cover the salts, which may be what is damaged
+            if not (is_of_this and is_next and number):
+                end = at
+                is_of_this |= is_next
+        if end and is_of_this:
+            behind.append(commit)
         at += len(page)
     commits = sum(commit > 0 for commit in behind)
     return _Found(end, len(behind), commits, header) if commits else None

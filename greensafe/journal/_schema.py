@@ -197,8 +197,7 @@ def _check_header(path: str) -> None:
 
 def _has_log(path: str) -> bool:
     try:
-        with open(path + "-wal", "rb") as file:
-            return file.read(4) in _LOG_MAGIC
+        return peek(path + "-wal", 4) in _LOG_MAGIC
     except OSError:
         return False
 

@@ -74,7 +74,7 @@ def test_a_page_is_damaged(left: Path, where: str) -> None:
     flip(left, at + {"number": 3, "salt": 8, "sum": 16, "first byte": 24, "last byte": EACH - 1}[where])
     (fault,) = log_faults(str(left))
     assert f"{wal(left)}: sqlite reads nothing from byte {at} on" in fault
-    assert f"but {4 if where == 'salt' else 5} pages of the same log are there" in fault
+    assert "but 5 pages of the same log are there" in fault
     with Reading(str(left)) as reading:
         assert next(iter(reading.faults())) == fault
         assert reading.summary().counts["open"] < 10
@@ -95,11 +95,30 @@ def test_the_header_is_damaged(left: Path, at: int) -> None:
     assert "its header does not check out, and sqlite reads nothing of it" in fault
 
 
+def test_the_header_is_zeros(left: Path) -> None:
+    """As after a `> FILE-wal` under a server, which goes on behind the hole."""
+    content = wal(left).read_bytes()
+    for hole in (32, 32 + EACH):
+        wal(left).write_bytes(bytes(hole) + content[hole:])
+        (fault,) = log_faults(str(left))
+        assert "its header does not check out" in fault
+    wal(left).write_bytes(bytes(32))
+    assert list(log_faults(str(left))) == []
+
+
+def test_the_salts_of_the_last_page_are_damaged(left: Path) -> None:
+    """They are not those of an older log: the page's checksum goes on where the one before it ends."""
+    flip(left, 32 + (pages(left) - 1) * EACH + 8)
+    (fault,) = log_faults(str(left))
+    assert "but 1 pages of the same log are there, with the ends of 1 commits" in fault
+
+
 def test_what_an_older_log_has_left(left: Path) -> None:
     """Pages with other salts are none of this one, however many there are."""
     flipped = bytearray(wal(left).read_bytes())
     for page in range(pages(left) - 5, pages(left)):
         flipped[32 + page * EACH + 8] ^= 1
+        flipped[32 + page * EACH + 16] ^= 1
     wal(left).write_bytes(flipped)
     assert list(log_faults(str(left))) == []
 
@@ -160,6 +179,17 @@ def test_a_log_that_cannot_be_read(left: Path) -> None:
     wal(left).mkdir()
     with pytest.raises(JournalError, match="-wal: Is a directory"):
         list(log_faults(str(left)))
+
+
+def test_a_log_that_is_no_file(left: Path) -> None:
+    """Is not waited for."""
+    wal(left).unlink()
+    os.mkfifo(wal(left))
+    with pytest.raises(JournalError, match="-wal is not a file"):
+        list(log_faults(str(left)))
+    left.write_bytes(bytes(4_096))
+    with pytest.raises(JournalError, match="is not a sqlite file, or its beginning is damaged"):
+        Reading(str(left))
 
 
 @pytest.mark.parametrize("damage", [lambda path: flip(path, 32 + 3 * EACH + 99), lambda path: flip(path, 9)])
