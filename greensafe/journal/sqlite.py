@@ -174,17 +174,13 @@ class SqliteJournal(Journal):
     # Inside.
 
     def _commit(self, writes: Sequence[Write]) -> list[Any]:
-        if self._doubtful is not None:
+        if self._doubtful is not None and writes:
             doubtful, results = self._doubtful
-            is_same = (
-                bool(writes) and len(doubtful) == len(writes) and all(one is other for one, other in zip(doubtful, writes))
-            )
-            if is_same:
+            if len(doubtful) == len(writes) and all(one is other for one, other in zip(doubtful, writes)):
                 self._ready()  # raises as long as the files are not in their place
-            if writes:
                 self._doubtful = None
-            if is_same:
                 return results
+            self._doubtful = None
         with self._transaction() as connection:
             now = self.now()
             writing = Writing(connection, now, self._horizon + MARGIN, self._has_steps)
