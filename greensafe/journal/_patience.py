@@ -1,7 +1,8 @@
 """When is a batch tried again that the journal's place could not take, and when are those told that wait for it?
 
 The limit counts from the first try that has failed, over all batches, until one is stored. So a place that has been ill for
-longer costs each further batch one try and no wait.
+longer costs each further batch one try and no wait. A try, with the pause before it, counts for no more than `STEP`: if it has
+taken longer, this process was most likely stopped (SIGSTOP) or its hub blocked, and the place not tried meanwhile.
 
 It does not know what is tried.
 """
@@ -17,6 +18,9 @@ LIMIT = 5.0
 SHORTEST = 0.05
 LONGEST = 0.5
 
+#: Seconds for which a try counts at most, with the pause before it.
+STEP = 2.0
+
 
 class Patience:
     """The trouble with one place, if there is any.
@@ -29,6 +33,7 @@ class Patience:
     def __init__(self) -> None:
         self.since: float | None = None
         self.is_spent = False
+        self._waited = self._failed_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Patience {'well' if self.since is None else f'ill since {self.since:.3f}'}>"
@@ -36,12 +41,14 @@ class Patience:
     def failed(self, began: float, now: float) -> float | None:
         """A try has failed; returns the seconds until the next one, or None if it is to be given up."""
         if self.since is None:
-            self.since = began
-        waited = now - self.since
-        if waited >= LIMIT:
+            self.since = self._failed_at = began
+            self._waited = 0.0
+        self._waited += min(now - self._failed_at, STEP)
+        self._failed_at = now
+        if self._waited >= LIMIT:
             self.is_spent = True
             return None
-        return min(max(waited / 2, SHORTEST), LONGEST, LIMIT - waited)
+        return min(max(self._waited / 2, SHORTEST), LONGEST, LIMIT - self._waited)
 
     def ended(self) -> None:
         """A try has succeeded."""
