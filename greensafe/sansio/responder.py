@@ -540,7 +540,9 @@ class Responder:
         at = now if exchange.at is None else exchange.at
         if exchange.kills or exchange in self._spared or now - at <= max(self._grace, AGAIN):
             return False
-        self._spared = {each for each in self._spared if each.is_running} | {exchange}
+        self._spared.add(exchange)
+        if len(self._spared) > self.running:  # not each time: there may be as many as handlers
+            self._spared = {each for each in self._spared if each.is_running}
         return True
 
     def next_deadline(self) -> float | None:

@@ -857,3 +857,30 @@ def test_closing() -> None:
     assert [(notice.frames[0], _said(notice.frames), notice.frames[3:]) for notice in responder.close()] == [
         (route, ServerHeader(Kind.CLOSED, bytes(16), INSTANCE, NO_JOURNAL, 1), [b""]) for route in (b"with 0", b"with 1")
     ]
+
+
+class _Gone(set[Exchange]):
+    """A set that counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Any:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_many_kills_that_are_put_off_at_once() -> None:
+    """Each costs the same, however many there are; those that have ended since are forgotten."""
+    responder = _responder()
+    responder._spared = spared = _Gone()
+    exchanges = [_open(responder, number, limit=1.0) for number in range(1, 6)]
+    assert len(responder.tick(1.0)) == 5
+    assert responder.tick(3600.0) == []
+    assert (len(spared), spared.times) == (5, 0)
+    for exchange in exchanges:
+        responder.answer(exchange, [b"x"])
+        responder.finish(exchange)
+    _open(responder, 6, now=3600.0, limit=1.0)
+    responder.tick(3601.0)
+    assert responder.tick(7200.0) == []
+    assert len(responder._spared) == 1
