@@ -803,5 +803,5 @@ class Channel:
 
     def _sample(self) -> Sample | None:
         if not self._counts:
-            return Sample.of_messages(self._taken)
+            return Sample.of_messages(self._taken, unread(self._descriptor) if self.endpoint.startswith("ipc:") else 0)
         return sample(self._descriptor, self._taken) if self._descriptor >= 0 else None

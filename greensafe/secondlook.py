@@ -13,8 +13,8 @@ Rules:
 * One at a time for each channel, for a few looks at the most, then it is closed. It never sends a message.
 * Answered: the silence is forgiven, and begins to count anew; again and again, as long as what is under way explains it. Not if
   nothing on the first connection is acknowledged: then a firewall, say, has forgotten that connection, and drops what comes.
-* That nobody listens at an ipc path any more proves nothing: the connection to a process that has ended is lost. What it has
-  not read does.
+* That nobody listens at an ipc path any more, or another process does, proves nothing: the connection to a process that has
+  ended is lost. That it reads nothing of what is sent does.
 * It goes to the address that the first connection leads to, so no name is resolved.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import zmq
 
-from .counts import is_counted, peer, unread
+from .counts import is_counted, listener, peer
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .names import host_in
@@ -65,6 +65,7 @@ class SecondLook:
         "_is_answered",
         "_is_connected",
         "_limit",
+        "_listener",
         "_looks",
         "_monitor",
         "_seldom",
@@ -81,6 +82,7 @@ class SecondLook:
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: Monitor | None = None
         self._looks = 0.0
+        self._listener: int | None = None
         self._is_connected = self._is_answered = False
         self._was_answered = self._has_reason = False
 
@@ -124,6 +126,8 @@ class SecondLook:
         if since is None:  # a sign of life
             self.end()
             return None
+        if silent is not None and not self._counts:
+            silent = "process"
         size = under_way(since)
         self._has_reason = explains(size, now - since, SLOWEST if self._counts else SLOWEST_UNCOUNTED)
         if silent is None:
@@ -134,11 +138,11 @@ class SecondLook:
             if says_working and not self._has_reason:
                 return None  # that it does not is a verdict of its own
             self._begin(descriptor)
-            return UNASKED[silent] if self._counts and self._sock is None else None
+            return UNASKED[silent] if self._sock is None and (self._counts or pulse.is_cut) else None
         self._looks += pulse.step
         if self._has_answer():
             self._close()
-            if pulse.is_cut:
+            if pulse.is_cut and self._counts:  # by ipc it may read no more before it has room, which shows in the same way
                 return FORGOTTEN
             self._was_answered = True
             pulse.forgive()
@@ -146,7 +150,7 @@ class SecondLook:
         allowed = looks_allowed(size, pulse.owed)
         if self._looks < (allowed if self._counts else max(allowed, LOOKS_UNCOUNTED)) - MARGIN:
             return None
-        if not self._is_connected and self._endpoint.startswith("ipc:") and not unread(descriptor):
+        if not self._is_connected and self._endpoint.startswith("ipc:") and not pulse.is_cut:
             self._close()
             pulse.forgive()
             return None
@@ -161,6 +165,7 @@ class SecondLook:
     def _begin(self, descriptor: int) -> None:
         self._looks = 0.0
         self._is_connected = self._is_answered = False
+        self._listener = listener(descriptor) if self._endpoint.startswith("ipc:") else None
         try:
             self._sock = plain_socket(self._context, zmq.DEALER)
             self._set_options(self._sock)
@@ -198,9 +203,9 @@ class SecondLook:
 
     def _on_event(self, event: ConnectionEvent) -> None:
         if event.kind == _CONNECTED:
-            self._is_connected = True
+            self._is_connected = self._listener is None or listener(event.value) == self._listener
         elif event.kind & _ANSWERS:
-            self._is_answered = True
+            self._is_answered = self._is_connected
 
     def _has_answer(self) -> bool:
         assert self._monitor is not None

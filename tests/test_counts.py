@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import wait_until
 
-from greensafe.counts import is_counted, peer, sample, unread
+from greensafe.counts import is_counted, listener, peer, sample, unread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nobody counts elsewhere")
 
@@ -75,3 +76,17 @@ def test_unread() -> None:
         assert unread(one.fileno()) > 0
         other.recv(1)
         assert unread(one.fileno()) == 0
+
+
+def test_who_listens(tmp_path: Path) -> None:
+    """The process that has begun to listen at a path; nobody at a descriptor that is closed, or no socket."""
+    path = str(tmp_path / "path")
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as sock:
+        listening.bind(path)
+        listening.listen()
+        sock.connect(path)
+        assert listener(sock.fileno()) == os.getpid()
+        assert listener(sock.fileno()) == os.getpid()
+    assert listener(-1) is None
+    with open(os.devnull) as file:
+        assert listener(file.fileno()) is None

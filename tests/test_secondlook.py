@@ -439,15 +439,49 @@ def test_a_path_that_is_gone(context: zmq.Context, paths: tuple[str, str], rep: 
         assert asked.get() == b"x"
 
 
-def test_a_path_that_is_gone_and_what_is_not_read(
-    context: zmq.Context, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _unread(quiet: Quiet, count: int) -> None:
+    """Look so often that a peer is silent, with so many bytes that it has not read."""
+    for _ in range(SILENT_LOOKS + 1):
+        quiet.pulse.look(Sample.of_messages(0, count), late=False)
+    quiet.pulse.quiet_since = 97.0
+
+
+def test_a_path_that_is_gone_and_what_is_not_read(context: zmq.Context, paths: tuple[str, str]) -> None:
     """Then nobody is there any more to read it."""
-    monkeypatch.setattr("greensafe.secondlook.unread", lambda descriptor: 9)
     quiet = Quiet(paths[0], context)
-    found = [quiet.judge(says_working=False) for _ in range(LOOKS + 1)]
+    _unread(quiet, 9)
+    found = [quiet.judge("link", says_working=False) for _ in range(LOOKS + 1)]
     assert found == [None] * LOOKS + [UNANSWERED["process"]]
     quiet.look.end()
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_a_path_that_is_another_process_s(
+    context: zmq.Context, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, is_answered: bool
+) -> None:
+    """Whether that one answers or not says nothing of the first: it has read all that was sent to it, or it has not."""
+    monkeypatch.setattr("greensafe.secondlook.listener", lambda descriptor: descriptor)
+    with Listener(paths[0]) if not is_answered else context.socket(plain.REP) as other:
+        if is_answered:
+            other.bind(paths[0])
+        for unread, verdict in ((0, None), (9, UNANSWERED["process"])):
+            quiet = Quiet(paths[0], context)
+            _unread(quiet, unread)
+            found = [quiet.judge(says_working=False) for _ in range(LOOKS + 1)]
+            assert found == [None] * LOOKS + [verdict]
+            assert quiet.look.is_open is (verdict is not None)
+            quiet.look.end()
+
+
+def test_nothing_to_spare_for_a_second_look_over_ipc(paths: tuple[str, str]) -> None:
+    """Then, too, what the peer has not read decides."""
+    with plain.Context() as scarce:
+        scarce.set(plain.MAX_SOCKETS, 1)
+        with plain.Socket(scarce, plain.DEALER):
+            quiet = Quiet(paths[0], scarce)
+            assert quiet.judge(says_working=False) is None
+            _unread(quiet, 9)
+            assert quiet.judge("link", says_working=False) == UNASKED["process"]
 
 
 def test_a_server_that_says_working_over_ipc(context: zmq.Context, paths: tuple[str, str]) -> None:

@@ -61,7 +61,7 @@ class Sample(NamedTuple):
         received: Bytes that have arrived.
         acked: Bytes sent that the peer's kernel has acknowledged.
         waiting: Bytes that wait to be sent.
-        unacked: Segments sent that are not acknowledged.
+        unacked: Segments sent that are not acknowledged; by ipc, bytes that the peer has not read.
         taken: Bytes among those received of which the program has taken messages that prove nothing of others on their way.
     """
 
@@ -72,9 +72,9 @@ class Sample(NamedTuple):
     taken: int = 0
 
     @classmethod
-    def of_messages(cls, count: int) -> Sample:
-        """What stands for it where nobody counts bytes: the messages that have come."""
-        return cls(count, 0, 0, 0, count)
+    def of_messages(cls, count: int, unread: int = 0) -> Sample:
+        """What stands for it where nobody counts bytes: the messages that have come, and what the peer has not read."""
+        return cls(count, 0, 0, unread, count)
 
 
 class Pulse:
