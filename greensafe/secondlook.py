@@ -10,7 +10,8 @@ Rules:
 * There is none in ordinary operation: it takes a verdict of `sansio.liveness.Pulse`, and enough bytes under way to explain it.
   Where the kernel counts nothing (ipc; tcp elsewhere than on Linux) a plain peer that works on a request gives no sign of life:
   it is looked at in this way as long as that takes.
-* One at a time for each channel, for a few looks at the most, then it is closed. It never sends a message.
+* One at a time for each channel, for a few looks at the most. It never sends a message. It is closed as soon as it is answered:
+  a plain server over ipc has one for each of its clients that waits, and libzmq aborts a process that has no descriptor left.
 * Answered: the silence is forgiven, and begins to count anew; again and again, as long as what is under way explains it. Not if
   nothing on the first connection is acknowledged: then a firewall, say, has forgotten that connection, and drops what comes.
 * That nobody listens at an ipc path any more, or another process does, proves nothing: the connection to a process that has
@@ -64,6 +65,7 @@ class SecondLook:
         "_has_reason",
         "_is_answered",
         "_is_connected",
+        "_is_open",
         "_limit",
         "_listener",
         "_looks",
@@ -83,17 +85,18 @@ class SecondLook:
         self._monitor: Monitor | None = None
         self._looks = 0.0
         self._listener: int | None = None
+        self._is_open = False
         self._is_connected = self._is_answered = False
         self._was_answered = self._has_reason = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._sock is None else "answered" if self._is_answered else f"open for {self._looks:.1f} looks"
+        state = "closed" if not self._is_open else "answered" if self._is_answered else f"open for {self._looks:.1f} looks"
         return f"<SecondLook {state} {self._endpoint}>"
 
     @property
     def is_open(self) -> bool:
-        """Whether an answer is being waited for: until then the peer's silence means nothing."""
-        return self._sock is not None
+        """Whether an answer is being waited for, or to be judged at the next look: until then the silence means nothing."""
+        return self._is_open
 
     @property
     def has_reason(self) -> bool:
@@ -132,13 +135,13 @@ class SecondLook:
         self._has_reason = explains(size, now - since, SLOWEST if self._counts else SLOWEST_UNCOUNTED)
         if silent is None:
             return None
-        if self._sock is None:
+        if not self._is_open:
             if self._counts and not self._has_reason:
                 return STUCK if self._was_answered else SILENT[silent]
             if says_working and not self._has_reason:
                 return None  # that it does not is a verdict of its own
             self._begin(descriptor)
-            return UNASKED[silent] if self._sock is None and (self._counts or pulse.is_cut) else None
+            return UNASKED[silent] if not self._is_open and (self._counts or pulse.is_cut) else None
         self._looks += pulse.step
         if self._has_answer():
             self._close()
@@ -159,8 +162,7 @@ class SecondLook:
     def end(self) -> None:
         """Forget all of it: the peer is heard of, nobody waits for it any more, or its connection is gone."""
         self._was_answered = self._has_reason = False
-        if self._sock is not None:
-            self._close()
+        self._close()
 
     def _begin(self, descriptor: int) -> None:
         self._looks = 0.0
@@ -169,13 +171,13 @@ class SecondLook:
         try:
             self._sock = plain_socket(self._context, zmq.DEALER)
             self._set_options(self._sock)
-            # Read at each look only, so nothing of it is left in the loop.
-            self._monitor = Monitor(self._sock, self._on_event, _CONNECTED | _ANSWERS, in_background=False)
+            self._monitor = Monitor(self._sock, self._on_event, _CONNECTED | _ANSWERS)
             address = self._address(self._sock, descriptor)
             if address is None:
                 self._close()
             else:
                 self._sock.connect(address)
+                self._is_open = True
         except zmq.ZMQError as error:
             text, extra = "%s: no second look could be taken: %s", {"endpoint": self._endpoint}
             self._seldom.say(log, logging.WARNING, text, self._endpoint, error, extra=extra)
@@ -204,15 +206,20 @@ class SecondLook:
     def _on_event(self, event: ConnectionEvent) -> None:
         if event.kind == _CONNECTED:
             self._is_connected = self._listener is None or listener(event.value) == self._listener
-        elif event.kind & _ANSWERS:
-            self._is_answered = self._is_connected
+        elif event.kind & _ANSWERS and self._is_connected:
+            self._is_answered = True
+            self._disconnect()
 
     def _has_answer(self) -> bool:
-        assert self._monitor is not None
-        self._monitor.drain()
+        if self._monitor is not None:
+            self._monitor.drain()
         return self._is_answered
 
     def _close(self) -> None:
+        self._is_open = False
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         monitor, self._monitor = self._monitor, None
         sock, self._sock = self._sock, None
         if monitor is not None:
