@@ -63,6 +63,8 @@ log = logging.getLogger(__name__)
 #: Lines a second about one hook that fails at one kind of record with one kind of error: each request may be such a record.
 MOST_FAILURES = 10
 
+_FAILED = "hook %s has failed at a %s"
+
 #: What others throw into a greenlet, and what is not the hook's if it is raised there.
 _FROM_OUTSIDE = (gevent.GreenletExit, gevent.Timeout, KeyboardInterrupt)
 
@@ -337,8 +339,13 @@ Hooks = Hook | Iterable[Hook]
 Tell = Callable[[Record], None]
 
 
-def teller(hooks: Hooks | None) -> Tell | None:
-    """What tells all of the hooks; None if there are none. TypeError for what cannot be called."""
+def teller(hooks: Hooks | None, seldom: Seldom | None = None) -> Tell | None:
+    """What tells all of the hooks; None if there are none. TypeError for what cannot be called.
+
+    Args:
+        hooks: The program's.
+        seldom: What logs that one has failed, if its counts are to outlive what is returned here.
+    """
     if hooks is None:
         return None
     given = (hooks,) if callable(hooks) else tuple(hooks) if isinstance(hooks, Iterable) else hooks
@@ -346,24 +353,19 @@ def teller(hooks: Hooks | None) -> Tell | None:
         raise TypeError(f"hooks is a function of one record, or several of them, not {hooks!r}")
     if not given:
         return None
-    seldom = Seldom()
+    lines = seldom or Seldom()
 
     def tell(record: Record) -> None:
-        for hook in given:
+        for place, hook in enumerate(given):
             try:
                 hook(record)
             except BaseException as error:
                 if _is_from_outside(error):
                     raise
-                _note(seldom, hook, record, error)
+                key = (place, type(record).__name__, type(error).__name__)
+                lines.say(log, logging.ERROR, _FAILED, hook, key[1], key=key, most=MOST_FAILURES, error=error)
 
     return tell
-
-
-def _note(seldom: Seldom, hook: Hook, record: Record, error: BaseException) -> None:
-    kind = type(record).__name__
-    key = f"{hook!r} {kind} {type(error).__name__}"
-    seldom.say(log, logging.ERROR, "hook %s has failed at a %s", repr(hook), kind, key=key, most=MOST_FAILURES, error=error)
 
 
 def _is_from_outside(error: BaseException) -> bool:

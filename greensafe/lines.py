@@ -38,21 +38,25 @@ _SHORT = 200
 
 
 class Lines:
-    """What one server, or one supervised socket, logs about its requests; `endpoint` is what it is called there."""
+    """What one server, or one supervised socket, logs about its requests; `endpoint` is what it is called there.
 
-    __slots__ = ("_endpoint", "_seldom", "flush")
+    Attributes:
+        seldom: What it all goes through; `flush` is that one's.
+    """
+
+    __slots__ = ("_endpoint", "flush", "seldom")
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
-        self._seldom = Seldom()
-        self.flush = self._seldom.flush
+        self.seldom = Seldom()
+        self.flush = self.seldom.flush
 
     def __repr__(self) -> str:
-        return f"<Lines of {self._endpoint}: {self._seldom!r}>"
+        return f"<Lines of {self._endpoint}: {self.seldom!r}>"
 
     def malformed(self, error: RemoteProtocolError) -> None:
         """A message was no request."""
-        self._seldom.say(log, logging.WARNING, "malformed request dropped: %s", error, extra={"endpoint": self._endpoint})
+        self.seldom.say(log, logging.WARNING, "malformed request dropped: %s", error, extra={"endpoint": self._endpoint})
 
     def failed(self, request: Request, error: BaseException) -> None:
         """A handler has let an exception out."""
@@ -79,7 +83,7 @@ class Lines:
         """Something for one request has raised this, which touches no other."""
         text, details = "answering failed: %s", {"endpoint": self._endpoint}
         key = _raised_at(error)
-        self._seldom.say(log, logging.ERROR, text, _shown(error), key=key, most=EACH_PLACE, error=error, extra=details)
+        self.seldom.say(log, logging.ERROR, text, _shown(error), key=key, most=EACH_PLACE, error=error, extra=details)
 
     def interrupted(self, error: BaseException) -> None:
         """Something from outside has ended the answering of one request halfway; it is done once more."""
@@ -99,7 +103,7 @@ class Lines:
         text = "a handler has survived its deadline and a kill: %s of %s in %s, at %s"
         details = extra(self._endpoint, request)
         args = (found.handler, request, found.greenlet, found.where)
-        self._seldom.say(log, logging.ERROR, text, *args, key=found.where, most=EACH_PLACE, extra=details)
+        self.seldom.say(log, logging.ERROR, text, *args, key=found.where, most=EACH_PLACE, extra=details)
 
     def overdue(self, request: Request, signal: BaseException | None = None) -> None:
         """A request is answered DEADLINE_EXCEEDED: what does its handler wait for?
@@ -120,30 +124,31 @@ class Lines:
         args = (request.id, request.client, seconds, state)
         if exchange.is_limited_by_caller:
             text = "request %s of client %s: the client's own limit has come %.3f s after it arrived; %s"
-            self._seldom.say(log, level, text, *args, extra=details)
+            self.seldom.say(log, level, text, *args, extra=details)
         else:
             text = "request %s of client %s has missed the deadline, %.3f s after it arrived; %s"
-            self._seldom.say(log, level, text, *args, key=place, most=EACH_PLACE, extra=details)
+            self.seldom.say(log, level, text, *args, key=place, most=EACH_PLACE, extra=details)
 
     def say(self, log: logging.Logger, level: int, text: str, *args: object) -> None:
         """Something else has happened that clients can cause."""
-        self._seldom.say(log, level, text, *args, extra={"endpoint": self._endpoint})
+        self.seldom.say(log, level, text, *args, extra={"endpoint": self._endpoint})
 
     def say_of(self, log: logging.Logger, level: int, request: Request, text: str, *args: object) -> None:
         """Something else has happened to a request; `text` names it first."""
         if log.isEnabledFor(level):
-            self._seldom.say(log, level, text, request, *args, extra=extra(self._endpoint, request))
+            self.seldom.say(log, level, text, request, *args, extra=extra(self._endpoint, request))
 
     def killed(self, count: int) -> None:
         """The server has come to its end before so many handlers."""
-        log.warning("%d handlers still run at the end, and are killed", count, extra={"endpoint": self._endpoint})
+        self.say(log, logging.WARNING, "%d handlers still run at the end, and are killed", count)
 
     def _say(self, level: int, request: Request, text: str, *args: object) -> None:
         self.say_of(log, level, request, text, *args)
 
     def _at_place(self, level: int, request: Request, error: BaseException, text: str, *args: object) -> None:
-        details, key = extra(self._endpoint, request), _raised_at(error)
-        self._seldom.say(log, level, text, request, *args, key=key, most=EACH_PLACE, error=error, extra=details)
+        if log.isEnabledFor(level):
+            details, key = extra(self._endpoint, request), _raised_at(error)
+            self.seldom.say(log, level, text, request, *args, key=key, most=EACH_PLACE, error=error, extra=details)
 
 
 def _state(request: Request, signal: BaseException | None) -> tuple[str, str]:

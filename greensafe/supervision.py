@@ -74,8 +74,8 @@ def supervise(
     limit, after = check_limits(deadline, grace)
     check_options(max_inflight, on_error)
     check_max_frames(max_frames)
-    tell = teller(hooks)
     room, lines = Event(), _lines_of(sock)
+    tell = teller(hooks, lines.seldom)
     is_rep = sock.type == zmq.REP
     # Held weakly: a killed greenlet keeps its traceback, and that this frame, so it would keep itself, and the socket.
     hub, caller = gevent.get_hub(), weakref.ref(gevent.getcurrent())
@@ -207,7 +207,9 @@ class supervised:
         self._sock = sock
         self._on_error = on_error
         self._tell_errors = tell_errors
-        self._tell = None if hooks is None else teller(hooks)
+        self._tell = (
+            None if hooks is None else teller(hooks, _lines_of(sock).seldom)
+        )  # else each block would begin to count anew
         self._watchdog: Watchdog | None = None
         self._request: Request | None = None
 

@@ -17,7 +17,7 @@ import pytest
 from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, deadline, hooks, seldom
+from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, deadline, hooks, seldom, supervised
 from greensafe.hooks import (
     CallAnswered,
     CallFailed,
@@ -358,3 +358,35 @@ def test_a_hook_that_always_fails_does_not_fill_the_log(
     wait_until(lambda: len(caplog.records) == hooks.MOST_FAILURES + 2)
     assert "(the last of 90 more within" in caplog.records[-1].getMessage()
     assert all(record.exc_info for record in caplog.records[:-1])
+
+
+class _Unshowable:
+    def __call__(self, record: Record) -> None:
+        raise ValueError("x")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("cannot be shown")
+
+
+def test_a_hook_that_cannot_be_shown(caplog: pytest.LogCaptureFixture) -> None:
+    """Its failure is logged, and nothing else of it comes out."""
+    tell = teller([_Unshowable()])
+    assert tell is not None
+    tell(ServerStarted("e"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "hook <_Unshowable that cannot be shown> has failed at a ServerStarted"
+    ]
+
+
+def test_blocks_of_one_socket_count_failures_together(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
+    """A hook that fails at each request of a `supervised` loop is limited as elsewhere, though each block is made anew."""
+    sock, peer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    sock.bind(ENDPOINT)
+    peer.connect(ENDPOINT)
+    for _ in range(3 * hooks.MOST_FAILURES):
+        peer.send_multipart([b"", b"x"])
+        with supervised(sock, deadline=LONG, hooks=_Unshowable()) as request:
+            request.reply(b"y")
+    said = [record for record in caplog.records if record.name == "greensafe.hooks"]
+    assert len(said) == 2 * hooks.MOST_FAILURES
+    sock._lines.flush()
