@@ -256,6 +256,8 @@ class RemoteError(GreensafeError):
             raise ValueError(f"{code!r} is none of the error codes: {', '.join(sorted(CODES))}")
         if not isinstance(message, str):
             raise TypeError(f"message is a str, not {message!r}")
+        if not isinstance(type, str):
+            raise TypeError(f"type is a str, not {type!r}")
         super().__init__(code, message, type, traceback)
         self.code = code
         self.message = message

@@ -119,6 +119,13 @@ def test_remote_error_travels() -> None:
         RemoteError("NOPE", "x")
 
 
+@pytest.mark.parametrize("type", [None, 5, ValueError])
+def test_a_type_is_text(type: object) -> None:
+    """Anything else could not travel: its frame would be data to a client."""
+    with pytest.raises(TypeError, match="type is a str"):
+        RemoteError("INTERNAL", "x", type)  # type: ignore[arg-type]
+
+
 HEAD = RemoteError.FRAME_HEAD
 
 
