@@ -52,7 +52,7 @@ from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
 from .secondlook import SecondLook
-from .seldom import Seldom
+from .seldom import Seldom, write
 from .stats import EndpointStats
 from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_TYPE, Loss, Trouble, refusal
 
@@ -485,7 +485,7 @@ class Channel:
                 self._pulse.renew()
             self._has_warned = False
             self.trouble = self._failing_since = None
-            log.debug("%s: up", self.endpoint, extra={"endpoint": self.endpoint})
+            write(log, logging.DEBUG, "%s: up", self.endpoint, extra={"endpoint": self.endpoint})
             self._owner.on_up(self)
 
     # What libzmq tells.
@@ -609,7 +609,7 @@ class Channel:
     def _fail(self, trouble: Trouble) -> None:
         self.trouble = trouble
         self.failed_attempts += 1
-        log.debug("%s: %s", self.endpoint, trouble.message, extra={"endpoint": self.endpoint})
+        write(log, logging.DEBUG, "%s: %s", self.endpoint, trouble.message, extra={"endpoint": self.endpoint})
         self._owner.on_down(self)
 
     def _on_gone(self) -> None:

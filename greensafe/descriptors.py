@@ -24,6 +24,7 @@ from typing import Any
 
 from .green._every import Every
 from .hooks import DescriptorsExhausted, Tell
+from .seldom import write
 
 resource: Any
 try:
@@ -78,11 +79,13 @@ class DescriptorWatch:
         if problem is None:
             seconds = monotonic() - self._since
             text = "%s: descriptors can be had again, after %.1f s: new clients are accepted"
-            log.warning(text, self._endpoint, seconds, extra={"endpoint": self._endpoint})
+            write(log, logging.WARNING, text, self._endpoint, seconds, extra={"endpoint": self._endpoint})
             self._told(seconds)
         else:
             self._since = monotonic()
-            log.error(
+            write(
+                log,
+                logging.ERROR,
                 "%s: %s, the limit is %s: clients that are connected are served, %s; raise the limit (ulimit -n, LimitNOFILE), "
                 "or close what leaks (lsof -p %d shows them)",
                 self._endpoint,

@@ -40,6 +40,7 @@ from .sansio.backoff import Budget, delay
 from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS
 from .sansio.requester import Requester, Resolution
+from .seldom import write
 from .trouble import LOST, Loss
 
 __all__ = ["Failover"]
@@ -353,7 +354,7 @@ class Failover:
             first = awaited[0].asked.request_id.hex()
             what = "%s: %d requests have waited for %.0f s for their server to come back with its journal, such as %s"
             extra = {"endpoint": endpoints, "request_id": first}
-            log.warning(what, endpoints, len(awaited), NOTED, first, extra=extra)
+            write(log, logging.WARNING, what, endpoints, len(awaited), NOTED, first, extra=extra)
 
     def _stop_looking(self) -> None:
         if self._looks is not None:

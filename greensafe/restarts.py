@@ -27,6 +27,7 @@ from .green._forks import generation
 from .green._interruptions import is_interruption
 from .hooks import LoopFailed, Tell
 from .sansio.backoff import PERIOD, RESTARTS, Intensity
+from .seldom import write
 
 __all__ = ["Restarts"]
 
@@ -82,14 +83,14 @@ class Restarts:
         if self.error is not None or self._is_closed:
             return
         pause = self._intensity.restart(monotonic(), random.random())
-        what = (type(error), error, error.__traceback__)
         if pause is not None:
             text = "%s: its loop %r has failed and goes on in %.3f s"
-            log.error(text, self._endpoint, loop, pause, exc_info=what, extra={"endpoint": self._endpoint})
+            write(log, logging.ERROR, text, self._endpoint, loop, pause, error=error, extra={"endpoint": self._endpoint})
             self._start(pause, again)
         else:
             text = "%s: its loop %r has failed after %d restarts within %.0f s: it is given up"
-            log.critical(text, self._endpoint, loop, RESTARTS, PERIOD, exc_info=what, extra={"endpoint": self._endpoint})
+            details = {"endpoint": self._endpoint}
+            write(log, logging.CRITICAL, text, self._endpoint, loop, RESTARTS, PERIOD, error=error, extra=details)
         self.note(loop, error, pause)
 
     def note(self, loop: str, error: Exception, pause: float | None) -> None:

@@ -14,6 +14,8 @@ Rules:
 * What is counted is kept as text: no request, exception or frame lives longer because of it.
 * Texts that are put into a line are made printable and cut off, so that no peer can forge or flood the log with one. So is a
   traceback whose exceptions have such texts: its lines begin with a bar then.
+* Whatever the program's logging does, no Exception of it comes out of here: somebody may be waiting for an answer. Such a line
+  goes to stderr. (In the hub a log handler that waits fails, and so does one whose lock a greenlet holds that waits in it.)
 * A timer of the hub writes the counts. It does not keep the loop running. A forked child forgets what its parent has counted.
 
 It does not know what the lines are about.
@@ -28,6 +30,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -35,7 +38,7 @@ import gevent
 
 from .printable import printable
 
-__all__ = ["PERIOD", "Seldom"]
+__all__ = ["PERIOD", "Seldom", "write"]
 
 #: Seconds for which lines of one kind are counted after the first.
 PERIOD = 1.0
@@ -92,13 +95,12 @@ class Seldom:
         kind = self._kinds.get((text, key))
         if kind is None:
             kind = self._kinds[text, key] = _Kind(self, (text, key), log, level)
-        args = tuple(map(_plain, args))
         if kind.written < most:
             kind.written += 1
-            _write(log, level, text, args, error, extra)
+            write(log, level, text, *args, error=error, extra=extra, depth=2)
         else:
             kind.count += 1
-            kind.last = (text, args, extra)
+            kind.last = (text, tuple(map(_plain, args)), extra)
 
     def flush(self) -> None:
         """Write all counts now."""
@@ -136,7 +138,7 @@ class _Kind:
     def _start_again(self) -> None:
         since = self._since
         self._start()
-        self._tell(since)
+        self.tell(since)
         self.written = 1
 
     def end(self) -> None:
@@ -144,18 +146,17 @@ class _Kind:
         self._close()
         if self._owner._kinds.get(self._key) is self:
             del self._owner._kinds[self._key]
-        self.tell_rest()
+        self.tell(self._since)
 
-    def tell_rest(self) -> None:
-        """Write what was counted so far."""
-        if self.count and self._process == os.getpid():
-            self._tell(self._since)
-
-    def _tell(self, since: float) -> None:
+    def tell(self, since: float | None = None) -> None:
+        """Write the count, if there is one and it is this process's."""
+        if not self.count or self._process != os.getpid():
+            return
         count, (text, args, extra) = self.count, self.last
         self.count, self.last = 0, ("", (), None)
         text += " (the last of %d more within %.1f s)"
-        _write(self._log, self._level, text, (*args, count, monotonic() - since), None, extra)
+        seconds = monotonic() - (self._since if since is None else since)
+        write(self._log, self._level, text, *args, count, seconds, extra=extra)
 
     def _close(self) -> None:
         self._timer.stop()
@@ -172,30 +173,53 @@ def _plain(value: object) -> object:
         return f"<{type(value).__name__} that cannot be shown>"
 
 
-def _write(
+def write(
     log: logging.Logger,
     level: int,
     text: str,
-    args: tuple[object, ...],
-    error: BaseException | None,
-    extra: dict[str, Any] | None,
+    *args: object,
+    error: BaseException | None = None,
+    extra: dict[str, Any] | None = None,
+    depth: int = 1,
 ) -> None:
-    what = None if error is None else (type(error), error, error.__traceback__)
-    if error is None or not _is_unsafe(error):
-        log.log(level, text, *args, exc_info=what, extra=extra, stacklevel=3)
+    """Write a line now. No Exception leaves this; where the program's logging fails the line goes to stderr.
+
+    Args:
+        log, level, text, args, error, extra: As in `Seldom.say`.
+        depth: Whose place in the code the record has: 1 for the caller, 2 for its caller.
+    """
+    if not log.isEnabledFor(level):
         return
-    # Formatters take the traceback's text from the record if it is there; what reads exc_info finds the exception itself.
-    code = sys._getframe(2)
-    record = log.makeRecord(
-        log.name, level, code.f_code.co_filename, code.f_lineno, text, args, what, code.f_code.co_name, extra
-    )
-    record.exc_text = _barred(error)
-    log.handle(record)
+    args = tuple(map(_plain, args))
+    what = None if error is None else (type(error), error, error.__traceback__)
+    try:
+        if error is None or not _is_unsafe(error):
+            log.log(level, text, *args, exc_info=what, extra=extra, stacklevel=depth + 1)
+            return
+        # Formatters take the traceback's text from the record if it is there; what reads exc_info finds the exception itself.
+        code = sys._getframe(depth)
+        record = log.makeRecord(
+            log.name, level, code.f_code.co_filename, code.f_lineno, text, args, what, code.f_code.co_name, extra
+        )
+        record.exc_text = _barred(error)
+        log.handle(record)
+    except Exception as failed:  # noqa: BLE001 - a handler of the program's, which may raise anything
+        _say_elsewhere(text, args, failed)
+
+
+def _say_elsewhere(text: str, args: tuple[object, ...], failed: Exception) -> None:
+    """As logging does, when one of its handlers fails: on stderr, unless `logging.raiseExceptions` is off."""
+    if logging.raiseExceptions:
+        with suppress(Exception):  # there is none, or it is closed, or it waits: nobody is left to be told
+            print(f"not logged: {text % args if args else text}\n{_barred(failed, chain=False)}", file=sys.stderr)
 
 
 def _is_unsafe(error: BaseException) -> bool:
-    """Whether the text of an exception, or of one that led to it, could be taken for lines of the log."""
-    return any(not text.isprintable() or len(text) > _LONG for each in _chain(error) for text in _texts(each))
+    """Whether what a traceback shows of an exception, or of one that led to it, could be taken for lines of the log."""
+    try:
+        return any(not text.isprintable() or len(text) > _LONG for each in _chain(error) for text in _texts(each))
+    except BaseException:  # noqa: BLE001 - its __str__ may raise anything; the traceback says that it cannot be shown
+        return True
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -211,21 +235,21 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _texts(error: BaseException) -> Iterator[str]:
-    try:
-        yield str(error)
-        for note in getattr(error, "__notes__", ()):
-            yield str(note)
-    except BaseException:  # noqa: BLE001 - the traceback says that it cannot be shown
-        return
+    yield str(error)
+    yield from map(str, getattr(error, "__notes__", ()))
+    if isinstance(error, SyntaxError):  # of Python that a peer has sent: the traceback shows the line
+        yield str(error.text).removesuffix("\n")
+        yield str(error.filename)
 
 
-def _barred(error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(error))[:_LONGEST].split("\n")
+def _barred(error: BaseException, chain: bool = True) -> str:
+    lines = "".join(traceback.format_exception(error, chain=chain))[:_LONGEST].split("\n")
     return "\n".join(f"  | {printable(line, _LONG)}" for line in lines).rstrip(" |\n")
 
 
 @atexit.register
-def _flush_all() -> None:
+def _tell_all() -> None:
+    """Write what is counted. Timers are left alone: they may be of a thread that still runs, or of a loop that is gone."""
     for seldom in list(_all):
         for kind in list(seldom._kinds.values()):
-            kind.tell_rest()  # its timer may be that of another thread's loop, which turns still
+            kind.tell()

@@ -63,6 +63,7 @@ from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .sansio.weights import MAX_FRAMES
+from .seldom import write
 from .stats import ServerStats
 from .stopping import Stop
 from .threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
@@ -337,7 +338,7 @@ class Server:
         except BaseException:  # no memory, or no descriptor for the monitor
             self._undo(sock)
             raise
-        log.info("serving at %s", self.endpoint, extra={"endpoint": self.endpoint})
+        write(log, logging.INFO, "serving at %s", self.endpoint, extra={"endpoint": self.endpoint})
         if self._tell is not None:
             self._tell(ServerStarted(str(self.endpoint)))
 
@@ -532,7 +533,8 @@ class Server:
             return
         commits.close()  # if it is not
         if gevent.getcurrent() is not gevent.get_hub() and not commits.join(FLUSH):
-            log.warning("the journal is not closed yet: its disk takes long", extra={"endpoint": self.endpoint})
+            text = "the journal is not closed yet: its disk takes long"
+            write(log, logging.WARNING, text, extra={"endpoint": self.endpoint})
 
     def _on_message(self, frames: list[bytes]) -> None:
         assert self._watchdog is not None and self._pump is not None
@@ -606,7 +608,7 @@ class Server:
         """Wait until libzmq has closed the listener: then the address is free for whoever is next, in any process."""
         if not is_hub and not self._binding.wait():
             text = "%s is not free yet: libzmq's I/O thread is busy, or stopped"
-            log.warning(text, self.endpoint, extra={"endpoint": self.endpoint})
+            write(log, logging.WARNING, text, self.endpoint, extra={"endpoint": self.endpoint})
 
     def _close(self) -> None:
         self._forget_parent()
@@ -647,7 +649,7 @@ class Server:
         refused = watchdog.failures.get(stopped.code, 0) - before
         level = logging.WARNING if refused or unread else logging.INFO
         text = "stopped at %s; %d requests were answered, the last %d of them UNAVAILABLE, and %d messages were not read"
-        log.log(level, text, endpoint, answered, refused, unread, extra={"endpoint": endpoint})
+        write(log, level, text, endpoint, answered, refused, unread, extra={"endpoint": endpoint})
         if self._tell is not None:
             self._tell(ServerStopped(endpoint, answered))
 

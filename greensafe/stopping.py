@@ -22,6 +22,7 @@ import gevent
 from gevent.event import Event
 
 from .deadlines import move_on
+from .seldom import write
 
 __all__ = ["POLL", "Stop", "Stoppable"]
 
@@ -96,8 +97,8 @@ class Stop:
     def _go(self) -> None:
         try:
             self._drain()
-        except Exception:
-            log.exception("a drain has failed: the server is closed at once")
+        except Exception as error:  # noqa: BLE001 - the server is closed, whatever it is
+            write(log, logging.ERROR, "a drain has failed: the server is closed at once", error=error)
 
     def _close(self, _: object) -> None:
         if self._run.is_open():

@@ -563,21 +563,24 @@ class Watchdog:
     def raised(self, request: Request, error: BaseException) -> None:
         """An exception ended the handling: answer for it, unless it was answered before."""
         exchange = request._exchange
+        say: Callable[[Request, BaseException], None]
         if isinstance(error, DeadlineSignal) and error.scope is request.deadline:
             if exchange.is_answered:
                 return
             if not error.scope._is_cancelled:
                 self._answer_overdue(exchange, error)  # before the timer has come to it
                 return
-            error = error.scope._outcome()
-            self._lines.cancelled(request, error)
+            error, say = error.scope._outcome(), self._lines.cancelled
         elif isinstance(error, _Ended) and exchange.is_answered:
             return
         else:
-            self._lines.failed(request, error)
-        if not exchange.is_answered:
-            known = error_for(error)
-            self.fail(request, known, told=self._telling.told(error, known, request))
+            say = self._lines.failed
+        try:
+            if not exchange.is_answered:
+                known = error_for(error)
+                self.fail(request, known, told=self._telling.told(error, known, request))
+        finally:
+            say(request, error)  # last: logging may wait, and be interrupted
 
     def finish(self, request: Request) -> None:
         """The handling is over; who has neither answered nor promised to is answered for."""
@@ -698,7 +701,8 @@ class Watchdog:
         kind = CALLER_LIMIT if exchange.is_limited_by_caller else "DeadlineExceeded"
         request = Request(self, exchange, exchange.owner)
         self._lines.overdue(request, signal)
-        self.fail(request, RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind))
+        if not exchange.is_answered:  # logging may have waited, and the timer come meanwhile
+            self.fail(request, RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind))
 
     def _kill(self, greenlet: gevent.Greenlet, exception: type[BaseException] = gevent.GreenletExit) -> None:
         if not greenlet.dead:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gevent
 import pytest
 import zmq as plain
+from gevent.event import Event
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
@@ -243,6 +245,62 @@ def test_a_scope_that_the_program_cancels(context: zmq.Context, caplog: pytest.L
     """Why is in the log."""
     _ask_all(context, [b"own"])
     assert "its deadline scope was cancelled: ValueError: enough" in _lines(caplog)[0].getMessage()
+
+
+class _Broken(logging.Handler):
+    def __init__(self, act: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.act = act
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.act()
+
+
+@contextmanager
+def _logging_that(act: Any) -> Iterator[None]:
+    handler = _Broken(act)
+    log = logging.getLogger("greensafe")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+@pytest.mark.parametrize("act", [lambda: 1 / 0, lambda: gevent.sleep(MS)], ids=["raises", "waits"])
+def test_logging_that_fails_costs_no_answer(context: zmq.Context, caplog: pytest.LogCaptureFixture, act: Any) -> None:
+    """A missed deadline, say, is logged in the hub: whatever the program's logging does there, the client is answered."""
+    with _logging_that(act):
+        server = _ask_all(context, [b"hang", b"bug", b"twice", b"own", b"later"], deadline=20 * MS)
+    assert (server.stats.answered, server.stats.restarts) == (5, {})
+    assert server.stats.failures == {"DEADLINE_EXCEEDED": 2, "INTERNAL": 2}
+
+
+def test_logging_that_waits_delays_no_answer(context: zmq.Context) -> None:
+    """A failure is answered before it is logged: logging may wait, until the deadline, and longer."""
+    go_on = Event()
+    with _logging_that(go_on.wait), Server(ENDPOINT, _handler, deadline=LONG, context=context) as server:
+        with Client(ENDPOINT, context=context) as client, pytest.raises(RemoteError, match="INTERNAL"):
+            client.request(b"bug")
+        assert server.stats.running == 1
+        go_on.set()
+        wait_until(lambda: not server.stats.running)
+
+
+def test_a_deadline_that_comes_while_it_is_logged(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
+    """The handler has met it by itself, and logging waits: the timer answers, and nobody answers a second time."""
+
+    def handler(request: Request) -> None:
+        while True:  # the hub does not turn meanwhile
+            check(False)
+
+    server = Server(ENDPOINT, handler, deadline=20 * MS, context=context)
+    with _logging_that(lambda: gevent.sleep(50 * MS)), server:
+        with Client(ENDPOINT, context=context) as client, pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
+            client.request(b"x")
+        wait_until(lambda: not server.stats.running)
+    assert (server.stats.answered, server.stats.drops["duplicates"]) == (1, 0)
+    assert not [line for line in _lines(caplog) if "has been answered already" in line.getMessage()]
 
 
 def test_blocks_of_one_socket_count_together(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:

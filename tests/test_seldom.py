@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable, Iterator
 from time import monotonic
 
 import gevent
 import pytest
-from helpers import MS, wait_until
+from gevent.event import Event
+from helpers import MS, run_python, wait_until
 
 from greensafe import seldom
 from greensafe.seldom import Seldom
@@ -127,7 +129,7 @@ def test_the_place_of_a_line_is_the_callers(caplog: pytest.LogCaptureFixture) ->
     lines.flush()
 
 
-@pytest.mark.parametrize("where", ["itself", "its cause", "its context", "a note", "a group", "too long"])
+@pytest.mark.parametrize("where", ["itself", "its cause", "its context", "a note", "a group", "too long", "no str"])
 def test_no_exception_forges_a_line(caplog: pytest.LogCaptureFixture, where: str) -> None:
     """An exception's text is the peer's, often: its line ends, escapes and length do no harm in the traceback."""
     forged = "no\n2026-01-01 CRITICAL root: forged \x1b[2J" if where != "too long" else "x" * 10**6
@@ -141,6 +143,10 @@ def test_no_exception_forges_a_line(caplog: pytest.LogCaptureFixture, where: str
                 raise RuntimeError("outer")  # noqa: B904
             if where == "a note":
                 inner.add_note(forged)
+            if where == "no str":
+                error = _UnshowableValueError()
+                error.add_note(forged)
+                raise error from None
             if where == "a group":
                 raise ExceptionGroup("all", [ValueError(forged)])  # noqa: B904
             raise
@@ -155,6 +161,34 @@ def test_no_exception_forges_a_line(caplog: pytest.LogCaptureFixture, where: str
     assert "\x1b" not in text
     assert len(text) < 40_000
     assert all(line.startswith("  | ") for line in text.split("\n")[1:])
+
+
+class _UnshowableValueError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("source", ["\x1b[2J =", "a\u2028= ="])
+def test_a_peers_python_forges_nothing(caplog: pytest.LogCaptureFixture, source: str) -> None:
+    """A SyntaxError's traceback shows the line that was parsed, which its str does not: `ast.literal_eval(request.body)`."""
+    lines = Seldom()
+    with pytest.raises(SyntaxError) as caught:
+        compile(source, "<a peer's>", "eval")
+    lines.say(log, logging.ERROR, "failed", error=caught.value)
+    lines.flush()
+    text = logging.Formatter().format(caplog.records[0])
+    assert "SyntaxError" in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_a_syntax_error_of_the_programs_own_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Its line ends with a line end, which forges nothing."""
+    lines = Seldom()
+    with pytest.raises(SyntaxError) as caught:
+        compile("a = =\n", "module.py", "exec")
+    lines.say(log, logging.ERROR, "failed", error=caught.value)
+    lines.flush()
+    assert "  | " not in logging.Formatter().format(caplog.records[0])
 
 
 def test_an_ordinary_traceback_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,6 +212,85 @@ def test_what_cannot_be_shown(caplog: pytest.LogCaptureFixture) -> None:
     lines.flush()
     assert caplog.records[0].getMessage() == "failed: <Bad that cannot be shown>"
     assert _total(caplog) == 2
+
+
+class _Broken(logging.Handler):
+    """What a program may have in its logging: it raises, or waits, which fails in the hub."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__()
+        self.act = act
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.act()
+
+
+def _raise() -> None:
+    raise OSError("no room\non the log's disk")
+
+
+@pytest.fixture
+def broken() -> Iterator[_Broken]:
+    """A logging handler that raises."""
+    handler = _Broken(_raise)
+    log.addHandler(handler)
+    yield handler
+    log.removeHandler(handler)
+
+
+def test_logging_that_fails(broken: _Broken, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing comes out of it: the line, or the count, goes to stderr, with the reason, and nothing is written twice."""
+    lines = Seldom()
+    for number in range(3):
+        lines.say(log, logging.WARNING, "bad: %s", number, error=ValueError("x\ny"))
+    wait_until(lambda: repr(lines) == "<Seldom kinds=1 left_out=0>")
+    lines.flush()
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("not logged: bad: 0")] == ["not logged: bad: 0"]
+    assert [COUNT.sub(r" \1", line) for line in said if "bad: 2" in line] == ["not logged: bad: 2 2"]
+    assert "  | OSError: no room" in said
+    assert {line[:4] for line in said} == {"not ", "  | "}
+
+
+def test_logging_that_may_fail(broken: _Broken, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `logging.raiseExceptions` off the program has said that it does not want to know."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    Seldom().say(log, logging.WARNING, "bad")
+    assert capfd.readouterr().err == ""
+
+
+def test_logging_that_waits(broken: _Broken, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the hub it fails, which touches nothing there; in a greenlet others go on, and what is said meanwhile is counted."""
+    lines, go_on = Seldom(), Event()
+    broken.act = go_on.wait
+    waiting = gevent.spawn(lines.say, log, logging.WARNING, "bad: %s", 1)
+    gevent.sleep(0)
+    for number in range(2, 5):
+        lines.say(log, logging.WARNING, "bad: %s", number)
+    wait_until(lambda: "bad: 4 (the last of 3 more within" in capfd.readouterr().err)
+    assert not waiting.ready()
+    go_on.set()
+    waiting.get()
+    lines.flush()
+
+
+def test_counts_of_a_hub_that_is_gone() -> None:
+    """At exit the counts of a thread that has ended are written, too, whatever has become of its timers."""
+    program = """if 1:
+        import gevent, logging, threading
+        from greensafe.seldom import Seldom
+        logging.basicConfig(format="%(message)s")
+        def run():
+            for _ in range(8):
+                lines.say(logging.getLogger("x"), logging.WARNING, "bad")
+            gevent.get_hub().destroy(destroy_loop=True)
+        lines = Seldom()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    """
+    ended = run_python(program)
+    assert re.fullmatch(r"bad\nbad \(the last of 7 more within \d\.\d s\)\n", ended.err)
 
 
 def test_counts_are_written_at_exit() -> None:

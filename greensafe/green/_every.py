@@ -19,6 +19,7 @@ from typing import Any
 
 import gevent
 
+from ..seldom import write
 from ._forks import generation
 
 __all__ = ["Every"]
@@ -64,7 +65,7 @@ class Every:
             return
         try:
             self._act(owner)
-        except Exception:
-            log.exception("%r: a check has failed, and is made again", owner)
+        except Exception as error:  # noqa: BLE001 - as below
+            write(log, logging.ERROR, "%s: a check has failed, and is made again", owner, error=error)
         except BaseException:  # noqa: BLE001 - what leaves a callback ends its watcher for good
             gevent.get_hub().handle_error(self, *sys.exc_info())

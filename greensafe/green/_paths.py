@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 
+from ..seldom import write
 from ._listening import Identity, identity, remove
 
 __all__ = ["BoundPath", "path_of"]
@@ -51,9 +52,9 @@ class BoundPath:
         extra = {"endpoint": self._endpoint}
         if self.trouble:
             text = "%s cannot be reached by new clients any more: %s; clients that are connected are served"
-            log.warning(text, self._endpoint, self.trouble, extra=extra)
+            write(log, logging.WARNING, text, self._endpoint, self.trouble, extra=extra)
         else:
-            log.warning("%s can be reached by new clients again", self._endpoint, extra=extra)
+            write(log, logging.WARNING, "%s can be reached by new clients again", self._endpoint, extra=extra)
 
     def remove(self) -> None:
         """Delete it, if it is still the one that was put there."""
