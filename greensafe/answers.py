@@ -4,7 +4,8 @@ Rules:
 
 * Nothing waits for a client: what a ROUTER's pipe has no room for is sent by a greenlet of its own, within `FULL_PEER` seconds.
   They and their greenlets have at most `OUTBOX` bytes for one client and `OUTBOXES` for all; one alone may be larger.
-* The program may answer a REP's request by the socket's own send. Then that was the answer, and nothing else is sent.
+* The program may answer a REP's request by the socket's own send. Then that was the answer: nothing else is sent, and what the
+  handler gives besides is a second answer.
 * What is dropped is counted in the socket's `Tally`; an answer that is dropped is logged, with its request.
 
 It does not know how requests are received; see `supervision`.
@@ -148,6 +149,7 @@ class SocketWatchdog(Watchdog):
     def answer(
         self, exchange: Exchange, body: Sequence[bytes], kind: Kind = Kind.REPLY, error: RemoteError | None = None
     ) -> None:
+        self._has_left(exchange)
         self._send.answering = exchange
         try:
             super().answer(exchange, body, kind, error)
@@ -155,12 +157,24 @@ class SocketWatchdog(Watchdog):
             self._send.answering = None
 
     def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
-        if not request.replied and self._send.has_sent():
-            self.note_answered(request)  # that answer has left
-        else:
+        if not self._has_left(request._exchange):
             super().fail(request, error, kind, told)
 
+    def _answer_overdue(self, exchange: Exchange, signal: BaseException | None = None) -> None:
+        if not self._has_left(exchange):
+            super()._answer_overdue(exchange, signal)
+
+    def _has_left(self, exchange: Exchange) -> bool:
+        """Open the gate for an answer that the program has sent by itself; whether that was so, and nobody had noticed yet."""
+        if exchange.is_answered or not self._send.has_sent():
+            return False
+        self.note_answered(Request(self, exchange, exchange.owner))
+        return True
+
     def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
+        if self._has_left(request._exchange):
+            self._drop_second(request)
+            return
         self._send.answering = request._exchange
         try:
             super()._reply(request, frames)

@@ -542,10 +542,13 @@ class Watchdog:
                 weakref.finalize(request, self._on_forgotten, exchange).atexit = False
         elif result is not None:
             if exchange.is_answered:
-                self._lines.answered_twice(request)
-                self.responder.duplicates += 1
+                self._drop_second(request)
             else:
                 self._reply(request, as_frames(result))
+
+    def _drop_second(self, request: Request) -> None:
+        self._lines.answered_twice(request)
+        self.responder.duplicates += 1
 
     def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
         """Answer with what the handler has returned, which has nothing more to do."""

@@ -10,7 +10,7 @@ import pytest
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Request, answers, stats_of, supervise, supervised
+from greensafe import LATER, LocalProtocolError, Request, answers, stats_of, supervise, supervised
 from greensafe.lines import Lines
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -127,3 +127,36 @@ def test_what_is_nobodys_answer_is_not_logged_as_one(context: zmq.Context, caplo
     sender([b"nobody", b"header", b"", b"ids"])
     assert tally.unreachable == 1
     assert caplog.records == []
+
+
+def test_what_comes_behind_the_programs_own_send(context: zmq.Context, caplog: pytest.LogCaptureFixture) -> None:
+    """The handler's answer is a second one then, logged and counted; one by request.reply is refused; no deadline is missed."""
+    sock, peer = context.socket(zmq.REP), context.socket(zmq.REQ)
+    sock.bind("inproc://s")
+    peer.connect("inproc://s")
+    refused: list[Exception] = []
+
+    def handler(request: Request) -> Any:
+        sock.send(b"own")
+        if request.body == b"returned":
+            return b"second"
+        if request.body == b"replied":
+            with pytest.raises(LocalProtocolError) as caught:
+                request.reply(b"second")
+            refused.append(caught.value)
+        if request.body == b"late":
+            gevent.sleep(LONG)
+        return None
+
+    serving = gevent.spawn(supervise, sock, handler, deadline=20 * MS)
+    for body, duplicates in ((b"returned", 1), (b"replied", 2), (b"late", 2)):
+        peer.send(body)
+        assert peer.recv() == b"own"
+        wait_until(lambda: not stats_of(sock).running)
+        assert stats_of(sock).drops["duplicates"] == duplicates
+    assert len(refused) == 1
+    assert stats_of(sock).failures == {}
+    assert stats_of(sock).answered == 3
+    lines = [record.getMessage() for record in caplog.records if record.name == "greensafe.watchdog"]
+    assert [line.partition(" 1 frames> ")[2] for line in lines] == ["returned an answer though it is answered: dropped"]
+    serving.kill()
