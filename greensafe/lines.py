@@ -88,7 +88,7 @@ class Lines:
     def interrupted(self, error: BaseException) -> None:
         """Something from outside has ended the answering of one request halfway; it is done once more."""
         text = "answering was interrupted, and goes on: %s"
-        self._seldom.say(log, logging.WARNING, text, _shown(error), extra={"endpoint": self._endpoint})
+        self.seldom.say(log, logging.WARNING, text, _shown(error), extra={"endpoint": self._endpoint})
 
     def answered_twice(self, request: Request) -> None:
         """A handler has returned an answer to a request that has one."""

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -17,7 +18,9 @@ from helpers import LONG, MS, wait_until
 import greensafe as zmq
 from greensafe import LATER, Client, RemoteError, Request, Server, seldom, supervised
 from greensafe.deadlines import check
+from greensafe.errors import JournalUnavailable
 from greensafe.hooks import RequestFailed
+from greensafe.journal import SqliteJournal
 from greensafe.lines import EACH_PLACE
 from greensafe.sansio.envelope import Header, Kind
 
@@ -318,3 +321,26 @@ def test_blocks_of_one_socket_count_together(context: zmq.Context, caplog: pytes
     assert len(_lines(caplog)) == 1
     sock._lines.flush()
     assert (len(_lines(caplog)), _total(_lines(caplog))) == (2, 20)
+
+
+def test_logging_that_fails_costs_no_journal_its_answers(context: zmq.Context, tmp_path: Path) -> None:
+    """That the journal cannot be written, and can be again, is logged before those who wait for it are told."""
+
+    class Failing(SqliteJournal):
+        def commit(self, writes: Any) -> Any:
+            if fails:
+                raise JournalUnavailable("its disk is full")
+            return super().commit(writes)
+
+    fails = [True]
+    journal = Failing(tmp_path / "journal")
+    with (
+        _logging_that(lambda: 1 / 0),
+        Server(ENDPOINT, lambda request: b"y", deadline=LONG, journal=journal, context=context) as server,
+        Client(ENDPOINT, context=context) as client,
+    ):
+        asking = gevent.spawn(client.request, b"x")
+        wait_until(lambda: server.stats.journal and server.stats.journal.error)
+        fails.clear()
+        assert asking.get() == b"y"
+        wait_until(lambda: server.stats.journal and not server.stats.journal.error)

@@ -14,6 +14,7 @@ from typing import Any
 from gevent.hub import Hub
 
 from ..errors import JournalError
+from ..seldom import write
 
 __all__ = ["Health"]
 
@@ -54,10 +55,10 @@ class Health:
     def note(self, failed: JournalError | None) -> None:
         """A batch has failed, or has not."""
         if failed is not None and self.error is None:
-            log.error("the journal cannot be written: %s", failed)
+            write(log, logging.ERROR, "the journal cannot be written: %s", failed)
             self._run(self._seconds_when_ill)
         elif failed is None and self.error is not None:
-            log.warning("the journal can be written again")
+            write(log, logging.WARNING, "the journal can be written again")
             self._run(self._seconds)
         self.error = failed
 

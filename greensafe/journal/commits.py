@@ -39,6 +39,7 @@ from gevent.threadpool import ThreadPool
 from ..deadlines import move_on, start_timer
 from ..errors import JournalError, JournalUnavailable, Unstorable
 from ..sansio.records import Write
+from ..seldom import write
 from . import _stall
 from ._acts import ask, commit as _commit, finish, open_it, tidy
 from ._health import Health
@@ -266,7 +267,8 @@ class Commits:
     def _on_done(self, then: Callable[[Any], None] | None, done: Any) -> None:
         self._is_busy = False
         if self._lookout.end():
-            log.warning("the journal goes on again: what it was busy with has taken %.1f s", monotonic() - self._lookout.since)
+            text = "the journal goes on again: what it was busy with has taken %.1f s"
+            write(log, logging.WARNING, text, monotonic() - self._lookout.since)
             self._stalled = None
         if self._is_open:
             if then is not None:
@@ -322,7 +324,7 @@ class Commits:
                 late, self._is_due = self.queue.take_waited_for(), False
                 told += zip(late, [told[-1][1]] * len(late))
                 text = "the journal could not be written for %.0f s: %d writes have failed; until it can be, each is tried once"
-                log.error(text, LIMIT, len(kept) + len(late))
+                write(log, logging.ERROR, text, LIMIT, len(kept) + len(late))
             return told
         self.queue.batch, self._is_busy = kept, True
         self._pause = start_timer(self._hub, pause, self._on_pause)
@@ -343,7 +345,7 @@ class Commits:
         self.failures += len(told)
         where = f"the effect of step {names[0]!r} has not returned" if names else "its disk, or who locks it, does not answer"
         what = "the journal has been busy for %.0f s: %s; %d writes have failed, and so do all further ones until it goes on"
-        log.error(what, age, where, len(told))
+        write(log, logging.ERROR, what, age, where, len(told))
         self._stalled = JournalUnavailable(f"the journal has been busy for {age:.0f} s and does not answer: {where}")
         self._tell_all(zip(told, [self._stalled] * len(told)))
         self._have_room()
@@ -384,7 +386,7 @@ class Commits:
             self._patience.failed(self._began, monotonic())
             self._health.note(result)
         elif isinstance(result, JournalError):
-            log.error("the journal cannot be tidied: %s", result)
+            write(log, logging.ERROR, "the journal cannot be tidied: %s", result)
         elif result:
             self._tidy_at = 0.0
         self._go_on(True)
