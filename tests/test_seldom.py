@@ -314,7 +314,7 @@ def test_at_exit_other_threads_timers_are_left_alone(caplog: pytest.LogCaptureFi
     for _ in range(3):
         seldom_of_another_thread.say(log, logging.WARNING, "a line")
     (kind,) = seldom_of_another_thread._kinds.values()
-    seldom._flush_all()
+    seldom._tell_all()
     assert _total(caplog) == 3
     assert kind._timer.active
     seldom_of_another_thread.flush()
