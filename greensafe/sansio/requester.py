@@ -139,6 +139,7 @@ class Connection:
         is_draining: The server wants further requests to go elsewhere.
         is_over: It has received its last request: those that are open on it were not run.
         torn_at: When messages came that were not received whole, and of which nobody knows what they were.
+        spoken_at: When the server has last answered a request, or said that it works on one.
         forgiven_at: Nothing that the server has not said by then is held against it.
         left: When requests were sent that were given up since and may not have arrived yet, and their sizes in bytes.
         instance, journal: Of the server that answered last; b"" before, and NO_JOURNAL if it has none.
@@ -158,6 +159,7 @@ class Connection:
         "left",
         "sent",
         "signature",
+        "spoken_at",
         "torn_at",
     )
 
@@ -172,7 +174,7 @@ class Connection:
         self.instance = b""
         self.journal = b""
         self.signature: bytes | None = None
-        self.forgiven_at = float("-inf")
+        self.forgiven_at = self.spoken_at = float("-inf")
         self.torn_at: list[float] = []
         self.left: list[tuple[float, int]] = []
 
@@ -335,9 +337,9 @@ class Requester:
             # answered before.
             if frame == asked.frames[0]:
                 connection.is_heard = connection.is_mixed = True
-                return self._end(asked, frames, _REQUEST, b"")
+                return self._end(asked, frames, _REQUEST, b"", now)
             if frame[24:] == connection.signature and frame.startswith(_REPLY_HEAD):
-                return self._end(asked, frames, _REPLY, connection.journal)
+                return self._end(asked, frames, _REPLY, connection.journal, now)
         return self._receive(frames, connection, now)
 
     def _receive_malformed(self, frames: Sequence[bytes], connection: Connection, now: float) -> Resolution | None:
@@ -362,7 +364,7 @@ class Requester:
             self._note_torn(connection, now)
             return None
         if header.kind in _ENDS:
-            return self._resolve(header, frames, connection)
+            return self._resolve(header, frames, connection, now)
         if header.kind == Kind.WORKING:
             self._hear(frames[2], now, connection)
         elif header.kind == Kind.DRAINING:
@@ -373,7 +375,9 @@ class Requester:
             self.ignored += 1
         return None
 
-    def _resolve(self, header: Header | ServerHeader, frames: Sequence[bytes], connection: Connection) -> Resolution | None:
+    def _resolve(
+        self, header: Header | ServerHeader, frames: Sequence[bytes], connection: Connection, now: float
+    ) -> Resolution | None:
         """An answer to an earlier try counts as well, if it is one: what has arrived is not asked for again."""
         asked = self.pending.get(header.request_id)
         returns = header.kind in _RETURNS
@@ -386,9 +390,9 @@ class Requester:
         if returns:
             self.unsend(asked)
             return Resolution(asked, list(frames[2:]), header.kind, journal)
-        return self._end(asked, frames, header.kind, journal)
+        return self._end(asked, frames, header.kind, journal, now)
 
-    def _end(self, asked: Asked, frames: Sequence[bytes], kind: int, journal: bytes) -> Resolution:
+    def _end(self, asked: Asked, frames: Sequence[bytes], kind: int, journal: bytes, now: float) -> Resolution:
         answer = Resolution(asked, list(frames[2:]), kind, journal)
         connection = asked.connection
         if connection is not None and connection.left:
@@ -397,6 +401,7 @@ class Requester:
         if connection is not None:
             if asked.request_id in connection.sent:
                 del connection.sent[asked.request_id]
+            connection.spoken_at = now
             asked.connection = None
         self.ended = answer
         asked.is_open = False
@@ -431,6 +436,7 @@ class Requester:
                 asked.is_heard = True
                 asked.heard_at = now
                 asked.heard_by = connection.journal
+                connection.spoken_at = now
 
     def bind(self, asked: Asked, journal: bytes) -> None:
         """It may have run for a server with this journal: from now on no other server may run it."""
@@ -542,10 +548,10 @@ def _size(asked: Asked) -> int:
 
 
 def _have_not_arrived(unheard: Sequence[Asked], connection: Connection, since: float, now: float) -> bool:
-    """Whether these are only not there yet, as far as can be told: their server's program says that it works on others."""
+    """Whether these are only not there yet, as far as can be told: their server's program has spoken of others meanwhile."""
     if any(asked.is_heard for asked in unheard):
         return False
-    if not any(asked.is_heard and asked.heard_at > since for asked in connection.sent.values()):
+    if connection.spoken_at <= since:
         return False
     sent = [asked.heard_at for asked in unheard]
     return explains(connection.under_way(max(sent)), now - min(sent))

@@ -502,7 +502,7 @@ def test_memory_of_what_was_given_up_is_bounded() -> None:
     assert connection.under_way(math.inf) >= 3 * LEFT * 1000
 
 
-def _silent_behind(size: int, heard: float | None, at: float = 5.0) -> list[int]:
+def _silent_behind(size: int, heard: float | None, at: float = 5.0, kind: Kind = Kind.WORKING) -> list[int]:
     """Which requests are silent at a time: 1 was heard of then, if at all; 2 has that size; 3 is a small one behind it."""
     requester, connection = Requester(5.0), Connection()
     _ask(requester, connection, 1)
@@ -510,7 +510,7 @@ def _silent_behind(size: int, heard: float | None, at: float = 5.0) -> list[int]
     _big(requester, connection, 2, 0.5, size)
     _ask(requester, connection, 3, 0.6)
     if heard is not None:
-        requester.receive(_said(Kind.WORKING, 1, _id(1)), connection, heard)
+        requester.receive(_said(kind, 1, _id(1)), connection, heard)
     return [asked.owner for asked in requester.silent(connection, at)]
 
 
@@ -520,6 +520,13 @@ def test_a_server_is_not_silent_about_what_it_has_not_got() -> None:
     assert _silent_behind(1_000, 4.9) == [2, 3]
     assert _silent_behind(1_000_000, None) == [1, 2, 3]
     assert _silent_behind(1_000_000, 1_999.9, at=2_000.0) == [2, 3]
+
+
+def test_a_server_that_has_just_answered_is_not_silent_about_what_it_has_not_got() -> None:
+    """Its answer shows that its program runs, as WORKING does: it has nothing else to say WORKING of."""
+    assert _silent_behind(1_000_000, 4.9, kind=Kind.REPLY) == []
+    assert _silent_behind(1_000, 4.9, kind=Kind.REPLY) == [2, 3]
+    assert _silent_behind(1_000_000, 0.9, kind=Kind.REPLY) == [2, 3]
 
 
 def test_expiry() -> None:
