@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import Any
 
-from ..errors import JournalError, JournalUnavailable
+from ..errors import JournalError, JournalUnavailable, Unstorable
 from ..sansio.records import Write
 from ._patience import LIMIT
 from .base import Journal
@@ -50,7 +50,11 @@ def _commit_until(at: float, journal: Journal, writes: Sequence[Write], is_logge
         if not is_logged:
             log.exception("%r has failed", journal)
         error, is_logged = _wrapped(raised), True
-    if len(writes) == 1 or isinstance(error, JournalUnavailable) or monotonic() >= at:
+    if len(writes) == 1 or isinstance(error, JournalUnavailable):
+        return [error] * len(writes)
+    if monotonic() >= at:
+        if isinstance(error, Unstorable):  # one of them is, and nobody knows which: the others must not be answered for good
+            error = JournalError(f"not stored, since one write of its batch can never be: {error}")
         return [error] * len(writes)
     half = len(writes) // 2
     results = _commit_until(at, journal, writes[:half], is_logged)

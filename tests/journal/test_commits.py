@@ -294,6 +294,23 @@ def test_halving_ends(journal: Gated, commits: Commits, monkeypatch: pytest.Monk
     assert [each.got for each in told] == [[(None, journal.fault)]] * 9
 
 
+def test_who_shares_a_batch_with_what_can_never_be_stored(
+    journal: Gated, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When there is no time to find out which write it is, none of them is told that it can never be: it may be tried again."""
+    monkeypatch.setattr("greensafe.journal._acts.LIMIT", 0.0)
+    journal.fault = Unstorable("too large")
+    told = [Told() for _ in range(4)]
+    for number, each in enumerate(told):
+        commits.write(_begin(number), each)
+    assert commits.flush(LONG)
+    assert [type(error) for each in told for _, error in each.got] == [JournalError] * 4
+    assert "too large" in str(told[0].got[0][1])
+    commits.write(_begin(9), told[0])
+    assert commits.flush(LONG)
+    assert told[0].got[1] == (None, journal.fault)
+
+
 def test_that_the_place_is_well_again_is_found_without_writes(
     journal: Gated, commits: Commits, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
