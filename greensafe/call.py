@@ -78,7 +78,7 @@ def error_in(answer: Resolution) -> RemoteError | RemoteProtocolError:
         return RemoteProtocolError(answer.flaw)
     error = RemoteError.from_reply(answer.body[0], is_error=True) if len(answer.body) == 1 else None
     if error is not None:
-        error.maybe_executed = answer.kind != Kind.REJECTED
+        error.maybe_executed = answer.kind != Kind.REJECTED or answer.asked.may_have_run
         return error
     return RemoteProtocolError(f"the server marked its reply as an error, but it holds none: {answer.body[0][:80]!r}")
 

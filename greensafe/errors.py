@@ -240,7 +240,7 @@ class RemoteError(GreensafeError):
         message: What went wrong, for people; as the peer has sent it.
         type: What kind of error it was there, usually an exception's name; "" if not told.
         traceback: The peer's traceback as text, if it tells it.
-        maybe_executed: False only if the server has said that it did not run the request; as in PeerError.
+        maybe_executed: False only if the server has said that it did not run the request, and no earlier try of it was lost.
     """
 
     #: How the frame of every error begins. No program writes that by accident, so it tells an error from data.

@@ -14,7 +14,13 @@ from greensafe.sansio.requester import Asked, Resolution
 
 
 def _error(*body: bytes, kind: Kind = Kind.ERROR) -> Any:
-    return error_in(Resolution(cast(Asked, None), list(body), kind, b""))
+    return error_in(Resolution(_asked(), list(body), kind, b""))
+
+
+def _asked(may_have_run: bool = False) -> Asked:
+    asked = Asked(bytes(16), [b"body"], None, None, b"", None)
+    asked.may_have_run = may_have_run
+    return asked
 
 
 def test_error_in_an_answer() -> None:
@@ -47,3 +53,10 @@ def test_whether_it_may_have_run() -> None:
     errors = [_error(body, kind=kind) for kind in (Kind.REJECTED, Kind.INTERRUPTED, Kind.ERROR)]
     assert [pickle.loads(pickle.dumps(error)).maybe_executed for error in errors] == [False, True, True]
     assert RemoteError("INTERNAL", "").maybe_executed
+
+
+def test_an_earlier_try_may_have_run() -> None:
+    """What the server sends back says nothing of the tries before, which were lost, or interrupted: another server's, say."""
+    error = error_in(Resolution(_asked(may_have_run=True), [RemoteError("UNAVAILABLE", "").to_reply()], Kind.REJECTED, b""))
+    assert isinstance(error, RemoteError)
+    assert error.maybe_executed

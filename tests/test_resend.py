@@ -455,3 +455,19 @@ def _greeted(proxy: Raw) -> tuple[list[bytes], Header]:
     frames, header = proxy.receive()
     proxy.greet(frames, hops=2)
     return frames, header
+
+
+def test_rejected_after_it_was_interrupted(context: zmq.Context, build: Build) -> None:
+    """It has run, whatever the server says of the last try; the same answer to the first try says that it has not."""
+    raw = build()
+    not_now = RemoteError("RESOURCE_EXHAUSTED", "not now", "JournalError").to_reply()
+    with Client(raw.endpoint, context=context, retries=1) as client:
+        asked = _ask(client)
+        for kind in (Kind.INTERRUPTED, Kind.REJECTED):
+            raw.say(raw.receive()[0], kind, not_now)
+        error = _ended(asked)
+        assert (type(error), error.code, error.maybe_executed) == (RemoteError, "RESOURCE_EXHAUSTED", True)
+    with Client(raw.endpoint, context=context, retries=0) as client:
+        asked = _ask(client)
+        raw.say(raw.receive()[0], Kind.REJECTED, not_now)
+        assert not _ended(asked).maybe_executed
