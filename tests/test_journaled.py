@@ -1266,6 +1266,32 @@ def test_an_answer_that_is_not_stored_in_time(build: Build) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("phase", ["request", "answer"])
+def test_stored_while_the_hub_was_blocked(build: Build, phase: str) -> None:
+    """What nobody could see in time was in time: the first look after a pause of the server's own judges nothing."""
+    sleep = gevent.monkey.get_original("time", "sleep")
+
+    def handler(request: Request) -> bytes:
+        if phase == "answer":
+            site.disk.gate.clear()
+        return b"done"
+
+    site = build(handler, deadline=100 * MS, grace=20 * MS)
+    _patient(site, LONG if phase == "answer" else 100 * MS)
+    if phase == "request":
+        site.disk.gate.clear()
+    site.peer.ask()
+    wait_until(lambda: not site.disk.gate.is_set() and site.server._commits.queue.batch)
+    count = len(site.disk.seen)
+    site.disk.gate.set()
+    while len(site.disk.seen) == count:
+        sleep(MS)
+    sleep(200 * MS)
+    assert site.peer.hear() == (Kind.REPLY, b"done")
+    assert site.journal.released == 0
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_request_that_is_not_stored_in_time_is_not_run(build: Build) -> None:
     """Its client is told after the handler's limit and the grace; sent again, it is new."""
     site = build(_echo, grace=20 * MS, resume="abort")

@@ -2,7 +2,9 @@
 
 While the thread is at work it is looked at every `LOOK` seconds. It is stalled when its work has taken longer than `LIMIT`,
 and has been looked at often enough meanwhile: time for which the process was stopped, or its hub was blocked, brings hardly
-any looks, and is not the journal's.
+any looks, and is not the journal's. So a look that comes late judges nothing: what the thread has done meanwhile is not known
+yet. Nor does one right behind another (libev fires a timer twice after a pause). The next one does, late or not: a hub that is
+slow all the time looks less often.
 
 It does not know what the thread does.
 """
@@ -101,6 +103,8 @@ class Lookout:
         self._on_look = on_look
         self._stall = Stall()
         self._timer: Any = None
+        self._looked_at = 0.0
+        self._was_late = False
         self.since = 0.0
 
     def __repr__(self) -> str:
@@ -117,6 +121,7 @@ class Lookout:
         self._stall.begin()
         if self._timer is None:
             # Not stopped at the end of each piece of work: the next one mostly comes soon.
+            self._looked_at = monotonic()
             self._timer = self._hub.loop.timer(LOOK, LOOK, ref=False)
             self._timer.start(self._look)
 
@@ -135,8 +140,20 @@ class Lookout:
         if not self._is_watched():
             self.stop()
             return
+        if not self._is_in_time():
+            return
         age = monotonic() - self.since
         if self._is_in_thread() and self._stall.look(age):
             self._on_stalled(age)
         if age >= LOOK:
             self._on_look()
+
+    def _is_in_time(self) -> bool:
+        """Whether a look that is made now judges; see the module's head."""
+        now = monotonic()
+        gap = now - self._looked_at
+        if gap < LOOK / 2:
+            return False
+        self._looked_at = now
+        self._was_late = gap > 2 * LOOK and not self._was_late
+        return not self._was_late
