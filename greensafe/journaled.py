@@ -158,7 +158,6 @@ class Journaled(Watchdog):
         elif error is not None:
             self._refuse_unstored(request, error)
         elif known is None:
-            exchange.memory.is_counted = True
             self._run_stored(request)
         else:
             self._guarded(self._go_on, request, known)
@@ -212,9 +211,10 @@ class Journaled(Watchdog):
         self.rerun += 1
         if request_id in self._excused:
             self._excuse(request_id)
-        exchange.memory.is_counted = True
         exchange.memory.at = monotonic() + self._storing.patience
-        self._commits.write(Rerun(request_id), lambda _, error: self._on_rerun(request, error))
+        exchange.memory.number = self._commits.write(
+            Rerun(request_id), lambda _, error: self._on_rerun(request, error), Excuse(request_id)
+        )
 
     def _on_rerun(self, request: Request, error: JournalError | None) -> None:
         request._exchange.memory.at = math.inf
@@ -226,7 +226,8 @@ class Journaled(Watchdog):
             self._run_stored(request)
 
     def _run_stored(self, request: Request) -> None:
-        request._exchange.memory.is_begun = True
+        memory: Memory = request._exchange.memory
+        memory.is_begun = memory.is_counted = True
         if self._spent > TURN:
             self._ready.append(request)
             self._start_next_turn()

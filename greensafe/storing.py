@@ -58,7 +58,7 @@ class Memory:
         is_begun: Its Begin is stored, so its answer can be.
         is_counted: The journal counts this run as one in vain, and was not told yet that it was not.
         is_vanished: Its client's connection is gone.
-        number: Of its Begin among the journal's writes.
+        number: Of its Begin, or of its Rerun then, among the journal's writes.
         at: When, on the monotonic clock, its request or its answer is not to wait for the journal any longer.
     """
 

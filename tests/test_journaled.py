@@ -616,6 +616,23 @@ def test_what_was_not_run_excuses_nothing(build: Build) -> None:
     assert len(site.runs) == 1
 
 
+def test_a_rerun_that_was_not_counted_excuses_nothing(build: Build) -> None:
+    """It could not be stored, and was not run: the attempt before has ended with its process all the same."""
+    site = build(Waiting(), max_attempts=2)
+    site.peer.ask()
+    wait_until(lambda: site.runs and not site.journal.pending)
+    site.die()
+    site.disk.fails = lambda write: type(write).__name__ == "Rerun"
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    site.disk.fails = lambda write: False
+    site.peer.ask(age_ms=5)
+    wait_until(lambda: len(site.runs) == 2 and not site.journal.pending)
+    site.die()
+    site.peer.ask(age_ms=5)
+    assert site.peer.error() == (Kind.ERROR, "ABORTED", "TooManyAttempts")
+
+
 def test_cancelled_before_its_rerun_is_stored(build: Build) -> None:
     """A rerun that was counted and not run was not in vain: it has not ended with its process."""
     waiting = Waiting()
