@@ -122,7 +122,7 @@ class Storing:
     @property
     def is_full(self) -> bool:
         """Whether no more should be accepted for the time being."""
-        return self._commits.on_room is not None and self._turns.is_full
+        return self._turns.is_full
 
     def begin(self, request: Request, header: Header) -> None:
         """Store a request as soon as there is room in a batch, and it is its client's turn."""

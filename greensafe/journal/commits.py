@@ -348,6 +348,7 @@ class Commits:
         write(log, logging.ERROR, what, age, where, len(told))
         self._stalled = JournalUnavailable(f"the journal has been busy for {age:.0f} s and does not answer: {where}")
         self._tell_all(zip(told, [self._stalled] * len(told)))
+        self._done.set()
         self._have_room()
 
     def _end_pause(self) -> None:

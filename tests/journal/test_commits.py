@@ -669,6 +669,23 @@ def test_whose_effect_it_is_waits_for_it(
     assert commits.join(LONG)
 
 
+def test_flush_ends_with_a_stall(journal: Gated, stall: Callable[[bool], None]) -> None:
+    """A wait that has begun before it does not last for its limit."""
+    commits = Commits(journal, set)
+    commits.open()
+    journal.gate.clear()
+    commits.write(_begin(1), Told())
+    flushing = gevent.spawn(commits.flush, 2 * LONG)
+    wait_until(lambda: commits._is_busy)
+    stall(True)
+    assert not flushing.get()
+    assert commits.pending == 1
+    journal.gate.set()
+    wait_until(lambda: commits.is_well)
+    commits.close()
+    assert commits.join(LONG)
+
+
 def test_a_tidying_that_hangs(journal: Gated, stall: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those who wait behind it are told, and what they wanted is not done."""
     over, tidy = Native(), journal.tidy
