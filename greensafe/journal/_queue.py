@@ -84,6 +84,19 @@ class Queue:
         self.weight -= sum(entry[3] for entry in taken.values())
         return list(taken.values())
 
+    def put_back(self, failed: dict[int, Entry]) -> set[int]:
+        """Have what nobody waits for go with the next batch, of what the place could not take; returns its numbers.
+
+        Not what was withdrawn, if it is not wanted then: it is not there, and need not be undone.
+        """
+        kept = {
+            number: (write, then, undo, weight)
+            for number, (write, then, undo, weight) in failed.items()
+            if then is None and undo is None and not isinstance(write, Effect)
+        }
+        self.waiting = {**kept, **self.waiting}
+        return set(kept)
+
     def under_way(self) -> list[str]:
         """The names of the steps whose effects are running just now."""
         return [write.name for write, *_ in self.batch.values() if isinstance(write, Effect) and is_under_way(write)]

@@ -9,7 +9,8 @@ Group commit: what is written while one commit is under way is the next one's ba
 * A write that nobody waits for starts no batch: it goes with the next one, or when the timer comes.
 * A batch that fails by what may be one write's fault is tried again in halves, so that a write which cannot be stored fails
   alone. If the place is at fault (JournalUnavailable) halves would not help, and each may wait as long as the whole: then the
-  batch is tried again as a whole, for as long as `_patience` says, and what comes meanwhile waits. After that, all are told.
+  batch is tried again as a whole, for as long as `_patience` says, and what comes meanwhile waits. After that, all are told;
+  what nobody waits for stays, and goes with each further try: an answer or a rejection may have left that relies on it.
 * That the place cannot be written to is logged, and `error` says so, from the first try on. While nothing is to be written an
   empty batch asks now and then whether that is over: a server that is not well may be asked nothing any more.
 * Between commits, however many there are, and now and then while nothing happens, the journal may tidy up.
@@ -318,13 +319,15 @@ class Commits:
         was_spent = self._patience.is_spent
         pause = self._patience.failed(self._began, monotonic())
         if pause is None:
+            error, stay = told[-1][1], self.queue.put_back(kept)
+            told = [each for number, each in zip(batch, told) if number not in stay]
             if not was_spent:
                 # What has come meanwhile was waiting as well. In a batch of its own it would wait for one more try, which takes
                 # a second where the file is locked.
                 late, self._is_due = self.queue.take_waited_for(), False
-                told += zip(late, [told[-1][1]] * len(late))
+                told += zip(late, [error] * len(late))
                 text = "the journal could not be written for %.0f s: %d writes have failed; until it can be, each is tried once"
-                write(log, logging.ERROR, text, LIMIT, len(kept) + len(late))
+                write(log, logging.ERROR, text, LIMIT, len(kept) - len(stay) + len(late))
             return told
         self.queue.batch, self._is_busy = kept, True
         self._pause = start_timer(self._hub, pause, self._on_pause)

@@ -69,6 +69,19 @@ def test_what_is_tried_again_is_undone_when_it_is_stored() -> None:
     assert [entry[0] for entry in queue.waiting.values()] == [Forget(_id(1))]
 
 
+def test_what_nobody_waits_for_is_put_back() -> None:
+    """In its place, before what has come meanwhile; but neither what was withdrawn, nor an effect that nobody wants any more."""
+    effect = Effect(_id(4), "pay", 1, Act(in_transaction(lambda connection: 1), (), JsonOrBytes()))
+    forget, ack = (Forget(_id(1)), None, None, 0), (Ack(_id(7)), None, None, 0)
+    queue = _queue(forget, _begin(2), _begin(3), (effect, _then, None, 0))
+    queue.take()
+    queue.withdraw(3)
+    queue.withdraw(4)
+    queue.waiting = {9: ack}
+    assert queue.put_back(queue.end_batch()) == {1}
+    assert list(queue.waiting.items()) == [(1, forget), (9, ack)]
+
+
 def test_abandoned() -> None:
     """Whoever waits is to be told, but not who waits for an effect that runs; what nobody waits for stays."""
     act = Act(in_transaction(lambda connection: queue.abandon()), (), JsonOrBytes())
