@@ -148,10 +148,7 @@ class Journaled(Watchdog):
         exchange = request._exchange
         exchange.memory.at = math.inf
         if exchange.key not in self._beginning:
-            # Expired or cancelled meanwhile: if it was new and does not come again just now, it is as if it had never come.
-            if known is None and error is None and not self.responder.is_open(_id(exchange)):
-                self._commits.write(Forget(_id(exchange)))
-            return
+            return  # over since this turn began
         if isinstance(error, Unstorable):
             self._lines.not_stored(request, "it was not run: it", error)
             self._guarded(self._refuse, request, unstorable("the request", "INVALID_ARGUMENT"))

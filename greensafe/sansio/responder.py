@@ -199,10 +199,6 @@ class Responder:
         """Number the next requests as if so many had come before; `received` counts those as well."""
         self._key = received
 
-    def is_open(self, request_id: bytes) -> bool:
-        """With a journal: whether the request with this id is owed an answer."""
-        return self._ids is not None and request_id in self._ids
-
     def open_ids(self) -> list[bytes]:
         """With a journal: the ids of the requests that are owed an answer."""
         return list(self._ids or ())
