@@ -85,8 +85,6 @@ class Journaled(Watchdog):
         #: Whose handler runs, by id; and who waits for its end.
         self._active: dict[bytes, Exchange] = {}
         self._after: dict[bytes, Request] = {}
-        #: Whose last attempt is excused, which could not be stored yet.
-        self._excused: set[bytes] = set()
         self.replayed = 0
         self.rerun = 0
 
@@ -170,8 +168,6 @@ class Journaled(Watchdog):
     def _go_on(self, request: Request, known: Known) -> None:
         """What was stored before decides."""
         exchange = request._exchange
-        if _id(exchange) in self._excused:
-            known = known._replace(fruitless=known.fruitless - 1)
         action = decide(known, self._resume, self._max_attempts)
         if isinstance(action, Run):
             self._again(request, known, action)
@@ -206,8 +202,6 @@ class Journaled(Watchdog):
         exchange.memory.attempt = run.attempt
         exchange.memory.steps = dict(run.steps)
         self.rerun += 1
-        if request_id in self._excused:
-            self._excuse(request_id)
         exchange.memory.at = monotonic() + self._storing.patience
         exchange.memory.number = self._commits.write(
             Rerun(request_id), lambda _, error: self._on_rerun(request, error), Excuse(request_id)
@@ -345,12 +339,8 @@ class Journaled(Watchdog):
         """Once for a run, and only if there was one: what its predecessors have ended with is not forgotten."""
         if exchange.memory.is_counted:
             exchange.memory.is_counted = False
-            self._excuse(_id(exchange))
-
-    def _excuse(self, request_id: bytes) -> None:
-        """Its attempt has ended, and not with this process: another one may follow. A disk that is full is told again then."""
-        self._excused.add(request_id)
-        self._commits.write(Excuse(request_id), lambda _, error: None if error else self._excused.discard(request_id))
+            # Nobody waits for it, so it stays, whatever is wrong with the disk; and what asks for this request stands behind it.
+            self._commits.write(Excuse(_id(exchange)))
 
     def _on_acked(self, request_id: bytes) -> None:
         if self._commits.pending < ACKS:

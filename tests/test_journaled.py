@@ -176,7 +176,7 @@ def test_stored_before_it_runs_and_before_it_is_answered(build: Build) -> None:
     assert site.disk.kinds() == ["Begin", "Finish"]
     site.disk.gate.clear()
     site.peer.ask(2)
-    gevent.sleep(5 * MS)
+    wait_until(lambda: site.server.stats.running)
     assert (site.server.stats.running, held is site.server._watchdog) == (1, True)
     with site.context.socket(plain.REQ) as other:
         other.connect(site.server.endpoint)
@@ -1368,6 +1368,34 @@ def test_without_a_deadline_a_stall_ends_the_waits(build: Build, monkeypatch: py
     wait_until(lambda: site.server.healthy)
     site.peer.ask(4)
     assert site.peer.hear() == (Kind.REPLY, b"plain")
+
+
+@pytest.mark.usefixtures("quick")
+def test_stopped_in_a_stall_it_was_no_attempt_in_vain(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it has not ended with its process is stored as soon as the journal is back, whatever stalls meanwhile."""
+    monkeypatch.setattr("greensafe.journal._stall.LIMIT", LONG)
+    monkeypatch.setattr("greensafe.journal._stall.LOOKS", 2)
+    waiting = Waiting()
+    site = build(waiting, deadline=None, max_attempts=1)
+    site.peer.ask(1)
+    wait_until(lambda: site.runs and not site.journal.pending)
+    site.disk.gate.clear()
+    site.peer.ask(2)
+    wait_until(lambda: site.journal.pending)
+    monkeypatch.setattr("greensafe.journal._stall.LIMIT", 0.0)
+    assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
+    commits = site.server._commits
+    site.server.close()
+    assert site.peer.error() == (Kind.INTERRUPTED, "UNAVAILABLE", "ServerStopped")
+    monkeypatch.setattr("greensafe.journal._stall.LIMIT", LONG)
+    site.disk.gate.set()
+    wait_until(lambda: commits.join(MS))
+    site.server.start()
+    waiting.event.set()
+    site.peer = site.connect()
+    site.peer.ask(1, age_ms=5)
+    assert site.peer.hear() == (Kind.REPLY, b"re: body")
+    assert [attempt for _, attempt in site.runs] == [1, 2]
 
 
 @pytest.mark.usefixtures("quick")
