@@ -339,7 +339,7 @@ class Journaled(Watchdog):
         """Once for a run, and only if there was one: what its predecessors have ended with is not forgotten."""
         if exchange.memory.is_counted:
             exchange.memory.is_counted = False
-            # Nobody waits for it, so it stays, whatever is wrong with the disk; and what asks for this request stands behind it.
+            # Nobody waits for it, so it stays whatever is wrong with the disk. What asks for this request stands behind it.
             self._commits.write(Excuse(_id(exchange)))
 
     def _on_acked(self, request_id: bytes) -> None:

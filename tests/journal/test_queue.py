@@ -70,7 +70,7 @@ def test_what_is_tried_again_is_undone_when_it_is_stored() -> None:
 
 
 def test_what_nobody_waits_for_is_put_back() -> None:
-    """In its place, before what has come meanwhile; but neither what was withdrawn, nor an effect that nobody wants any more."""
+    """In its place, before what has come meanwhile; but neither what was withdrawn, nor an effect that nobody wants."""
     effect = Effect(_id(4), "pay", 1, Act(in_transaction(lambda connection: 1), (), JsonOrBytes()))
     forget, ack = (Forget(_id(1)), None, None, 0), (Ack(_id(7)), None, None, 0)
     queue = _queue(forget, _begin(2), _begin(3), (effect, _then, None, 0))
