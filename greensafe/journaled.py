@@ -340,7 +340,7 @@ class Journaled(Watchdog):
         if exchange.memory.is_counted:
             exchange.memory.is_counted = False
             # Nobody waits for it, so it stays whatever is wrong with the disk. What asks for this request stands behind it.
-            self._commits.write(Excuse(_id(exchange)))
+            self._commits.write(Excuse(_id(exchange)), is_soon=True)
 
     def _on_acked(self, request_id: bytes) -> None:
         if self._commits.pending < ACKS:

@@ -155,22 +155,24 @@ class Commits:
         self._is_open = True
         self._health.start(TIDY, ASK)
 
-    def write(self, write: Write, then: Then | None = None, undo: Write | None = None, weight: int = 0) -> int:
+    def write(
+        self, write: Write, then: Then | None = None, undo: Write | None = None, weight: int = 0, is_soon: bool = False
+    ) -> int:
         """Store something. From any greenlet of the server's thread, the hub included; for `then` see above.
 
-        Without `then` it may take `TIDY` seconds before it is stored. With `undo` it is only wanted if `then` is told of it: if
-        it is withdrawn, or `close` is called, first it is not stored; or undone, if it is by then and its result was None.
-        Returns its number, for `withdraw`.
+        Without `then` it may take `TIDY` seconds before it is stored, unless it `is_soon`. With `undo` it is only wanted if
+        `then` is told of it: if it is withdrawn, or `close` is called, first it is not stored; or undone, if it is by then and
+        its result was None. Returns its number, for `withdraw`.
         """
         if not self._is_open:
             if then is not None:
                 self._hub.loop.run_callback(then, None, JournalError("the journal is closed: its server was stopped"))
             return 0
         queue = self.queue
-        if then is not None:
-            if self._stalled is not None:
-                self._hub.loop.run_callback(then, None, self._stalled)
-                return 0
+        if then is not None and self._stalled is not None:
+            self._hub.loop.run_callback(then, None, self._stalled)
+            return 0
+        if then is not None or is_soon:
             self._is_due = True
             if not self._is_busy and not self._is_scheduled:
                 self._schedule()

@@ -136,6 +136,13 @@ def test_what_nobody_waits_for_goes_with_the_next_batch(journal: Gated, commits:
     assert isinstance(known.got[0][0], Known)
 
 
+def test_what_nobody_waits_for_and_is_not_to_be_late(journal: Gated, commits: Commits) -> None:
+    """It starts a batch."""
+    commits.write(_begin(1))
+    commits.write(Forget(_id(2)), is_soon=True)
+    wait_until(lambda: journal.batches == [2])
+
+
 def test_what_nobody_waits_for_is_stored_in_the_end(journal: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
     """When nothing else comes, the timer takes it."""
     monkeypatch.setattr("greensafe.journal.commits.TIDY", 5 * MS)
