@@ -57,7 +57,7 @@ class Steps:
             raise TypeError(f"a step_codec's encode returns bytes, not {type(data).__name__}")
         data = bytes(data)  # as it comes back in the next run
         if not exchange.is_answered:
-            self._store(exchange, Step(memory.request_id, name, number, data))
+            self._store(Step(memory.request_id, name, number, data))
         return self._codec.decode(data)
 
     def _in_transaction(
@@ -65,18 +65,18 @@ class Steps:
     ) -> Any:
         act = Act(fn, args, self._codec)
         try:
-            result = self._store(exchange, Effect(request_id, name, number, act))
+            result = self._store(Effect(request_id, name, number, act))
         finally:
             act.is_wanted = False
         if isinstance(result, Failed):
             raise result.error
         return self._codec.decode(result)
 
-    def _store(self, exchange: Exchange, write: Step | Effect) -> Any:
+    def _store(self, write: Step | Effect) -> Any:
         """Wait until something is stored. Whoever ends the wait leaves it open whether it is.
 
-        What has not begun to be written by then is not: an effect, since it would happen unseen; and any step of a request that
-        is answered.
+        An effect that has not begun by then is not done: it would happen unseen. What a step has done is stored all the same: its
+        request may be answered, but only for now.
         """
         done = AsyncResult()
         number = self._commits.write(
@@ -85,6 +85,6 @@ class Steps:
         try:
             return done.get()
         except BaseException:
-            if exchange.is_answered or isinstance(write, Effect):
+            if isinstance(write, Effect):
                 self._commits.withdraw(number)
             raise
