@@ -75,8 +75,8 @@ class Steps:
     def _store(self, write: Step | Effect) -> Any:
         """Wait until something is stored. Whoever ends the wait leaves it open whether it is.
 
-        An effect that has not begun by then is not done: it would happen unseen. What a step has done is stored all the same: its
-        request may be answered, but only for now.
+        An effect that has not begun by then is not done: it would happen unseen. What a step has done is stored all the same:
+        its request may be answered, but only for now.
         """
         done = AsyncResult()
         number = self._commits.write(
