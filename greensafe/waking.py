@@ -83,7 +83,7 @@ class Waking:
     def arm(self, at: float) -> None:
         """Have the callers' limits seen to at this monotonic time."""
         self.disarm()
-        self._timer = start_timer(self._hub, at - monotonic(), self._on_timer)
+        self._timer = start_timer(self._hub, at - monotonic(), self._on_timer, again=True)
         self.at = at
 
     def disarm(self) -> None:
@@ -95,11 +95,11 @@ class Waking:
         self.at = float("inf")
 
     def _on_timer(self) -> None:
-        self.disarm()
-        self.at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
         self._restarts.run("limits", self._end_overdue)
 
     def _end_overdue(self) -> None:
+        self.disarm()
+        self.at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
         for channel in self.channels:
             channel.drain()
         for asked in self._requester.tick(monotonic()):

@@ -150,6 +150,8 @@ class Watchdog:
         self._owed: dict[int, Exchange] = {}
         #: The routing id, as an object, that the request came with which was opened last.
         self._opened = b""
+        #: What is due and not done yet; it stays if a signal's handler raises meanwhile.
+        self._effects: list[Effect] = []
         self._kept = Backlog()
         self._is_starting = False
         self._spent = 0.0
@@ -628,7 +630,7 @@ class Watchdog:
         soonest = self.responder.soonest
         if soonest < self._timer_at:
             self._disarm()
-            self._timer = start_timer(self.hub, soonest - monotonic(), self._on_timer)
+            self._timer = start_timer(self.hub, soonest - monotonic(), self._on_timer, again=True)
             self._timer_at = soonest
 
     def _disarm(self) -> None:
@@ -639,13 +641,16 @@ class Watchdog:
         self._timer_at = float("inf")
 
     def _on_timer(self) -> None:
-        self._disarm()
-        self._timer_at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
         self._restarts.run("watchdog", self._tick)
 
     def _tick(self) -> None:
-        for effect in self.responder.tick(monotonic()):
-            self._guarded(self._apply, effect)
+        self._disarm()
+        self._timer_at = float("-inf")  # nobody sets it again before this is done, if it has to be done again
+        effects = self._effects
+        self.responder.tick(monotonic(), effects)
+        while effects:
+            self._guarded(self._apply, effects[0])
+            del effects[0]
         self.responder.next_deadline()
         self._disarm()
         self._rearm()

@@ -123,22 +123,19 @@ class Callers:
                 self.forgotten += 1
                 self._forget(caller)
 
-    def take(self, now: float) -> list[Caller]:
+    def take(self, now: float) -> Iterator[Caller]:
         """The clients that are to be told by `now` that their requests are open; each comes up again after its pulse."""
-        told = []
         for caller in self._pulses.take(now):
-            if caller.due > now:
-                continue  # it stood there twice: a coarse clock makes the same time again, after an earlier one in between
             if caller.open:
-                caller.due = now + caller.pulse
-                self._pulses.push(caller.due, caller)
-                told.append(caller)
+                due = now + caller.pulse
+                self._pulses.push(due, caller)
+                caller.due = due  # not before: whoever is interrupted pushes it again
+                yield caller
             else:
                 caller.due = math.inf
                 if not self.is_draining:
                     # Only now, so that a client that asks one thing after another is not forgotten after each.
                     self._forget(caller)
-        return told
 
     def next_at(self) -> float | None:
         """When `take` has something to do next, None if nothing is left."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 __all__ = ["DueQueue"]
@@ -42,9 +42,9 @@ class DueQueue(Generic[T]):
         """Have `thing` come up at `at`; pushed twice it comes up twice, if both still count then."""
         self._number += 1
         heap = self._heap
+        if len(heap) >= 2 * self._live_size:
+            self.sweep()  # before: what is pushed may count only afterwards
         heapq.heappush(heap, (at, self._number, thing))
-        if len(heap) > 2 * self._live_size:
-            self.sweep()
 
     def sweep(self) -> None:
         """Let go of all that is over."""
@@ -63,16 +63,17 @@ class DueQueue(Generic[T]):
             heapq.heappop(heap)
         return None
 
-    def pop_due(self, now: float, most: float = math.inf) -> list[T]:
-        """Take out what is due by `now`, in the order of the times, up to so many; `next_at` tells whether there are more."""
-        return [thing for _, thing in self.pop_due_with_times(now, most)]
+    def take_due(self, now: float, most: float = math.inf) -> Iterator[tuple[float, T]]:
+        """Take out what is due by `now`, each with its time, in their order; `next_at` tells of what is beyond `most`.
 
-    def pop_due_with_times(self, now: float, most: float = math.inf) -> list[tuple[float, T]]:
-        """The same, with the time of each."""
-        due: list[tuple[float, T]] = []
+        Each is taken out when the next one is asked for. If the caller is interrupted before, it comes again.
+        """
         heap = self._heap
-        while heap and heap[0][0] <= now and len(due) < most:
-            at, _, thing = heapq.heappop(heap)
+        while most > 0 and heap and heap[0][0] <= now:
+            entry = heap[0]
+            at, _, thing = entry
             if self._is_live(thing, at):
-                due.append((at, thing))
-        return due
+                most -= 1
+                yield at, thing
+            if heap and heap[0] is entry:
+                heapq.heappop(heap)

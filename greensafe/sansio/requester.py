@@ -13,7 +13,7 @@ It does not know sockets, clocks or greenlets: `now` is an argument, what is to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import LocalProtocolError
@@ -534,9 +534,9 @@ class Requester:
             self.abandon(asked)
         return given_up
 
-    def tick(self, now: float) -> list[Asked]:
-        """The requests whose limit has come by `now`; they are still open."""
-        return self._due.pop_due(now)
+    def tick(self, now: float) -> Iterator[Asked]:
+        """The requests whose limit has come by `now`; they are still open. See `DueQueue.take_due`."""
+        return (asked for _, asked in self._due.take_due(now))
 
     def next_deadline(self) -> float | None:
         """When `tick` is to be called next, None for not at all."""

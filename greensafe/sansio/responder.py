@@ -381,8 +381,8 @@ class Responder:
             self._set_due(exchange, at)
 
     def _set_due(self, exchange: Exchange, at: float) -> None:
+        self._due.push(at, exchange)  # first: who is interrupted here does it once more
         exchange.at = at
-        self._due.push(at, exchange)
         if at < self.soonest:
             self.soonest = at
 
@@ -507,26 +507,39 @@ class Responder:
             self.zombies -= 1
         return exchange.state is State.ABANDONED
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float, effects: list[Effect] | None = None) -> list[Effect]:
         """What is to be done by `now`, in the order of the times; then what clients are to be told.
 
         It is done in parts, so that other things come in between: `next_deadline` tells whether there is more.
+
+        Args:
+            now: When this is.
+            effects: What it is appended to. If a signal's handler raises here, what stands there is to be done all the same.
         """
-        effects: list[Effect] = []
-        for exchange in self._due.pop_due(now, AT_A_TIME):
-            if not exchange.is_expired:
-                exchange.is_expired = True
-                effects.append(Expire(exchange))
-            elif self._spares(exchange, now):
-                pass  # this process was stopped, or blocked: the handler has not had its grace
-            else:
+        effects = [] if effects is None else effects
+        for _, exchange in self._due.take_due(now, AT_A_TIME):
+            # If it is spared, this process was stopped, or blocked: the handler has not had its grace.
+            is_killed = exchange.is_expired and not self._spares(exchange, now)
+            found: list[Effect] = [Kill(exchange)] if is_killed else [] if exchange.is_expired else [Expire(exchange)]
+            if is_killed and exchange.kills == 1:
+                found.insert(0, Zombie(exchange))
+            again, is_running = (
+                now + (max(self._grace, AGAIN) if is_killed or exchange.kills else self._grace),
+                exchange.is_running,
+            )
+            if is_running:
+                self._due.push(again, exchange)
+            # No call from here on, so all of this is done, or it comes again.
+            effects += found
+            exchange.is_expired = True
+            if is_killed:
                 exchange.kills += 1
                 if exchange.kills == 2:
                     self.zombies += 1
-                    effects.append(Zombie(exchange))
-                effects.append(Kill(exchange))
-            if exchange.is_running:
-                self._set_due(exchange, now + (self._grace if exchange.kills == 0 else max(self._grace, AGAIN)))
+            if is_running:
+                exchange.at = again
+                if again < self.soonest:
+                    self.soonest = again
         for caller in self._callers.take(now):
             effects.append(Say(self._say(Kind.WORKING, caller.origin, next(iter(caller.open)), [b"".join(caller.open)])))
         return effects

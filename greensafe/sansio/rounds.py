@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from .due import DueQueue
@@ -87,34 +87,41 @@ class Rounds(Generic[T]):
             return at
         return self._until if at is None else min(at, self._until)
 
-    def take(self, now: float) -> list[T]:
-        """The clients whose turn it is by `now`, among them all whose time has come and that have no open request any more."""
+    def take(self, now: float) -> Iterator[T]:
+        """The clients whose turn it is by `now`, among them all whose time has come and that have no open request any more.
+
+        Each is taken out when the next one is asked for. If the caller is interrupted before it has pushed it again, or made it
+        count no more, it comes again.
+        """
         if now >= self._until:
             self._until = now + INTERVAL
             self._said = 0
             self._said_each.clear()
-        for at, client in self._due.pop_due_with_times(now, ALL):
+        for at, client in self._due.take_due(now, ALL):
             line = self._lines.get(client.origin[0])
             if line is None:
                 self._lines[client.origin[0]] = line = deque()
             line.append((at, client))
-        taken: list[T] = []
-        full: list[tuple[bytes, deque[tuple[float, T]]]] = []
-        while self._lines and self._said < ALL:
-            connection, line = self._lines.popitem(last=False)
-            said = self._said_each.get(connection, 0)
+        lines = self._lines
+        full = 0  # in a row
+        while full < len(lines) and self._said < ALL:
+            connection = next(iter(lines))
+            said, line = self._said_each.get(connection, 0), lines[connection]
+            lines.move_to_end(connection)
             if said >= EACH:
-                full.append((connection, line))
+                full += 1
                 continue
-            at, client = line.popleft()
-            if line:
-                self._lines[connection] = line
-            if not self._is_live(client, at):
-                continue
-            taken.append(client)
-            if client.open:
-                cost = 1 + (sum(map(len, client.origin)) + _ID * len(client.open)) // LONG
-                self._said_each[connection] = said + cost
-                self._said += cost
-        self._lines.update(full)
-        return taken
+            full = 0
+            entry = line[0]
+            at, client = entry
+            if self._is_live(client, at):
+                if client.open:
+                    cost = 1 + (sum(map(len, client.origin)) + _ID * len(client.open)) // LONG
+                    self._said_each[connection] = said + cost
+                    self._said += cost
+                yield client
+            line = lines.get(connection, line)  # what has been swept meanwhile is another one
+            if line and line[0] is entry:
+                del line[0]
+            if not line and connection in lines:
+                del lines[connection]

@@ -45,10 +45,10 @@ def test_a_client_that_comes_up_twice_for_one_time() -> None:
         callers, exchange = Callers(), _exchange()
         callers.add(exchange, A, b"1", 10_000, 0.0)  # due at 2.0
         callers.add(exchange, A, b"2", 5_000, 0.0)  # at 1.0, and then at 2.0 again
-        assert len(callers.take(1.0)) == 1
+        assert len(list(callers.take(1.0))) == 1
         if not is_open:
             callers.leave(A, b"1", exchange)
             callers.leave(A, b"2", exchange)
-        assert len(callers.take(2.0)) == is_open
+        assert len(list(callers.take(2.0))) == is_open
         assert callers._idle_size == 0
         assert len(callers._pulses) == len(callers) == is_open

@@ -21,7 +21,7 @@ def test_against_a_list(steps: list[tuple[str, int]]) -> None:
         elif action == "kill" and live:
             del live[sorted(live)[value % len(live)]]
         elif action == "pop":
-            due = queue.pop_due(value)
+            due = [thing for _, thing in queue.take_due(value)]
             assert sorted(due) == sorted(thing for thing, at in live.items() if at <= value)
             assert [live[thing] for thing in due] == sorted(live[thing] for thing in due)
             for thing in due:

@@ -535,9 +535,9 @@ def test_expiry() -> None:
     asked = _ask(requester, connection, at=15.0)
     waiting = requester.open(_id(2), [b"x"], 16.0, None)
     assert requester.next_deadline() == 15.0
-    assert requester.tick(14.0) == []
-    assert requester.tick(16.0) == [asked, waiting]
-    assert requester.tick(99.0) == []
+    assert list(requester.tick(14.0)) == []
+    assert list(requester.tick(16.0)) == [asked, waiting]
+    assert list(requester.tick(99.0)) == []
     assert requester.abandon(asked)
     assert requester.receive(_said(Kind.REPLY), connection, 16.0) is None
     requester.abandon(waiting)
@@ -715,3 +715,13 @@ def test_a_reply_that_is_cut_off(size: int) -> None:
     answer = requester.receive([whole[:size], *rest], connection, 0.0)
     assert (answer is None) == asked.is_open == (size < len(whole))
     assert requester.malformed == (size < len(whole))
+
+
+def test_limits_that_are_interrupted_come_again() -> None:
+    """Whoever is interrupted between two requests whose limits have come gets the rest of them the next time."""
+    requester = Requester()
+    asked = [requester.open(_id(number), [b"x"], 1.0, None) for number in range(3)]
+    for each in requester.tick(2.0):
+        requester.abandon(each)
+        break
+    assert list(requester.tick(2.0)) == asked[1:]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from interrupting import Interrupter, Interruption
 
 from greensafe.errors import LocalProtocolError, RemoteError, RemoteProtocolError
 from greensafe.sansio import callers as callers_module, responder as responder_module
@@ -29,6 +32,7 @@ from greensafe.sansio.responder import (
     WAYS_BYTES,
     Acked,
     Cancel,
+    Effect,
     Expire,
     Kill,
     Responder,
@@ -884,3 +888,19 @@ def test_many_kills_that_are_put_off_at_once() -> None:
     responder.tick(3601.0)
     assert responder.tick(7200.0) == []
     assert len(responder._spared) == 1
+
+
+def test_a_tick_that_is_interrupted_forgets_nothing() -> None:
+    """Wherever a signal's handler raises in it: done again, it finds each limit once, and who is to hear WORKING."""
+    for number in itertools.count():
+        responder = _responder()
+        exchanges = [_open(responder, each, remaining_ms=1000, patience_ms=2000) for each in range(3)]
+        effects: list[Effect] = []
+        with Interrupter(number, "sansio") as interrupter, suppress(Interruption):
+            responder.tick(1.0, effects)
+        if not interrupter.has_raised:
+            break
+        responder.tick(1.0, effects)
+        assert [each for each in effects if isinstance(each, Expire)] == [Expire(each) for each in exchanges], interrupter.where
+        assert {each for each in responder.tick(1.0 + GRACE) if isinstance(each, Kill)} == {Kill(each) for each in exchanges}
+    assert number > 50

@@ -42,7 +42,7 @@ def _run(made: Rounds[_Client], until: float) -> list[tuple[float, _Client]]:
     now = 0.0
     while (at := made.next_at()) is not None and at <= until:
         now = max(now, at)
-        for client in made.take(now):
+        for client in list(made.take(now)):
             told.append((now, client))
             if client.open:
                 _push(made, client, now + client.pulse)
@@ -99,9 +99,9 @@ def test_all_connections_together() -> None:
 def test_connections_take_turns_within_an_interval() -> None:
     """None of them waits until others have had all that they may have."""
     made = _made(*(_Client(b"%d" % (number % 8), b"%d" % number) for number in range(8 * ALL)))
-    told = [made.take(INTERVAL) for _ in range(8)]
+    told = [list(made.take(INTERVAL)) for _ in range(8)]
     assert sum(map(len, told)) == ALL
-    counts = Counter(client.origin[0] for client in made.take(2 * INTERVAL))
+    counts = Counter(client.origin[0] for client in list(made.take(2 * INTERVAL)))
     assert len(counts) == 8
     assert set(counts.values()) == {ALL // 8, ALL // 8 + 1}
 
@@ -129,7 +129,7 @@ def test_one_call_does_a_part() -> None:
     """Of what is due only so much is taken out at a time; the next call is due at once."""
     made = _made(*(_Client(b"a", b"%d" % number, is_open=False) for number in range(3 * ALL)))
     for left in (2, 1, 0):
-        assert len(made.take(1.0)) == ALL
+        assert len(list(made.take(1.0))) == ALL
         assert len(made) == left * ALL
         assert (made.next_at() or math.inf) <= (1.0 if left else math.inf)
 
@@ -141,7 +141,7 @@ def test_clients_without_requests_cost_nothing() -> None:
     busy = _Client(b"a", b"busy")
     for client in (*idle, busy):
         _push(made, client, 1.0)
-    assert made.take(1.0) == [*idle, busy]
+    assert list(made.take(1.0)) == [*idle, busy]
 
 
 @pytest.mark.parametrize("is_swept", [True, False])
@@ -149,13 +149,13 @@ def test_what_is_over_is_let_go(is_swept: bool) -> None:
     """Of clients that are forgotten while they wait for their turn nothing is told, and nothing stays."""
     clients = [_Client(b"a", b"%d" % number) for number in range(2 * EACH)]
     made = _made(*clients, _Client(b"b", pulse=9.0))
-    assert made.take(INTERVAL) == clients[:EACH]
+    assert list(made.take(INTERVAL)) == clients[:EACH]
     for client in clients[EACH:]:
         client.due = math.inf
     assert len(made) == EACH + 1
     if is_swept:
         made.sweep()
         assert len(made) == 1
-    assert made.take(2 * INTERVAL) == []
+    assert list(made.take(2 * INTERVAL)) == []
     assert len(made) == 1
     assert made.next_at() == 9.0
