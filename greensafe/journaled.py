@@ -33,6 +33,7 @@ from time import monotonic
 from typing import Any
 
 from .errors import JournalError, RemoteError, Unstorable
+from .interruptions import is_interruption
 from .journal.base import Journal
 from .journal.commits import Commits
 from .journal.steps import InTransaction
@@ -76,6 +77,7 @@ class Journaled(Watchdog):
         self._journal = journal
         self._commits = commits
         commits.on_look = self._see_to_late
+        commits.on_interrupted = self._find_lost
         self._storing = Storing(journal, commits, self._on_begun, self._on_room, limit=options["limit"], grace=options["grace"])
         self._steps = Steps(commits, self._codec)
         self._resume = resume
@@ -116,7 +118,15 @@ class Journaled(Watchdog):
         return {*self.responder.open_ids(), *self._active}
 
     def _is_placed(self, key: int) -> bool:
-        return key in self._beginning or super()._is_placed(key)
+        return self._storing.is_placed(key) or super()._is_placed(key)
+
+    def _find_lost(self) -> None:
+        super()._find_lost()
+        for exchange in list(self._owed.values()):
+            if exchange.is_answered and not exchange.is_delivered and exchange.key not in self._storing.held:
+                exchange.is_held = False
+                error = _ANSWER_NOT_STORED  # it may be, and then it is what the client gets when it asks again
+                self._leave(exchange, [error.to_reply()], Kind.INTERRUPTED, error, self._send)
 
     # Before the handler runs.
 
@@ -124,6 +134,10 @@ class Journaled(Watchdog):
         header = request._exchange.envelope.header
         if not isinstance(header, Header):
             super()._start(request)
+            return
+        memory: Memory | None = request._exchange.memory
+        if memory is not None and memory.is_begun:
+            self._run_now(request)  # it is stored, and was interrupted on its way to its handler
             return
         self._storing.begin(request, header)
 
@@ -227,8 +241,9 @@ class Journaled(Watchdog):
 
     def _run_now(self, request: Request) -> None:
         exchange = request._exchange
-        if self._beginning.pop(exchange.key, None) is not None:
+        if exchange.is_running and not exchange.is_answered:
             self._active[exchange.memory.request_id] = exchange
+            self._beginning.pop(exchange.key, None)
             super()._start(request)
 
     def _start_kept(self) -> None:
@@ -276,6 +291,14 @@ class Journaled(Watchdog):
 
     def _keep(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
         self.responder.seal(exchange)
+        try:
+            self._hand_over(exchange, body, kind, error)
+        except BaseException as interruption:
+            if is_interruption(interruption):
+                self._hand_over(exchange, body, kind, error)  # of two the second one finds that it has been stored
+            raise
+
+    def _hand_over(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
         self._storing.hold(exchange, error)
         self._commits.write(
             Finish(exchange.memory.request_id, kind, body), lambda _, failed: self._on_kept(exchange, body, kind, error, failed)
@@ -299,8 +322,10 @@ class Journaled(Watchdog):
                 lambda _, failed: self._on_kept(exchange, instead, Kind.ERROR, told, failed),
             )
             return
-        if self._storing.held.pop(exchange.key, None) is None:
+        held = self._storing.held
+        if exchange.key not in held:
             return  # it has left by another answer
+        del held[exchange.key]  # neither this nor the next line is a call
         exchange.is_held = False
         if failed is not None:
             self._lines.not_stored(Request(self, exchange, exchange.owner), "its answer", failed)
@@ -330,10 +355,18 @@ class Journaled(Watchdog):
     ) -> None:
         if exchange.memory is not None and (kind is Kind.INTERRUPTED or not exchange.memory.is_begun):
             self._excuse_run(exchange)
-        send(self.responder.deliver(exchange, body, kind))
-        for frames in self.responder.copies(exchange, body, kind):
+        frames = None
+        try:
+            frames = self.responder.deliver(exchange, body, kind)
             send(frames)
-        self._count(exchange, error)
+            for frames in self.responder.copies(exchange, body, kind):
+                send(frames)
+        except BaseException as interruption:
+            if is_interruption(interruption):
+                self._see_sent(exchange, body, kind, frames)
+            raise
+        finally:
+            self._count(exchange, error)
 
     def _excuse_run(self, exchange: Exchange) -> None:
         """Once for a run, and only if there was one: what its predecessors have ended with is not forgotten."""

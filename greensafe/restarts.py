@@ -24,8 +24,8 @@ import gevent
 
 from .deadlines import start_timer
 from .green._forks import generation
-from .green._interruptions import is_interruption
 from .hooks import LoopFailed, Tell
+from .interruptions import is_interruption
 from .sansio.backoff import PERIOD, RESTARTS, Intensity
 from .seldom import write
 

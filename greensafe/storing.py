@@ -137,6 +137,11 @@ class Storing:
             self._turns.keep(request)
             commits.on_room = self._hand_over_kept
 
+    def is_placed(self, key: int) -> bool:
+        """Whether a request waits here, and will come up."""
+        request = self.requests.get(key)
+        return request is not None and (key in self._turns or request._exchange.memory.number > 0)
+
     def take(self, key: int) -> Request | None:
         """A request is not to be stored any more, if that has not begun; None if it was none of these."""
         request = self.requests.pop(key, None)

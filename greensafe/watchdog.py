@@ -30,8 +30,8 @@ from gevent.hub import Hub
 from .backlog import Backlog
 from .deadlines import DeadlineSignal, deadline, start_timer
 from .errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
-from .green._interruptions import is_interruption
 from .hooks import HandlerStuck, Tell
+from .interruptions import is_interruption
 from .journal.steps import Codec, InTransaction, JsonOrBytes
 from .lines import Lines
 from .options import Handler, OnError
@@ -355,6 +355,8 @@ class Watchdog:
     def _find_lost(self) -> None:
         """Have the requests wait for their turn that were on their way to their handlers when something was interrupted."""
         for exchange in list(self._owed.values()):
+            if exchange.is_over:
+                self._settle(exchange)
             if not exchange.is_running or self._is_placed(exchange.key):
                 continue
             if exchange.owner is None:

@@ -37,6 +37,7 @@ class Interrupter:
 
     Attributes:
         number: As it was given.
+        has_begun: Whether it was entered.
         has_raised: Whether it has.
         where: The function and line.
     """
@@ -46,10 +47,12 @@ class Interrupter:
         self._prefixes = tuple(f"{_PACKAGE}/{each}" for each in inside or ("",))
         self._called: dict[FrameType, bool] = {}
         self._is_over = False
+        self.has_begun = False
         self.has_raised = False
         self.where = ""
 
     def __enter__(self) -> Interrupter:
+        self.has_begun = True
         sys.settrace(self._on_call)
         return self
 

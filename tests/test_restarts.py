@@ -407,11 +407,11 @@ def test_requests_do_not_shorten_a_pause(context: zmq.Context, monkeypatch: pyte
     failed_at: list[float] = []
     real = Responder.tick
 
-    def tick(self: Responder, now: float) -> Any:
+    def tick(self: Responder, now: float, *effects: Any) -> Any:
         if not failed_at or now < failed_at[0] + FIRST * (1 - JITTER) - TICK:
             failed_at.append(now)
             raise RuntimeError("injected")
-        return real(self, now)
+        return real(self, now, *effects)
 
     def handler(request: Request) -> None:
         gevent.sleep(LONG)

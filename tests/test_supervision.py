@@ -675,10 +675,10 @@ def test_a_watchdog_that_fails(
     sock, peer = _bound(context, kind)
     real, left = Responder.tick, [RuntimeError(str(number)) for number in range(count)]
 
-    def tick(self: Responder, now: float) -> Any:
+    def tick(self: Responder, now: float, *effects: Any) -> Any:
         if left:
             raise left.pop(0)
-        return real(self, now)
+        return real(self, now, *effects)
 
     monkeypatch.setattr(Responder, "tick", tick)
     runner = gevent.spawn(supervise, sock, _handle, deadline=10 * MS)

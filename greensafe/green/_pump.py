@@ -41,11 +41,11 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
+from ..interruptions import is_interruption
 from ..sansio.weights import MESSAGE, weight
 from ._every import Every
 from ._forks import generation
 from ._inlet import AT_ONCE, TOO_MANY, Inlet
-from ._interruptions import is_interruption
 from ._turns import TURN, call_in_next_turn
 from ._whole import BYTES, FLAGS, consume, finish
 

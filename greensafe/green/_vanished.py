@@ -40,7 +40,8 @@ class Vanished:
 
     def note(self, client: bytes, descriptor: int) -> None:
         """A message of this client came by this descriptor; one that has come again by another way belongs there."""
-        self._monitor.drain()
+        if not self._monitor.drain():
+            return  # who had the descriptor before may be among the events that are left
         before = self._clients.get(descriptor)
         if before == client or descriptor < 0:
             return

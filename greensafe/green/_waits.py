@@ -115,7 +115,7 @@ def call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
 class Keeper(Protocol):
     """A watcher besides the socket's own."""
 
-    def drain(self) -> None:
+    def drain(self) -> object:
         """Look now, and in this thread from now on."""
 
     def keep_loop(self) -> None:

@@ -40,7 +40,7 @@ from ..deadlines import DeadlineSignal, check, start_timer, to_seconds
 from ..errors import OperationTimeout
 from ..threads import is_elsewhere
 from ._forks import generation
-from ._turns import let_others_run
+from ._turns import call_in_next_turn, let_others_run
 from ._waits import Waiter, call_soon
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ _monitor: Callable[[Any, str | None, int], None] = Backend.monitor
 
 #: Milliseconds in which another thread's loop has to turn, and between two looks whether it has.
 TURN_LIMIT, TURN = 1_000, 20
+
+#: Events that are delivered at once: some 10 ms.
+MOST = 1000
 
 #: The first frame of an event: its kind and its value.
 _HEAD = struct.Struct("=HI")
@@ -150,28 +153,36 @@ class Monitor:
         """Whether no event can come any more: closed, or the socket is, or somebody else monitors it now."""
         return self._pair is None
 
-    def drain(self) -> None:
-        """Deliver what has arrived, here and now. May be called in any callback or greenlet, also by `on_event`.
+    def drain(self) -> bool:
+        """Deliver what has arrived, here and now, `MOST` events at most: peers of a socket that binds can cause any number.
 
-        Called in another thread than before (a socket may move while it is idle) it takes the monitor along.
+        May be called in any callback or greenlet, also by `on_event`. Called in another thread than before (a socket may move
+        while it is idle) it takes the monitor along.
+
+        Returns:
+            Whether that was all. The rest is delivered in the turns that follow.
         """
         if self._pair is None or self._generation != generation():
-            return
+            return True
         if self._hub is not gevent.get_hub():
             self._move()
-        while self._pair is not None:
+        for _ in range(MOST):
+            if self._pair is None:
+                return True
             try:
                 if not _get(self._pair, _EVENTS) & _POLLIN:
-                    return
+                    return True
                 head, endpoint = _recv(self._pair, _NOBLOCK), _recv(self._pair, _NOBLOCK)
             except zmq.Again:
-                return
+                return True
             except zmq.ZMQError:  # the context is terminated
                 head, endpoint = _HEAD.pack(_STOPPED, 0), b""
             kind, value = _HEAD.unpack(head)
             if kind == _STOPPED:
                 self.close()
             self._deliver(ConnectionEvent(zmq.Event(kind), value, endpoint.decode(errors="surrogateescape")))
+        call_in_next_turn(self._hub, _on_readable, weakref.ref(self), self._hub)
+        return False
 
     def close(self) -> None:
         """End, quietly and at once; to be called before the socket is closed. Does nothing if done."""

@@ -93,8 +93,8 @@ class Lookout:
         hub: Hub,
         is_watched: Callable[[], bool],
         is_in_thread: Callable[[], bool],
-        on_stalled: Callable[[float], None],
-        on_look: Callable[[], None],
+        on_stalled: Callable[[float], object],
+        on_look: Callable[[], object],
     ) -> None:
         self._hub = hub
         self._is_watched = is_watched

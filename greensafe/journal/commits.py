@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Callable, Collection, Iterable
+from collections import deque
+from collections.abc import Callable, Collection
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -39,6 +39,7 @@ from gevent.threadpool import ThreadPool
 
 from ..deadlines import move_on, start_timer
 from ..errors import JournalError, JournalUnavailable, Unstorable
+from ..interruptions import is_interruption
 from ..sansio.records import Write
 from ..seldom import write
 from . import _stall
@@ -73,6 +74,7 @@ class Commits:
         failures: Writes that have failed.
         queue: What waits, and what is being written.
         on_look: Called every `LOOK` seconds while the thread is at work for longer than that.
+        on_interrupted: Called after something from outside has ended one of the callbacks, in a turn of its own.
         on_room: Called once, when the weight of what waits has become less.
     """
 
@@ -85,9 +87,15 @@ class Commits:
         self.queue = Queue()
         self.on_look: Callable[[], object] | None = None
         self.on_room: Callable[[], object] | None = None
+        self.on_interrupted: Callable[[], object] | None = None
         #: A batch is to be started as soon as that can be.
         self._is_due = False
         self._is_busy = False
+        #: What the thread does, and what is called with its result.
+        self._doing: tuple[Callable[[Any], None] | None, Any] | None = None
+        #: A result that was not dealt with yet; then the writes whose callbacks were not called yet, and their results.
+        self._result: tuple[Callable[[Any], None] | None, Any] | None = None
+        self._told: deque[tuple[Entry, Any]] = deque()
         self._is_open = False
         self._is_scheduled = False
         self._done = Event()
@@ -147,7 +155,8 @@ class Commits:
             error = opening.get()
         except BaseException:
             self._is_to_finish = self._is_busy = True
-            opening.rawlink(partial(self._on_done, None))
+            self._doing = None, opening
+            opening.rawlink(partial(self._guarded, self._on_done))
             raise
         if error is not None:
             self._end()
@@ -191,8 +200,8 @@ class Commits:
     def _schedule(self) -> None:
         if not self._is_busy and not self._is_scheduled:
             # At the end of this turn, with all that comes in it.
+            self._hub.loop.run_callback(self._guarded, self._start)
             self._is_scheduled = True
-            self._hub.loop.run_callback(self._start)
 
     def _have_room(self) -> None:
         on_room, self.on_room = self.on_room, None
@@ -225,7 +234,8 @@ class Commits:
         pending = self.queue.close(is_paused)
         self._is_to_finish = True
         error = JournalError("the server was stopped before this was known to be stored")
-        self._tell_all(zip(pending, [error] * len(pending)))
+        self._told += zip(pending, [error] * len(pending))
+        self._tell_all()
         self._done.set()
         if not self._is_busy:
             self._end()
@@ -249,8 +259,8 @@ class Commits:
         self._is_scheduled = False
         if not self._is_open or self._is_busy or not self._is_due or not self.queue.waiting:
             return
-        self._is_due = False
         self.queue.take()
+        self._is_due = False
         self._try()
         if self.on_room is not None:
             self._have_room()
@@ -265,37 +275,78 @@ class Commits:
         self._is_busy, self._began = True, monotonic()
         if self._is_open:
             self._lookout.begin(self._began if since is None else since)
-        self._pool.spawn(act, *args).rawlink(partial(self._on_done, then))
+        done = self._pool.spawn(act, *args)
+        self._doing = then, done
+        done.rawlink(partial(self._guarded, self._on_done))
 
-    def _on_done(self, then: Callable[[Any], None] | None, done: Any) -> None:
-        self._is_busy = False
+    def _on_done(self, done: Any) -> None:
+        if self._doing is None or self._doing[1] is not done:
+            return  # it was dealt with when something had been interrupted
+        result = done.get()
         if self._lookout.end():
             text = "the journal goes on again: what it was busy with has taken %.1f s"
             write(log, logging.WARNING, text, monotonic() - self._lookout.since)
             self._stalled = None
+        # No call between these: whoever is interrupted before does all of it again, and afterwards the result is kept.
+        self._result = self._doing[0], result
+        self._doing = None
+        self._is_busy = False
+        self._deal_with_result()
+
+    def _deal_with_result(self) -> None:
+        if self._result is None:
+            return
+        then, result = self._result
         if self._is_open:
-            if then is not None:
-                self._guarded(then, done.get())
+            if then is None or self._guarded(then, result):
+                self._result = None
         else:
+            self._result = None
             if self.queue.late:
-                self._guarded(self.queue.settle, done.get())
+                self._guarded(self.queue.settle, result)
             self._guarded(self._end)
         if not self.pending:
             self._done.set()
 
+    def _recover(self) -> None:
+        """Go on with what something from outside has interrupted."""
+        if self._doing is not None:
+            done = self._doing[1]
+            if done.ready():
+                self._on_done(done)
+            else:
+                done.rawlink(partial(self._guarded, self._on_done))  # if that was not done; twice is as once
+        elif self._is_busy and self._doing is None and self._pause is None:
+            self._is_busy = False  # the thread may have it all the same: what is written twice is as if once
+        self._deal_with_result()
+        self._tell_all()
+        if self._is_open and not self._is_busy and self.queue.batch:
+            self._try()
+        else:
+            self._go_on()
+        if self._is_open and self.on_interrupted is not None:
+            self.on_interrupted()
+
     def _on_committed(self, results: list[Any]) -> None:
-        batch = self.queue.end_batch()
+        batch = self.queue.batch
         told: list[tuple[Entry, Any]] = list(zip(batch.values(), results, strict=True))
-        self.count += 1
         failures = [result for result in results if isinstance(result, JournalError)]
         if failures:
+            self._result = None
+            self.queue.end_batch()
             told = self._look_into(batch, told, failures)
+            self._told += told
         else:
             self._patience.ended()
             self._health.note(None)
+            # No call between these: before them this can be done once more, and after them `_told` has what is left to do.
+            self._told += told
+            self.queue.batch = {}
+            self._result = None
+        self.count += 1
         self.queue.undo_unwanted(told)
         self._guarded(self._go_on)
-        self._tell_all(told)
+        self._tell_all()
         self._guarded(self._go_on)
         if self.on_room is not None and not self._is_due:
             self._have_room()  # whoever waits for the next batch would wait for ever
@@ -352,7 +403,8 @@ class Commits:
         what = "the journal has been busy for %.0f s: %s; %d writes have failed, and so do all further ones until it goes on"
         write(log, logging.ERROR, what, age, where, len(told))
         self._stalled = JournalUnavailable(f"the journal has been busy for {age:.0f} s and does not answer: {where}")
-        self._tell_all(zip(told, [self._stalled] * len(told)))
+        self._told += zip(told, [self._stalled] * len(told))
+        self._tell_all()
         self._done.set()
         self._have_room()
 
@@ -372,20 +424,27 @@ class Commits:
         else:
             self._start()
 
-    def _guarded(self, act: Callable[..., object], *args: Any) -> None:
-        """What fails is reported, and what comes next is done all the same."""
+    def _guarded(self, act: Callable[..., object], *args: Any) -> bool:
+        """What fails is reported, and what comes next is done all the same; False if something from outside has ended it."""
         try:
             act(*args)
-        except BaseException:  # noqa: BLE001 - see above
-            self._hub.handle_error(self, *sys.exc_info())
+        except BaseException as error:  # noqa: BLE001 - see above
+            self._hub.handle_error(self, type(error), error, error.__traceback__)
+            if is_interruption(error) and self._hub.loop is not None:
+                self._hub.loop.run_callback(self._guarded, self._recover)
+                return False
+        return True
 
-    def _tell_all(self, told: Iterable[tuple[Entry, Any]]) -> None:
-        for (_, then, _, _), result in told:
+    def _tell_all(self) -> None:
+        """Tell those who wait, each once; once more if that is interrupted."""
+        told = self._told
+        while told:
+            (_, then, _, _), result = told[0]
             if then is not None:
-                if isinstance(result, JournalError):
-                    self._guarded(then, None, result)
-                else:
-                    self._guarded(then, result, None)
+                args = (None, result) if isinstance(result, JournalError) else (result, None)
+                if not self._guarded(then, *args):
+                    self._guarded(then, *args)
+            del told[0]
 
     def _on_tidied(self, result: bool | JournalError) -> None:
         if isinstance(result, JournalUnavailable):
@@ -408,6 +467,8 @@ class Commits:
     def _on_timer(self) -> None:
         if os.getpid() != self._process:
             self._health.stop()  # a forked child's, whose journal is closed
+        elif self._doing is not None and self._doing[1].ready():
+            self._guarded(self._on_done, self._doing[1])  # its own call was ended before the first line
         elif not self._is_busy and self._is_open:
             self._is_due = bool(self.queue.waiting)
             if self.error is not None and not self._is_due:

@@ -98,9 +98,10 @@ class Callers:
             pulse = min(max(patience_ms / 1000 / LOOKS, SHORTEST_PULSE), LONGEST_PULSE)
             caller.pulse = min(pulse, caller.pulse)
             if now + caller.pulse < caller.due:
-                caller.due = now + caller.pulse
-                self._pulses.push(caller.due, caller)
-                return caller.due
+                due = now + caller.pulse
+                self._pulses.push(due, caller)
+                caller.due = due  # not before; see `take`
+                return due
         return math.inf
 
     def leave(self, origin: tuple[bytes, ...], request_id: bytes, exchange: Exchange) -> None:

@@ -64,7 +64,7 @@ class DueQueue(Generic[T]):
         return None
 
     def take_due(self, now: float, most: float = math.inf) -> Iterator[tuple[float, T]]:
-        """Take out what is due by `now`, each with its time, in their order; `next_at` tells of what is beyond `most`.
+        """Take out what is due by `now`, each with its time, in their order; `next_at` tells whether there are more.
 
         Each is taken out when the next one is asked for. If the caller is interrupted before, it comes again.
         """

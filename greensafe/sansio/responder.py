@@ -381,7 +381,7 @@ class Responder:
             self._set_due(exchange, at)
 
     def _set_due(self, exchange: Exchange, at: float) -> None:
-        self._due.push(at, exchange)  # first: who is interrupted here does it once more
+        self._due.push(at, exchange)  # first: a caller that is interrupted here does it once more
         exchange.at = at
         if at < self.soonest:
             self.soonest = at
@@ -523,10 +523,8 @@ class Responder:
             found: list[Effect] = [Kill(exchange)] if is_killed else [] if exchange.is_expired else [Expire(exchange)]
             if is_killed and exchange.kills == 1:
                 found.insert(0, Zombie(exchange))
-            again, is_running = (
-                now + (max(self._grace, AGAIN) if is_killed or exchange.kills else self._grace),
-                exchange.is_running,
-            )
+            again = now + (max(self._grace, AGAIN) if is_killed or exchange.kills else self._grace)
+            is_running = exchange.is_running
             if is_running:
                 self._due.push(again, exchange)
             # No call from here on, so all of this is done, or it comes again.

@@ -1,4 +1,4 @@
-"""Tests of greensafe.green._whole and _interruptions: what a signal's handler raises tears no message."""
+"""Tests of greensafe.green._whole and greensafe.interruptions: what a signal's handler raises tears no message."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from helpers import wait_until
 from interrupting import Interrupter, Interruption
 
 import greensafe as zmq
-from greensafe.green import _inlet, _interruptions, _pump, _whole
-from greensafe.green._interruptions import has_called, is_interruption, is_of_zmq
+from greensafe import interruptions
+from greensafe.green import _inlet, _pump, _whole
 from greensafe.green._pump import Pump
+from greensafe.interruptions import has_called, is_interruption, is_of_zmq
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),
@@ -177,10 +178,10 @@ def _handler(*_: object) -> None:
 
 def _in_zmq(name: str, act: Callable[[], object], is_before: bool) -> object:
     """Call `act` as pyzmq's function of this name does, and have a handler raise behind it, or before."""
-    padding = "" if is_before else "\n" * (_interruptions._lines()[name] + 1)
+    padding = "" if is_before else "\n" * (interruptions._lines()[name] + 1)
     source = _SOURCE.format(name=name, padding=padding)
     found: dict[str, Any] = {}
-    exec(compile(source, f"/somewhere/{_interruptions._FILE}", "exec"), found)
+    exec(compile(source, f"/somewhere/{interruptions._FILE}", "exec"), found)
     code = found[f"{name}_before" if is_before else name]
     code.__code__ = code.__code__.replace(co_name=f"zmq.backend.cython._zmq.{name}")
     return code(act, _handler)
@@ -188,12 +189,12 @@ def _in_zmq(name: str, act: Callable[[], object], is_before: bool) -> object:
 
 def test_pyzmqs_source_is_read() -> None:
     """Where libzmq is called in it is known for each function that sends or receives: has pyzmq changed?"""
-    assert set(_interruptions._lines()) == set(_interruptions._CALLS)
+    assert set(interruptions._lines()) == set(interruptions._CALLS)
 
 
 def test_where_an_exception_came_from(monkeypatch: pytest.MonkeyPatch, context: zmq.Context) -> None:
     """A handler's is told from pyzmq's own and from a mistake, and whether libzmq was called before is known."""
-    monkeypatch.setattr(_interruptions, "_handlers", lambda: {_handler.__code__})
+    monkeypatch.setattr(interruptions, "_handlers", lambda: {_handler.__code__})
     for name in ("_send_copy", "_recv_frame"):
         for is_before in (False, True):
             with pytest.raises(TimeoutError) as caught:
@@ -215,7 +216,7 @@ def test_a_send_that_pyzmq_interrupts(
     context: zmq.Context, monkeypatch: pytest.MonkeyPatch, reported: list[BaseException], index: int, is_before: bool
 ) -> None:
     """The message goes out once and whole, whichever of its frames the handler has come at."""
-    monkeypatch.setattr(_interruptions, "_handlers", lambda: {_handler.__code__})
+    monkeypatch.setattr(interruptions, "_handlers", lambda: {_handler.__code__})
     sock: plain.Socket[bytes] = plain.Socket(context, zmq.DEALER)
     peer = plain.Socket(context, zmq.DEALER)
     peer.bind("inproc://peer")
@@ -249,7 +250,7 @@ def test_a_frame_that_pyzmq_loses(
     why: str,
 ) -> None:
     """The message is not handed over with a gap: it is told what is left of it, and the next one is whole."""
-    monkeypatch.setattr(_interruptions, "_handlers", lambda: {_handler.__code__})
+    monkeypatch.setattr(interruptions, "_handlers", lambda: {_handler.__code__})
     calls, real = [0], _whole._recv
 
     def recv(*args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import gevent.monkey
 import pytest
 from gevent import threadpool
 from helpers import LONG, MS, wait_until
+from interrupting import Interrupter
 
 from greensafe.errors import JournalError, JournalUnavailable, Unstorable
 from greensafe.journal import Begin, Effect, Finish, Forget, Known, SqliteJournal, State, Step
@@ -799,3 +801,32 @@ def test_there_is_room_when_all_have_been_told(journal: Gated, commits: Commits,
     wait_until(lambda: rooms.got)
     assert len(told.got) == 2
     journal.fault = None
+
+
+@pytest.mark.parametrize("name", ["_on_done", "_on_committed", "_tell_all"])
+def test_a_result_whose_handing_over_is_interrupted(commits: Commits, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Wherever a signal's handler raises in it: who waits is told, and the journal goes on."""
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *args: None)
+    real, current = getattr(Commits, name), [Interrupter(0)]
+
+    def interrupted(*args: Any) -> None:
+        if current[0].has_begun:
+            real(*args)
+            return
+        with current[0]:
+            real(*args)
+
+    monkeypatch.setattr(Commits, name, interrupted)
+    told = [Told(), Told()]
+    for number in itertools.count():
+        interrupter = current[0] = Interrupter(number, "journal/commits")
+        for index, then in enumerate(told):
+            commits.write(_begin(2 * number + index), then)
+            wait_until(lambda: all(each.got for each in told[: index + 1]))  # noqa: B023 - it is waited for here
+            assert then.got[0] == (None, None)
+        for then in told:
+            then.got.clear()
+        wait_until(lambda: not commits.pending)
+        if not interrupter.has_raised:
+            break
+    assert number > 3
