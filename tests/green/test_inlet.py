@@ -153,3 +153,22 @@ def test_a_bad_object_with_a_long_rest(pair: tuple[Any, Any]) -> None:
     assert len(turns) > 5
     assert one.recv_json() == 1
     counter.kill()
+
+
+def test_a_drain_ends_though_more_comes_all_the_while(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that sends faster than it is read does not keep `drain_all`: it says that there is more."""
+    monkeypatch.setattr("greensafe.green._pump.DRAIN", 0.0)
+    most, got = 5000, []
+
+    def on_message(frames: list[bytes]) -> None:
+        got.append(frames)
+        if len(got) < most:
+            peer.send(b"one more")
+
+    pump, peer = _pump(context, got, [])
+    pump._on_message = on_message
+    peer.send(b"first")
+    assert not pump.drain_all()
+    assert 0 < len(got) < most
+    pump.close(0)
+    peer.close(0)

@@ -460,3 +460,19 @@ def test_a_killed_greenlet_takes_its_events_along() -> None:
             list(track(sock.connection_events()))
 
         check_freed_by_a_kill(act)
+
+
+def test_a_drain_does_not_wait_for_peers_that_connect_faster_than_it_reads(
+    context: zmq.Context, monkeypatch: pytest.MonkeyPatch, dealer: plain.Socket[bytes]
+) -> None:
+    """It delivers so many events and says that there are more; these come in the turns that follow."""
+    monkeypatch.setattr("greensafe.green.monitor.MOST", 2)
+    got: list[ConnectionEvent] = []
+    monitor = Monitor(dealer, got.append, zmq.EVENT_LISTENING)
+    for _ in range(5):
+        dealer.bind("tcp://127.0.0.1:*")
+    assert not monitor.drain()
+    assert len(got) == 2
+    wait_until(lambda: len(got) == 5)
+    assert monitor.drain()
+    monitor.close()
