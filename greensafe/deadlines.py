@@ -110,7 +110,7 @@ def start_timer(hub: Hub, seconds: float, callback: Callable[[], object], again:
     """Have the loop call `callback` once, in `seconds` (0 or less: in its next turn); stop() and close() what is returned.
 
     With `again` it is called every second until it stops the timer: so that it runs though a signal's handler has raised in the
-    moment in which the loop called back, before its first line.
+    moment in which the loop called back, before its first line. (On libuv gevent stops it then.)
 
     Always a new timer: a stopped libev timer goes on with what it had left (gevent#1890). It has the low priority of
     gevent.Timeout's, so that what is ready wins over a limit. The callback may come early and has to look at the clock: libuv
