@@ -30,6 +30,7 @@ from zmq.backend import Socket as Backend
 from ..deadlines import deadline
 from ..errors import Disconnected, PeerError, RemoteError
 from ._carrier import Carrier
+from ._turns import TURN, let_others_run
 from ._waits import POLLOUT
 from ._whole import read_rest
 
@@ -41,6 +42,9 @@ __all__ = ["Lockstep"]
 #: Seconds since the loop had a turn in which the monitor is not asked again, which costs 2 µs: what happens meanwhile would
 #: be missed as well if it happened right after the send.
 RECENT = 0.001
+
+#: Frames of the rest of a message that are thrown away between two looks at the clock.
+AT_ONCE = 512
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
@@ -273,8 +277,12 @@ class Lockstep:
 
 
 def _read_rest(sock: Sock) -> None:
-    while read_rest(sock, 1024):
-        pass
+    """Throw away what is left of a message. A long one takes turns, except in the hub; nothing is reset before its end."""
+    until = monotonic() + TURN
+    while read_rest(sock, AT_ONCE):
+        if monotonic() > until:
+            let_others_run()
+            until = monotonic() + TURN
 
 
 def _drop(sock: Sock, address: str) -> None:

@@ -10,7 +10,7 @@ import zmq as plain
 from helpers import wait_until
 
 import greensafe as zmq
-from greensafe.green import _inlet
+from greensafe.green import _inlet, _lockstep
 from greensafe.green._pump import Pump
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -23,6 +23,7 @@ LONG_ONE = 20 * _inlet.AT_ONCE
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others have their turn as often as the clock is asked."""
     monkeypatch.setattr(_inlet, "TURN", -1.0)
+    monkeypatch.setattr(_lockstep, "TURN", -1.0)
 
 
 @pytest.fixture
@@ -172,3 +173,29 @@ def test_a_drain_ends_though_more_comes_all_the_while(context: zmq.Context, monk
     assert 0 < len(got) < most
     pump.close(0)
     peer.close(0)
+
+
+@pytest.mark.parametrize("kind", [zmq.REQ, zmq.REP])
+def test_a_reset_throws_a_long_message_away_in_parts(context: zmq.Context, kind: int) -> None:
+    """What is left of it when its first frame was received; others run meanwhile, and the socket works as ever."""
+    sock, peer = context.socket(kind), context.socket(zmq.ROUTER if kind == zmq.REQ else zmq.DEALER)
+    peer.bind("inproc://peer")
+    sock.connect("inproc://peer")
+    envelope = [b""]
+    if kind == zmq.REQ:
+        sock.send(b"first")
+        envelope = peer.recv_multipart()[:2]
+    peer.send_multipart([*envelope, *[b"x"] * (20 * _lockstep.AT_ONCE)])
+    assert sock.recv() == b"x"
+    turns: list[int] = []
+    counter = _counting(turns)
+    sock.reset()
+    assert len(turns) >= 10
+    counter.kill()
+    if kind == zmq.REQ:
+        sock.send(b"second")
+        assert peer.recv_multipart()[2:] == [b"second"]
+    else:
+        assert peer.recv_multipart()[0] == b""
+        peer.send_multipart([b"", b"next"])
+        assert sock.recv() == b"next"
