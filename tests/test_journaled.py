@@ -20,7 +20,7 @@ from helpers import LONG, MS, wait_until
 import greensafe as zmq
 from greensafe import LATER, Client, JournalError, JournalUnavailable, RemoteError, Request, Server
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
-from greensafe.journal import Begin, SqliteJournal, State, Step, Write, in_transaction
+from greensafe.journal import Begin, Finish, SqliteJournal, State, Step, Write, in_transaction
 from greensafe.journaled import Journaled
 from greensafe.sansio.envelope import CALLER_LIMIT, GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
 
@@ -32,18 +32,24 @@ Native = gevent.monkey.get_original("threading", "Event")
 
 
 class Disk(SqliteJournal):
-    """A journal whose commits wait for `gate`, and fail with `fault` while `fails` says so; `seen` is what was written."""
+    """A journal whose commits wait for `gate`, and fail with `fault` while `fails` says so.
+
+    `at_gate` is what waits there, and `seen` what was written.
+    """
 
     def __init__(self, path: Path, **options: Any) -> None:
         super().__init__(path, **options)
         self.gate = Native()
         self.gate.set()
+        self.at_gate: Sequence[Write] = ()
         self.fails: Callable[[Write], bool] = lambda write: False
         self.fault = JournalError("the disk is full")
         self.seen: list[Write] = []
 
     def commit(self, writes: Sequence[Write]) -> list[Any]:
+        self.at_gate = writes
         self.gate.wait(LONG)
+        self.at_gate = ()
         if any(map(self.fails, writes)):
             raise self.fault
         results = super().commit(writes)
@@ -1350,7 +1356,7 @@ def test_without_a_deadline_a_stall_ends_the_waits(build: Build, monkeypatch: py
     site.disk.gate.clear()
     go.event.set()
     site.peer.ask(3, b"request")
-    wait_until(lambda: site.journal.pending == 3)
+    wait_until(lambda: site.journal.pending == 3 and any(isinstance(each, (Step, Finish)) for each in site.disk.at_gate))
     assert site.server.healthy
     monkeypatch.setattr("greensafe.journal._stall.LIMIT", 0.0)
     heard = sorted(site.peer.error() for _ in range(3))
@@ -1381,7 +1387,7 @@ def test_stopped_in_a_stall_it_was_no_attempt_in_vain(build: Build, monkeypatch:
     wait_until(lambda: site.runs and not site.journal.pending)
     site.disk.gate.clear()
     site.peer.ask(2)
-    wait_until(lambda: site.journal.pending)
+    wait_until(lambda: any(each.request_id == _id(2) for each in site.disk.at_gate))
     monkeypatch.setattr("greensafe.journal._stall.LIMIT", 0.0)
     assert site.peer.error() == (Kind.REJECTED, "RESOURCE_EXHAUSTED", "JournalError")
     commits = site.server._commits

@@ -310,6 +310,8 @@ def test_counts_are_written_at_exit() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_at_exit_other_threads_timers_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Counts are written, and no timer is touched: its loop may be another thread's, which does not stand that."""
+    seldom._tell_all()  # what other tests have left
+    caplog.clear()
     seldom_of_another_thread = Seldom()
     for _ in range(3):
         seldom_of_another_thread.say(log, logging.WARNING, "a line")

@@ -31,12 +31,15 @@ class Gated(SqliteJournal):
         super().__init__(path)
         self.gate = Native()
         self.gate.set()
+        self.is_at_gate = False
         self.batches: list[int] = []
         self.fault: BaseException | None = None
         self.tidied: list[frozenset[bytes]] = []
 
     def commit(self, writes: Sequence[Any]) -> list[Any]:
+        self.is_at_gate = True
         self.gate.wait(LONG)
+        self.is_at_gate = False
         self.batches.append(len(writes))
         if self.fault is not None:
             raise self.fault
@@ -606,7 +609,7 @@ def test_a_disk_that_hangs_keeps_nobody_waiting(
     journal.gate.clear()
     told = [Told() for _ in range(3)]
     commits.write(_begin(1), told[0], Forget(_id(1)))
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: journal.is_at_gate)
     assert commits.oldest_seconds is not None
     assert commits.is_well
     commits.write(_begin(2), told[1], Forget(_id(2)))
@@ -640,7 +643,7 @@ def test_closed_while_it_hangs(journal: Gated, stall: Callable[[bool], None]) ->
     journal.gate.clear()
     told = Told()
     commits.write(_begin(1), told, Forget(_id(1)))
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: journal.is_at_gate)
     stall(True)
     wait_until(lambda: told.got)
     commits.write(_begin(2))
@@ -686,7 +689,7 @@ def test_flush_ends_with_a_stall(journal: Gated, stall: Callable[[bool], None]) 
     journal.gate.clear()
     commits.write(_begin(1), Told())
     flushing = gevent.spawn(commits.flush, 2 * LONG)
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: journal.is_at_gate)
     stall(True)
     assert not flushing.get()
     assert commits.pending == 1
