@@ -3,6 +3,9 @@
 CPython calls handlers when a function begins, when a loop goes round, and when a call of C has returned, whose result is lost
 if the handler raises. (It does so in pyzmq's calls as well, which no trace function sees.)
 
+The trace function can raise at the next opcode only. From Python 3.12 on a RETURN_VALUE stands outside of the `try` that its
+call is in, where no handler would raise: so a call whose result is returned is left out where a function has a `try`.
+
 Before Python 3.12 each greenlet is traced by itself: what runs in the hub is interrupted only if the hub has begun inside.
 """
 
@@ -21,6 +24,7 @@ __all__ = ["Interrupter", "Interruption"]
 _PACKAGE = str(Path(greensafe.__file__).parent)
 
 _CALLS = frozenset(number for name, number in opmap.items() if name.startswith("CALL") or name == "PRECALL")
+_RETURN = opmap["RETURN_VALUE"]
 _JUMPS = frozenset(number for name, number in opmap.items() if name.startswith("JUMP_BACKWARD"))
 
 
@@ -78,7 +82,7 @@ class Interrupter:
         elif event == "opcode":
             was_call = self._called.pop(frame, False)
             opcode = _opcode(frame.f_code, frame.f_lasti)
-            if was_call or opcode in _JUMPS:
+            if (was_call and not (opcode == _RETURN and frame.f_code.co_exceptiontable)) or opcode in _JUMPS:
                 self._pass(frame)
             if opcode in _CALLS:
                 self._called[frame] = True

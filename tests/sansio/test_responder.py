@@ -903,4 +903,4 @@ def test_a_tick_that_is_interrupted_forgets_nothing() -> None:
         responder.tick(1.0, effects)
         assert [each for each in effects if isinstance(each, Expire)] == [Expire(each) for each in exchanges], interrupter.where
         assert {each for each in responder.tick(1.0 + GRACE) if isinstance(each, Kill)} == {Kill(each) for each in exchanges}
-    assert number > 50
+    assert number > 20  # how many places there are depends on the Python
