@@ -58,7 +58,7 @@ from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_
 
 __all__ = ["Channel", "Owner"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.channel")
 
 #: Seconds after which what a lost connection had read is taken for handed over if no event says so.
 SETTLE = 0.01

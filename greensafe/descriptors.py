@@ -34,7 +34,7 @@ except ImportError:  # Windows
 
 __all__ = ["DescriptorWatch"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.descriptors")
 
 #: Seconds between two checks.
 PERIOD = 1.0

@@ -45,7 +45,7 @@ from .trouble import LOST, Loss
 
 __all__ = ["Failover"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.failover")
 
 #: Seconds between two looks at the connections if there is no limit of silence.
 LOOK = 1.0

@@ -58,7 +58,7 @@ __all__ = [
     "teller",
 ]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.hooks")
 
 #: Lines a second about one hook that fails at one kind of record with one kind of error: each request may be such a record.
 MOST_FAILURES = 10

@@ -41,7 +41,7 @@ from .sansio.backoff import Intensity
 
 __all__ = ["EXIT_CODE", "HubWatch", "Wish", "watch"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.hubwatch")
 
 #: The exit code of a process that has ended itself because its hub was blocked: sysexits.h's EX_SOFTWARE.
 EXIT_CODE = 70

@@ -31,7 +31,7 @@ from .seldom import write
 
 __all__ = ["Restarts"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.restarts")
 
 
 class Restarts:

@@ -37,7 +37,7 @@ from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 __all__ = ["SecondLook"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.secondlook")
 
 _CONNECTED = zmq.EVENT_CONNECTED
 

@@ -71,7 +71,7 @@ from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.server")
 
 #: Messages of one connection that libzmq keeps unread, unless the Context says otherwise; by itself it keeps 1000. They are not
 #: weighed: one of 100,000 empty frames takes 6.4 MB. Fewer cost no time; see docs/design.md, "What is kept".

@@ -26,7 +26,7 @@ from .seldom import write
 
 __all__ = ["POLL", "Stop", "Stoppable"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.stopping")
 
 #: Seconds after which a server that stops looks by itself for what no event tells of: messages that libzmq has not shown yet.
 POLL = 0.05

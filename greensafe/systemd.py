@@ -26,7 +26,7 @@ from gevent.monkey import get_original
 
 __all__ = ["Notifier", "notifier"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.systemd")
 
 #: Seconds between two pings, at least: what both loops can tell from none.
 _SHORTEST = 0.001

@@ -34,7 +34,7 @@ from ._forks import generation
 
 __all__ = ["ByName", "has_proxy", "leave", "reconnect"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._byname")
 
 
 class ByName:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SETTLE", "Carrier"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._carrier")
 
 #: Seconds after which no event follows a DISCONNECTED any more: libzmq has ended the session instead of retrying.
 SETTLE = 0.02

@@ -24,7 +24,7 @@ from ._forks import generation
 
 __all__ = ["Every"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._every")
 
 
 class Every:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PATIENCE", "Hosts"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._hosts")
 
 #: Seconds that connect() waits for a name's first address, at most. It is looked for in the background after that.
 PATIENCE = 1.0

@@ -28,7 +28,7 @@ from .monitor import ConnectionEvents, Listener, Sharing
 
 __all__ = ["MonitoredSocket"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._monitors")
 
 _numbers = itertools.count()
 

@@ -17,7 +17,7 @@ from ._listening import Identity, identity, remove
 
 __all__ = ["BoundPath", "path_of"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._paths")
 
 
 class BoundPath:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LINGER", "EXPIRED", "UNSET", "Timeout", "WaitingSocket"]
 
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green._waiting")
 
 
 class Unset(enum.Enum):

@@ -27,7 +27,7 @@ from .socket import Socket
 
 __all__ = ["device", "proxy", "proxy_steerable"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.green.device")
 
 #: Messages that one direction copies before the loop gets a turn.
 BATCH = 100

@@ -52,7 +52,7 @@ from .base import Journal
 
 __all__ = ["LOOK", "Commits", "Then"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.journal.commits")
 
 #: Seconds between two times that the journal is asked to tidy up, if it had no more to do; and for which a write waits at most
 #: that nobody waits for.

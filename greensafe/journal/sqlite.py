@@ -43,7 +43,7 @@ from .base import Journal
 
 __all__ = ["SqliteJournal"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.journal.sqlite")
 
 #: Seconds by which a request may have been first sent earlier than its `since` says: a server can only tell when it came, or
 #: work it out of what the client says, and both leave out the time on the way. What is within them counts as dropped: that is

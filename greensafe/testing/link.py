@@ -47,7 +47,7 @@ from ._sockets import Entrance, check_target, dial, send_at_once
 
 __all__ = ["Direction", "FaultyLink"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("greensafe.testing.link")
 
 #: Which way bytes go: from clients to the target, from the target to clients, or either.
 Direction = Literal["to_server", "to_client", "both"]
