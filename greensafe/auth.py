@@ -40,9 +40,9 @@ from zmq.auth import CURVE_ALLOW_ANY, create_certificates, load_certificate, loa
 
 from .green.context import Context
 from .green.socket import Socket
+from .hub.log_limiter import Seldom
+from .hub.threads import call_in, is_elsewhere
 from .sansio.backoff import Intensity
-from .seldom import Seldom
-from .threads import call_in, is_elsewhere
 
 __all__ = ["CURVE_ALLOW_ANY", "Authenticator", "create_certificates", "load_certificate", "load_certificates"]
 

@@ -11,8 +11,9 @@ from typing import Any
 import gevent
 
 from .channel import Channel
-from .deadlines import TICK, check, deadline
+from .deadlines import check, deadline
 from .errors import GreensafeError, RemoteError, RemoteProtocolError
+from .hub.timers import TICK
 from .sansio.envelope import CALLER_LIMIT, Kind
 from .sansio.requester import Asked, Resolution
 

@@ -36,15 +36,16 @@ import gevent
 import zmq
 
 from .counts import is_counted, sample, unread
-from .deadlines import start_timer
 from .endpoints import explained, not_begun
 from .errors import Disconnected, PeerSilent, Refused, Unreachable
 from .green._byname import ByName, has_proxy, reconnect
-from .green._forks import generation
 from .green._inlet import LOST_FIRST
 from .green._pump import OUTBOX, Pump
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
+from .hub.forks import generation
+from .hub.log_limiter import Seldom, write
+from .hub.timers import start_timer
 from .names import host_in
 from .restarts import Restarts
 from .sansio.backoff import LONGEST, delay
@@ -52,7 +53,6 @@ from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample
 from .sansio.requester import Asked, Connection, Requester, Resolution
 from .secondlook import SecondLook
-from .seldom import Seldom, write
 from .stats import EndpointStats
 from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_TYPE, Loss, Trouble, refusal
 

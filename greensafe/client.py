@@ -34,11 +34,12 @@ from .deadlines import DeadlineSignal, allowed_until, to_seconds
 from .endpoints import check_endpoint
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .failover import Failover
-from .green._forks import generation
-from .green._turns import let_others_run
 from .green.context import Context, check_context, close_first, own
 from .green.socket import UNSET, Timeout
 from .hooks import CallAnswered, CallFailed, CallStarted, Hooks, teller
+from .hub.forks import generation
+from .hub.threads import call_in, is_elsewhere
+from .hub.turns import let_others_run
 from .options import check_body, check_heartbeat, check_max_frames, check_metadata, check_retries
 from .restarts import Restarts
 from .sansio.backoff import Budget
@@ -46,7 +47,6 @@ from .sansio.envelope import Kind
 from .sansio.requester import Requester
 from .sansio.weights import MAX_FRAMES
 from .stats import ClientStats
-from .threads import call_in, is_elsewhere
 from .waking import Waking, weakly
 
 __all__ = ["HEARTBEAT", "Client"]

@@ -35,6 +35,7 @@ from gevent import getcurrent
 from gevent.hub import Hub
 
 from .errors import Cancelled, DeadlineExceeded
+from .hub.timers import start_timer
 
 __all__ = [
     "DeadlineSignal",
@@ -47,7 +48,6 @@ __all__ = [
     "preemptible",
     "raise_if_preempted",
     "shield",
-    "start_timer",
     "to_seconds",
 ]
 
@@ -61,15 +61,6 @@ _SCOPE = "_greensafe_scope"
 
 #: Seconds between two looks at a suspended generator whose scope is over.
 SUSPENDED = 0.05
-
-#: The shortest time in seconds that both loops can tell from none.
-TICK = 0.001
-
-#: The longest time in seconds that a timer is set for: libuv refuses what does not fit into 64 bits of milliseconds.
-LONGEST = 86_400.0
-
-#: Seconds after which a loop's timer calls again if its call has not begun.
-AGAIN = 1.0
 
 #: The longest limit in seconds, which is none beyond it: what is computed from it does not become infinite.
 ENDLESS = 1e300
@@ -104,22 +95,6 @@ def _to_float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else 0.0
-
-
-def start_timer(hub: Hub, seconds: float, callback: Callable[[], object], again: bool = False) -> Any:
-    """Have the loop call `callback` once, in `seconds` (0 or less: in its next turn); stop() and close() what is returned.
-
-    With `again` it is called every second until it stops the timer: so that it runs though a signal's handler has raised in the
-    moment in which the loop called back, before its first line. (On libuv gevent stops it then.)
-
-    Always a new timer: a stopped libev timer goes on with what it had left (gevent#1890). It has the low priority of
-    gevent.Timeout's, so that what is ready wins over a limit. The callback may come early and has to look at the clock: libuv
-    knows whole milliseconds and cuts off the rest, and no timer is set for more than `LONGEST`.
-    """
-    seconds = 0.0 if seconds <= 0 else min(max(seconds, TICK), LONGEST)
-    timer = hub.loop.timer(seconds, AGAIN if again else 0.0, priority=-1)
-    timer.start(callback, update=True)
-    return timer
 
 
 class DeadlineSignal(gevent.Timeout):  # type: ignore[misc]  # gevent is untyped

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import zmq.error
 from gevent.timeout import Timeout
 
-from .printable import printable
+from .hub.printable import printable
 
 __all__ = [
     "CODES",

@@ -31,16 +31,16 @@ from gevent.hub import Hub
 from .call import Call, error_in
 from .channel import Channel
 from .choice import choose, hopeless, keepers
-from .deadlines import TICK, start_timer
 from .errors import GreensafeError, PeerSilent, Refused, RemoteError
-from .green._forks import generation
 from .hooks import CallRetried, ConnectionFailed, ConnectionLost, ConnectionUp, Tell
+from .hub.forks import generation
+from .hub.log_limiter import write
+from .hub.timers import TICK, start_timer
 from .restarts import Restarts
 from .sansio.backoff import Budget, delay
 from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS
 from .sansio.requester import Requester, Resolution
-from .seldom import write
 from .trouble import LOST, Loss
 
 __all__ = ["Failover"]

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import gevent
 
-from .seldom import Seldom
+from .hub.log_limiter import Seldom
 from .stats import Zombie
 
 __all__ = [

@@ -35,7 +35,7 @@ import gevent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
-from .green._forks import forbid_in_child
+from .hub.forks import forbid_in_child
 from .preemption import listen, poke, unlisten, unlisten_in_child
 from .sansio.backoff import Intensity
 

@@ -33,7 +33,7 @@ from time import monotonic
 from typing import Any
 
 from .errors import JournalError, RemoteError, Unstorable
-from .interruptions import is_interruption
+from .hub.interruptions import is_interruption
 from .journal.base import Journal
 from .journal.commits import Commits
 from .journal.steps import InTransaction

@@ -18,11 +18,11 @@ import logging
 from time import monotonic
 
 from .errors import JournalError, RemoteProtocolError
-from .printable import printable
+from .hub.log_limiter import Seldom
+from .hub.printable import printable
 from .reports import extra
 from .request import InvalidBodyError, Request
 from .sansio.exchange import State
-from .seldom import Seldom
 from .stats import Zombie, trail, trail_of
 from .telling import is_meant
 

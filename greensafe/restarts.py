@@ -22,12 +22,12 @@ from typing import Any
 
 import gevent
 
-from .deadlines import start_timer
-from .green._forks import generation
 from .hooks import LoopFailed, Tell
-from .interruptions import is_interruption
+from .hub.forks import generation
+from .hub.interruptions import is_interruption
+from .hub.log_limiter import write
+from .hub.timers import start_timer
 from .sansio.backoff import PERIOD, RESTARTS, Intensity
-from .seldom import write
 
 __all__ = ["Restarts"]
 

@@ -37,12 +37,14 @@ from .descriptors import DescriptorWatch
 from .endpoints import check_endpoint
 from .errors import RemoteError
 from .green._binding import Binding
-from .green._forks import generation
 from .green._inlet import LOST_FIRST
 from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
 from .hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
+from .hub.forks import generation
+from .hub.log_limiter import write
+from .hub.threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
 from .hubwatch import HubWatch, Wish, watch
 from .journal.base import Journal
 from .journal.commits import Commits
@@ -63,10 +65,8 @@ from .preemption import check_preempt
 from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .sansio.weights import MAX_FRAMES
-from .seldom import write
 from .stats import ServerStats
 from .stopping import Stop
-from .threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]

@@ -22,7 +22,7 @@ import gevent
 from gevent.event import Event
 
 from .deadlines import move_on
-from .seldom import write
+from .hub.log_limiter import write
 
 __all__ = ["POLL", "Stop", "Stoppable"]
 

@@ -12,8 +12,8 @@ import os
 from collections import Counter
 
 from .descriptors import DescriptorWatch
-from .green._forks import generation
 from .green.socket import Socket
+from .hub.forks import generation
 from .restarts import Restarts
 from .stats import ServerStats
 from .watchdog import Watchdog

@@ -22,7 +22,7 @@ from gevent.hub import Hub
 
 from .call import Call
 from .channel import Channel
-from .deadlines import start_timer
+from .hub.timers import start_timer
 from .restarts import Restarts
 from .sansio.requester import Requester
 

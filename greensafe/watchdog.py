@@ -28,10 +28,11 @@ import gevent
 from gevent.hub import Hub
 
 from .backlog import Backlog
-from .deadlines import DeadlineSignal, deadline, start_timer
+from .deadlines import DeadlineSignal, deadline
 from .errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
 from .hooks import HandlerStuck, Tell
-from .interruptions import is_interruption
+from .hub.interruptions import is_interruption
+from .hub.timers import start_timer
 from .journal.steps import Codec, InTransaction, JsonOrBytes
 from .lines import Lines
 from .options import Handler, OnError

@@ -17,8 +17,9 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 import greensafe as zmq
-from greensafe import auth as auth_module, seldom
+from greensafe import auth as auth_module
 from greensafe.auth import CURVE_ALLOW_ANY, ENDPOINT, Authenticator, create_certificates, load_certificate, load_certificates
+from greensafe.hub import log_limiter as seldom
 
 pytestmark = pytest.mark.usefixtures("limit", "hub_turns")
 

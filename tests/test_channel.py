@@ -18,20 +18,10 @@ from helpers import LONG, MS, run_python, running, wait_until
 from zmtp import Listener
 
 import greensafe as zmq
-from greensafe import (
-    Client,
-    Disconnected,
-    OperationTimeout,
-    PeerError,
-    PeerSilent,
-    Refused,
-    Request,
-    Server,
-    Unreachable,
-    seldom,
-)
+from greensafe import Client, Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Request, Server, Unreachable
 from greensafe.auth import Authenticator
 from greensafe.channel import SETTLE, SHY
+from greensafe.hub import log_limiter as seldom
 from greensafe.sansio.requester import Connection
 from greensafe.testing import FaultyLink
 from greensafe.trouble import LOST, Loss

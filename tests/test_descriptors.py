@@ -15,8 +15,8 @@ from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
 from greensafe import Client, Request, Server, descriptors, hooks, supervise
-from greensafe.green import _every
 from greensafe.hooks import DescriptorsExhausted
+from greensafe.hub import every as _every
 
 pytestmark = pytest.mark.usefixtures("limit")
 

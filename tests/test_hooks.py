@@ -17,7 +17,7 @@ import pytest
 from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, deadline, hooks, seldom, supervised
+from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, deadline, hooks, supervised
 from greensafe.hooks import (
     CallAnswered,
     CallFailed,
@@ -35,6 +35,7 @@ from greensafe.hooks import (
     ServerStopped,
     teller,
 )
+from greensafe.hub import log_limiter as seldom
 
 pytestmark = pytest.mark.usefixtures("limit")
 

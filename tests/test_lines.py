@@ -16,10 +16,11 @@ from gevent.event import Event
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, RemoteError, Request, Server, seldom, supervised
+from greensafe import LATER, Client, RemoteError, Request, Server, supervised
 from greensafe.deadlines import check
 from greensafe.errors import JournalUnavailable
 from greensafe.hooks import RequestFailed
+from greensafe.hub import log_limiter as seldom
 from greensafe.journal import SqliteJournal
 from greensafe.lines import EACH_PLACE
 from greensafe.sansio.envelope import Header, Kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from greensafe.printable import printable
+from greensafe.hub.printable import printable
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
-from greensafe.deadlines import TICK
 from greensafe.failover import Failover
 from greensafe.green import _pump, _whole
 from greensafe.green._pump import Pump
 from greensafe.hooks import LoopFailed, ServerStopped
+from greensafe.hub.timers import TICK
 from greensafe.restarts import Restarts
 from greensafe.sansio.backoff import FIRST, JITTER, RESTARTS
 from greensafe.sansio.requester import Requester
@@ -475,7 +475,7 @@ FAILING = """
 import gevent, greensafe
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
-from greensafe.deadlines import TICK
+from greensafe.hub.timers import TICK
 from greensafe.failover import Failover
 from greensafe.green import _whole
 from greensafe.green._pump import Pump

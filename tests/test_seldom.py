@@ -17,8 +17,8 @@ import pytest
 from gevent.event import Event
 from helpers import MS, run_python, wait_until
 
-from greensafe import seldom
-from greensafe.seldom import Seldom
+from greensafe.hub import log_limiter as seldom
+from greensafe.hub.log_limiter import Seldom
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -278,7 +278,7 @@ def test_counts_of_a_hub_that_is_gone() -> None:
     """At exit the counts of a thread that has ended are written, too, whatever has become of its timers."""
     program = """if 1:
         import gevent, logging, threading
-        from greensafe.seldom import Seldom
+        from greensafe.hub.log_limiter import Seldom
         logging.basicConfig(format="%(message)s")
         def run():
             for _ in range(8):
@@ -297,7 +297,7 @@ def test_counts_are_written_at_exit() -> None:
     """A program that ends within the second, without closing anything, has written all counts."""
     program = """if 1:
         import logging
-        from greensafe.seldom import Seldom
+        from greensafe.hub.log_limiter import Seldom
         logging.basicConfig(format="%(message)s")
         lines = Seldom()
         for _ in range(8):
@@ -327,7 +327,7 @@ def test_a_forked_child_does_not_write_its_parents_counts() -> None:
     """Each line is counted by the process in which it was said."""
     program = """if 1:
         import logging, os, gevent
-        from greensafe import seldom
+        from greensafe.hub import log_limiter as seldom
         seldom.PERIOD = 0.05
         logging.basicConfig(format="%(process)d %(message)s")
         lines = seldom.Seldom()

@@ -30,13 +30,13 @@ from greensafe import (
     client as client_module,
     deadline,
     server as server_module,
-    threads,
 )
 from greensafe.auth import Authenticator
 from greensafe.green.monitor import ConnectionEvents
+from greensafe.hub import threads
+from greensafe.hub.threads import call_in, check_here, wait_while
 from greensafe.journal import SqliteJournal
 from greensafe.testing import FaultyLink, JournalConformance
-from greensafe.threads import call_in, check_here, wait_while
 from greensafe.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")

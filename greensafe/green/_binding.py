@@ -31,9 +31,9 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..endpoints import explained
-from ..threads import pause
-from ._every import Every
-from ._forks import generation
+from ..hub.every import Every
+from ..hub.forks import generation
+from ..hub.threads import pause
 from ._listening import PAUSE, Identity, Made, is_in_hub, is_taken, listen, remove, require_descriptor
 from ._paths import BoundPath, path_of
 

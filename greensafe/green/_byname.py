@@ -28,9 +28,9 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
+from ..hub.forks import generation
 from ..names import LIMIT, Answer, Host, Question, ask
 from ..sansio.backoff import delay
-from ._forks import generation
 
 __all__ = ["ByName", "has_proxy", "leave", "reconnect"]
 

@@ -32,8 +32,9 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
-from ..deadlines import check, start_timer
+from ..deadlines import check
 from ..errors import Unreachable
+from ..hub.timers import start_timer
 from ..names import Host
 from ._byname import ByName, leave
 from ._connections import YOUNG

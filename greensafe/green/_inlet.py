@@ -19,7 +19,7 @@ from typing import Any
 import gevent
 import zmq
 
-from ._turns import TURN, let_others_run
+from ..hub.turns import TURN, let_others_run
 from ._waits import Waits
 from ._whole import BYTES, has_gap, read_rest, reader
 

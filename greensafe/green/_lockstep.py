@@ -29,8 +29,8 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import deadline
 from ..errors import Disconnected, PeerError, RemoteError
+from ..hub.turns import TURN, let_others_run
 from ._carrier import Carrier
-from ._turns import TURN, let_others_run
 from ._waits import POLLOUT
 from ._whole import read_rest
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 
-from ..seldom import write
+from ..hub.log_limiter import write
 from ._listening import Identity, identity, remove
 
 __all__ = ["BoundPath", "path_of"]

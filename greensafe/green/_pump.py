@@ -41,12 +41,12 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
-from ..interruptions import is_interruption
+from ..hub.every import Every
+from ..hub.forks import generation
+from ..hub.interruptions import is_interruption
+from ..hub.turns import TURN, call_in_next_turn
 from ..sansio.weights import MESSAGE, weight
-from ._every import Every
-from ._forks import generation
 from ._inlet import AT_ONCE, TOO_MANY, Inlet
-from ._turns import TURN, call_in_next_turn
 from ._whole import BYTES, FLAGS, consume, finish
 
 __all__ = ["Pump"]

@@ -24,9 +24,9 @@ import zmq
 from gevent.hub import Hub
 from zmq.backend import Socket as Backend
 
-from ..deadlines import start_timer
-from ._forks import forbid_in_child
-from ._turns import FIRST_SHARE, TURN, call_in_next_turn, let_others_run, next_share, seconds_since_turn
+from ..hub.forks import forbid_in_child
+from ..hub.timers import start_timer
+from ..hub.turns import FIRST_SHARE, TURN, call_in_next_turn, let_others_run, next_share, seconds_since_turn
 
 __all__ = ["Waiter", "Waits", "call_soon", "events_of", "poll_until"]
 

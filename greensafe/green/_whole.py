@@ -23,7 +23,7 @@ from typing import Any
 import zmq
 from zmq.backend import Socket as Backend
 
-from ..interruptions import has_called, is_of_zmq
+from ..hub.interruptions import has_called, is_of_zmq
 
 __all__ = ["BYTES", "FLAGS", "NOBLOCKS", "consume", "finish", "has_gap", "read_rest", "reader"]
 

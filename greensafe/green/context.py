@@ -21,8 +21,8 @@ from zmq import Context as _Plain
 from zmq.backend import Context as Backend
 
 from ..deadlines import to_seconds
-from ..threads import is_elsewhere
-from ._forks import generation, own_loop
+from ..hub.forks import generation, own_loop
+from ..hub.threads import is_elsewhere
 from ._ids import draw_ids
 from ._inheritance import noted
 from .socket import Socket

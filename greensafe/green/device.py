@@ -21,8 +21,8 @@ import gevent
 import zmq
 from gevent.event import Event
 
-from ..seldom import Seldom
-from ._turns import let_others_run
+from ..hub.log_limiter import Seldom
+from ..hub.turns import let_others_run
 from .socket import Socket
 
 __all__ = ["device", "proxy", "proxy_steerable"]

@@ -36,11 +36,12 @@ from gevent.hub import Hub
 from gevent.monkey import get_original
 from zmq.backend import Socket as Backend
 
-from ..deadlines import DeadlineSignal, check, start_timer, to_seconds
+from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout
-from ..threads import is_elsewhere
-from ._forks import generation
-from ._turns import call_in_next_turn, let_others_run
+from ..hub.forks import generation
+from ..hub.threads import is_elsewhere
+from ..hub.timers import start_timer
+from ..hub.turns import call_in_next_turn, let_others_run
 from ._waits import Waiter, call_soon
 
 if TYPE_CHECKING:

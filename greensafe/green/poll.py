@@ -14,8 +14,9 @@ import gevent
 import zmq
 from zmq.backend import zmq_poll as _look
 
-from ..deadlines import check, start_timer, to_seconds
-from ._turns import TURN, let_others_run, seconds_since_turn
+from ..deadlines import check, to_seconds
+from ..hub.timers import start_timer
+from ..hub.turns import TURN, let_others_run, seconds_since_turn
 from ._waits import POLLIN, POLLOUT, Waiter, poll_until
 from .socket import Socket
 

@@ -14,7 +14,7 @@ from typing import Any
 from gevent.hub import Hub
 
 from ..errors import JournalError
-from ..seldom import write
+from ..hub.log_limiter import write
 
 __all__ = ["Health"]
 

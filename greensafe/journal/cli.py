@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import JournalError
-from ..printable import printable
+from ..hub.printable import printable
 from ..sansio.envelope import Kind
 from .reading import Entry, Reading, Summary, forget, vacuum
 from .steps import JsonOrBytes

@@ -37,11 +37,12 @@ from gevent.event import Event
 from gevent.hub import Hub
 from gevent.threadpool import ThreadPool
 
-from ..deadlines import move_on, start_timer
+from ..deadlines import move_on
 from ..errors import JournalError, JournalUnavailable, Unstorable
-from ..interruptions import is_interruption
+from ..hub.interruptions import is_interruption
+from ..hub.log_limiter import write
+from ..hub.timers import start_timer
 from ..sansio.records import Write
-from ..seldom import write
 from . import _stall
 from ._acts import ask, commit as _commit, finish, open_it, tidy
 from ._health import Health

@@ -29,7 +29,7 @@ import gevent
 from gevent import socket
 from gevent.event import Event
 
-from ..deadlines import TICK
+from ..hub.timers import TICK
 from ._faults import Faults
 from ._sockets import close, reset
 

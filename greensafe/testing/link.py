@@ -39,8 +39,8 @@ from typing import Any, Literal, Self
 import gevent
 from gevent.hub import Hub
 
-from ..seldom import Seldom
-from ..threads import check_here
+from ..hub.log_limiter import Seldom
+from ..hub.threads import check_here
 from ._connection import Connection, Mark, Pipe
 from ._faults import Faults
 from ._sockets import Entrance, check_target, dial, send_at_once

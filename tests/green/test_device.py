@@ -11,8 +11,8 @@ import pytest
 from helpers import LONG, wait_until
 
 import greensafe as zmq
-from greensafe import seldom
 from greensafe.green.device import BATCH, _Proxy
+from greensafe.hub import log_limiter as seldom
 
 pytestmark = pytest.mark.usefixtures("limit")
 

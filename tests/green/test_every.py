@@ -8,8 +8,8 @@ import gevent
 import pytest
 from helpers import MS, wait_until
 
-from greensafe.green import _every
-from greensafe.green._every import Every
+from greensafe.hub import every as _every
+from greensafe.hub.every import Every
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -20,7 +20,7 @@ from helpers import LONG, MS, run_python, wait_until
 from zmq.utils.monitor import recv_monitor_message
 
 import greensafe as zmq
-from greensafe.green._turns import FAIR_SHARE, TURN
+from greensafe.hub.turns import FAIR_SHARE, TURN
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from greensafe.deadlines import TICK
+from greensafe.hub.timers import TICK
 from greensafe.testing import ManualClock
 from greensafe.testing._faults import BURST, PIECE, Faults
 

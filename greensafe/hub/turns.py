@@ -22,7 +22,7 @@ from typing import Any
 from gevent import get_hub, getcurrent
 from gevent.hub import Hub
 
-from ..deadlines import start_timer
+from .timers import start_timer
 
 __all__ = ["FAIR_SHARE", "FIRST_SHARE", "TURN", "call_in_next_turn", "let_others_run", "next_share", "seconds_since_turn"]
 

@@ -24,7 +24,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.hub import Hub, Waiter
 from gevent.monkey import get_original
 
-from .deadlines import start_timer
+from .timers import start_timer
 
 __all__ = ["LIMIT", "begin_in", "call_in", "check_here", "is_elsewhere", "is_in_hub", "pause", "wait_while"]
 

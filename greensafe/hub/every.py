@@ -19,8 +19,8 @@ from typing import Any
 
 import gevent
 
-from ..seldom import write
-from ._forks import generation
+from .forks import generation
+from .log_limiter import write
 
 __all__ = ["Every"]
 
