@@ -46,8 +46,8 @@ from .green.monitor import ConnectionEvent, Monitor
 from .hub.forks import generation
 from .hub.log_limiter import Seldom, write
 from .hub.timers import start_timer
+from .loops.restarts import Restarts
 from .names import host_in
-from .restarts import Restarts
 from .sansio.backoff import LONGEST, delay
 from .sansio.envelope import NO_JOURNAL
 from .sansio.liveness import LOOKS, Pulse, Sample

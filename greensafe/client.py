@@ -40,8 +40,8 @@ from .hooks import CallAnswered, CallFailed, CallStarted, Hooks, teller
 from .hub.forks import generation
 from .hub.threads import call_in, is_elsewhere
 from .hub.turns import let_others_run
+from .loops.restarts import Restarts
 from .options import check_body, check_heartbeat, check_max_frames, check_metadata, check_retries
-from .restarts import Restarts
 from .sansio.backoff import Budget
 from .sansio.envelope import Kind
 from .sansio.requester import Requester

@@ -36,7 +36,7 @@ from .hooks import CallRetried, ConnectionFailed, ConnectionLost, ConnectionUp, 
 from .hub.forks import generation
 from .hub.log_limiter import write
 from .hub.timers import TICK, start_timer
-from .restarts import Restarts
+from .loops.restarts import Restarts
 from .sansio.backoff import Budget, delay
 from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
 from .sansio.liveness import LOOKS

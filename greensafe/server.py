@@ -45,11 +45,13 @@ from .hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
 from .hub.forks import generation
 from .hub.log_limiter import write
 from .hub.threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
-from .hubwatch import HubWatch, Wish, watch
 from .journal.base import Journal
 from .journal.commits import Commits
 from .journal.steps import Codec
 from .journaled import Journaled
+from .loops.hubwatch import HubWatch, Wish, watch
+from .loops.preemption import check_preempt
+from .loops.restarts import Restarts
 from .options import (
     Handler,
     OnError,
@@ -61,8 +63,6 @@ from .options import (
     check_resume,
     check_watch,
 )
-from .preemption import check_preempt
-from .restarts import Restarts
 from .sansio.envelope import SERVER_STOPPED
 from .sansio.weights import MAX_FRAMES
 from .stats import ServerStats

@@ -26,10 +26,10 @@ from .green._waits import Waiter
 from .green.socket import Socket
 from .hooks import Hooks, ServerStarted, ServerStopped, teller
 from .lines import Lines
+from .loops.restarts import Restarts
 from .options import Handler, OnError, check_handler, check_limits, check_max_frames, check_options
 from .reports import started
 from .request import Request
-from .restarts import Restarts
 from .sansio.weights import MAX_FRAMES
 from .stats import ServerStats
 from .tally import Tally, tally_of

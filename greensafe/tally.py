@@ -14,7 +14,7 @@ from collections import Counter
 from .descriptors import DescriptorWatch
 from .green.socket import Socket
 from .hub.forks import generation
-from .restarts import Restarts
+from .loops.restarts import Restarts
 from .stats import ServerStats
 from .watchdog import Watchdog
 

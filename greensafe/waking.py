@@ -23,7 +23,7 @@ from gevent.hub import Hub
 from .call import Call
 from .channel import Channel
 from .hub.timers import start_timer
-from .restarts import Restarts
+from .loops.restarts import Restarts
 from .sansio.requester import Requester
 
 __all__ = ["Waking", "weakly"]

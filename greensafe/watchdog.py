@@ -35,10 +35,10 @@ from .hub.interruptions import is_interruption
 from .hub.timers import start_timer
 from .journal.steps import Codec, InTransaction, JsonOrBytes
 from .lines import Lines
+from .loops.restarts import Restarts
 from .options import Handler, OnError
 from .reports import answered, started, zombie
 from .request import LATER, Request, as_frames, error_for
-from .restarts import Restarts
 from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
 from .sansio.exchange import Exchange
 from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Say, Send, Zombie as ZombieFound

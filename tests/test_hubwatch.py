@@ -18,9 +18,10 @@ import pytest
 from helpers import LONG, MS, run_python, running, wait_until
 
 import greensafe as zmq
-from greensafe import Client, RemoteError, Request, Server, hubwatch
+from greensafe import Client, RemoteError, Request, Server
 from greensafe.hooks import HubBlocked, LoopFailed
-from greensafe.hubwatch import EXIT_CODE, HubWatch, Wish
+from greensafe.loops import hubwatch
+from greensafe.loops.hubwatch import EXIT_CODE, HubWatch, Wish
 from greensafe.sansio.backoff import RESTARTS
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -288,7 +289,7 @@ def test_a_stopped_process_is_not_blamed() -> None:
 
 FORKED = """
 import os, time, logging, gevent, greensafe
-from greensafe import hubwatch
+from greensafe.loops import hubwatch
 seen = []
 class Handler(logging.Handler):
     def emit(self, record):

@@ -23,8 +23,9 @@ import zmq as plain
 from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
-from greensafe import Client, OperationTimeout, RemoteError, Request, Server, deadline, preemption, shield
+from greensafe import Client, OperationTimeout, RemoteError, Request, Server, deadline, shield
 from greensafe.deadlines import DeadlineSignal, preemptible
+from greensafe.loops import preemption
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -26,7 +26,7 @@ from greensafe.green import _pump, _whole
 from greensafe.green._pump import Pump
 from greensafe.hooks import LoopFailed, ServerStopped
 from greensafe.hub.timers import TICK
-from greensafe.restarts import Restarts
+from greensafe.loops.restarts import Restarts
 from greensafe.sansio.backoff import FIRST, JITTER, RESTARTS
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder

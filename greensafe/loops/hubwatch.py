@@ -35,9 +35,9 @@ import gevent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
-from .hub.forks import forbid_in_child
+from ..hub.forks import forbid_in_child
+from ..sansio.backoff import Intensity
 from .preemption import listen, poke, unlisten, unlisten_in_child
-from .sansio.backoff import Intensity
 
 __all__ = ["EXIT_CODE", "HubWatch", "Wish", "watch"]
 

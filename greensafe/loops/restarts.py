@@ -22,12 +22,12 @@ from typing import Any
 
 import gevent
 
-from .hooks import LoopFailed, Tell
-from .hub.forks import generation
-from .hub.interruptions import is_interruption
-from .hub.log_limiter import write
-from .hub.timers import start_timer
-from .sansio.backoff import PERIOD, RESTARTS, Intensity
+from ..hooks import LoopFailed, Tell
+from ..hub.forks import generation
+from ..hub.interruptions import is_interruption
+from ..hub.log_limiter import write
+from ..hub.timers import start_timer
+from ..sansio.backoff import PERIOD, RESTARTS, Intensity
 
 __all__ = ["Restarts"]
 

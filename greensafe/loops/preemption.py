@@ -26,7 +26,7 @@ from typing import Any
 import gevent
 from gevent.monkey import get_original
 
-from .deadlines import DeadlineSignal, deadline, is_signal_due, preempted, raise_if_preempted
+from ..deadlines import DeadlineSignal, deadline, is_signal_due, preempted, raise_if_preempted
 
 __all__ = ["check_preempt", "listen", "poke", "unlisten", "unlisten_in_child"]
 
