@@ -31,7 +31,6 @@ from gevent.monkey import get_original
 
 from .call import Call, data_in, raise_error
 from .deadlines import DeadlineSignal, allowed_until, to_seconds
-from .endpoints import check_endpoint
 from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
 from .failover import Failover
 from .green.context import Context, check_context, close_first, own
@@ -47,6 +46,7 @@ from .sansio.envelope import Kind
 from .sansio.requester import Requester
 from .sansio.weights import MAX_FRAMES
 from .stats import ClientStats
+from .transport.endpoints import check_endpoint
 from .waking import Waking, weakly
 
 __all__ = ["HEARTBEAT", "Client"]

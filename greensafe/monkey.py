@@ -40,7 +40,7 @@ import zmq.sugar.poll
 from gevent.monkey import MonkeyPatchWarning
 
 from . import green
-from .green._pump import Pump
+from .transport.pump import Pump
 
 __all__ = ["get_original", "is_patched", "patch_zmq", "unpatch_zmq"]
 

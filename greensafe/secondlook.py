@@ -27,12 +27,12 @@ from typing import Any
 
 import zmq
 
-from .counts import is_counted, listener, peer
 from .green.context import plain_socket
 from .green.monitor import ConnectionEvent, Monitor
 from .hub.log_limiter import Seldom
-from .names import host_in
 from .sansio.liveness import MARGIN, SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
+from .transport.names import host_in
+from .transport.tcp_info import is_counted, listener, peer
 from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 __all__ = ["SecondLook"]

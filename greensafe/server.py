@@ -34,11 +34,7 @@ from gevent.hub import Hub
 from . import systemd
 from .deadlines import preemptible, shield, to_seconds
 from .descriptors import DescriptorWatch
-from .endpoints import check_endpoint
 from .errors import RemoteError
-from .green._binding import Binding
-from .green._inlet import LOST_FIRST
-from .green._pump import Pump
 from .green._vanished import Vanished
 from .green.context import Context, check_context, close_first, plain_socket
 from .hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
@@ -67,6 +63,10 @@ from .sansio.envelope import SERVER_STOPPED
 from .sansio.weights import MAX_FRAMES
 from .stats import ServerStats
 from .stopping import Stop
+from .transport.binding import Binding
+from .transport.endpoints import check_endpoint
+from .transport.inlet import LOST_FIRST
+from .transport.pump import Pump
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]

@@ -24,10 +24,10 @@ from typing import Any
 import master
 import zmq
 
-from greensafe.green import _pump
 from greensafe.journal import Begin, Effect, SqliteJournal
 from greensafe.journal.commits import Commits
 from greensafe.sansio.envelope import MAGIC, Kind
+from greensafe.transport import pump as _pump
 
 _ENDPOINT, _FOLDER, _TRACE, _POINT = [*sys.argv[1:], ""][:4]
 _trace = os.open(_TRACE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

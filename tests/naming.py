@@ -11,7 +11,7 @@ import gevent
 from gevent.event import Event
 from helpers import wait_until
 
-from greensafe import names
+from greensafe.transport import names
 
 #: What a name service says that knows that there is no such name, and one that cannot tell now.
 NO_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -22,10 +22,10 @@ from greensafe import (
     supervise,
     supervised,
 )
-from greensafe.green import _pump
 from greensafe.sansio.envelope import Header, Kind, ServerHeader
 from greensafe.server import UNREAD
 from greensafe.tally import tally_of
+from greensafe.transport import pump as _pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 

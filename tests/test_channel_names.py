@@ -17,9 +17,9 @@ from helpers import LONG, MS, wait_until
 from naming import NO_NAME, NOT_NOW, NameService
 
 import greensafe as zmq
-from greensafe import Client, OperationTimeout, Request, Server, Unreachable, names
-from greensafe.green import _byname
+from greensafe import Client, OperationTimeout, Request, Server, Unreachable
 from greensafe.green.monitor import ConnectionEvent
+from greensafe.transport import byname as _byname, names
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -34,11 +34,11 @@ from greensafe import (
     deadline,
 )
 from greensafe.call import Call
-from greensafe.green._pump import Pump
 from greensafe.options import LONGEST_HEARTBEAT
 from greensafe.sansio.envelope import Kind, ServerHeader
 from greensafe.sansio.requester import Asked
 from greensafe.testing import FaultyLink
+from greensafe.transport.pump import Pump
 from greensafe.trouble import LOST
 from greensafe.waking import Waking
 
@@ -809,7 +809,7 @@ FORKING_IN_A_PAUSE = """
 import os, sys, gevent
 import greensafe as zmq
 from greensafe import channel as channels, failover
-from greensafe.green._pump import Pump
+from greensafe.transport.pump import Pump
 from greensafe.trouble import LOST
 
 endpoint, pause = sys.argv[1:]

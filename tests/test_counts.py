@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import wait_until
 
-from greensafe.counts import is_counted, listener, peer, sample, unread
+from greensafe.transport.tcp_info import is_counted, listener, peer, sample, unread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nobody counts elsewhere")
 

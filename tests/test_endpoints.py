@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import zmq
 
-from greensafe.endpoints import check_endpoint, explained, not_begun
+from greensafe.transport.endpoints import check_endpoint, explained, not_begun
 
 
 @pytest.mark.parametrize(

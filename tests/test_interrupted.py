@@ -19,7 +19,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
 import logging, gevent, zmq as plain, greensafe as zmq
-from greensafe.green import _pump
+from greensafe.transport import pump as _pump
 from interrupting import Interrupter, Interruption
 
 logging.disable(logging.CRITICAL)

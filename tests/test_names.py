@@ -12,8 +12,8 @@ import pytest
 from helpers import LONG, MS, wait_until
 from naming import NO_NAME, NOT_NOW, NameService
 
-from greensafe import names
-from greensafe.names import AT_ONCE, LATE, Answer, Host, ask, host_in
+from greensafe.transport import names
+from greensafe.transport.names import AT_ONCE, LATE, Answer, Host, ask, host_in
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -15,7 +15,7 @@ from helpers import LONG, MS, ROOT, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
-from greensafe.green import _pump
+from greensafe.transport import pump as _pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -22,8 +22,6 @@ from greensafe import Client, RemoteError, Request, Server
 from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.failover import Failover
-from greensafe.green import _pump, _whole
-from greensafe.green._pump import Pump
 from greensafe.hooks import LoopFailed, ServerStopped
 from greensafe.hub.timers import TICK
 from greensafe.loops.restarts import Restarts
@@ -31,6 +29,8 @@ from greensafe.sansio.backoff import FIRST, JITTER, RESTARTS
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
 from greensafe.systemd import Notifier
+from greensafe.transport import pump as _pump, whole as _whole
+from greensafe.transport.pump import Pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -477,8 +477,8 @@ from greensafe.backlog import Backlog
 from greensafe.channel import Channel
 from greensafe.hub.timers import TICK
 from greensafe.failover import Failover
-from greensafe.green import _whole
-from greensafe.green._pump import Pump
+from greensafe.transport import whole as _whole
+from greensafe.transport.pump import Pump
 
 is_failing, receive = False, _whole._recv
 

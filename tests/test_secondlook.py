@@ -17,9 +17,9 @@ from zmtp import Listener
 
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, PeerSilent, Request, Server
-from greensafe.counts import is_counted
 from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SILENT_LOOKS, SLOWEST, SLOWEST_UNCOUNTED, Pulse, Sample
 from greensafe.secondlook import SecondLook
+from greensafe.transport.tcp_info import is_counted
 from greensafe.trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 pytestmark = [

@@ -19,10 +19,10 @@ from helpers import LONG, MS, check_freed_by_a_kill, run_python, running, wait_u
 
 import greensafe as zmq
 from greensafe import LATER, Client, RemoteError, Request, Server, deadline, server as server_module
-from greensafe.green import _binding
 from greensafe.hooks import RequestFailed, ServerStopped
 from greensafe.loops import hubwatch
 from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
+from greensafe.transport import binding as _binding
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -16,7 +16,6 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, stats
-from greensafe.green._pump import Pump
 from greensafe.green._vanished import Vanished
 from greensafe.hub.timers import TICK
 from greensafe.options import check_heartbeat
@@ -24,6 +23,7 @@ from greensafe.sansio.envelope import Header, Kind
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
 from greensafe.stats import ClientStats, ServerStats, Zombie, trail, trail_of, where
+from greensafe.transport.pump import Pump
 from greensafe.watchdog import NAMED, Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")

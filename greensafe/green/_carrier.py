@@ -29,8 +29,8 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
-from ..endpoints import not_begun
 from ..errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from ..transport.endpoints import not_begun
 from ._connections import Connections, Loss
 from ._waits import POLLIN, POLLOUT, events_of
 from .monitor import ConnectionEvent, Monitor

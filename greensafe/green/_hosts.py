@@ -35,8 +35,8 @@ from zmq.backend import Socket as Backend
 from ..deadlines import check
 from ..errors import Unreachable
 from ..hub.timers import start_timer
-from ..names import Host
-from ._byname import ByName, leave
+from ..transport.byname import ByName, leave
+from ..transport.names import Host
 from ._connections import YOUNG
 from ._waits import POLLIN, POLLOUT, Waiter, events_of
 from .monitor import ConnectionEvent

@@ -30,9 +30,9 @@ from zmq.backend import Socket as Backend
 from ..deadlines import deadline
 from ..errors import Disconnected, PeerError, RemoteError
 from ..hub.turns import TURN, let_others_run
+from ..transport.whole import read_rest
 from ._carrier import Carrier
 from ._waits import POLLOUT
-from ._whole import read_rest
 
 if TYPE_CHECKING:
     from ._hosts import Hosts

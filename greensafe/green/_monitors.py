@@ -19,8 +19,8 @@ from typing import Any, Self
 
 import zmq
 
-from ..names import Host, host_in
-from ._byname import has_proxy
+from ..transport.byname import has_proxy
+from ..transport.names import Host, host_in
 from ._carrier import Carrier
 from ._hosts import Hosts
 from ._objects import ObjectSocket

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import zmq
 from zmq.utils import jsonapi
 
-from ._inlet import throw_away_in_parts
+from ._in_parts import throw_away_in_parts
 from ._waiting import EXPIRED, UNSET, Timeout, WaitingSocket
 
 __all__ = ["ObjectSocket"]

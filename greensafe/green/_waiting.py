@@ -31,13 +31,14 @@ from zmq.backend import Socket as Backend
 
 from ..deadlines import DeadlineSignal, check, to_seconds
 from ..errors import OperationTimeout, PeerError
-from ._binding import Binding
-from ._ids import draw_ids
-from ._inheritance import noted
-from ._inlet import AT_ONCE, INTERRUPTED, read_in_parts
+from ..transport.binding import Binding
+from ..transport.inheritance import noted
+from ..transport.inlet import AT_ONCE, INTERRUPTED
+from ..transport.routing_ids import draw_ids
+from ..transport.whole import BYTES, FLAGS, finish, has_gap, read_rest, reader
+from ._in_parts import read_in_parts
 from ._lockstep import Lockstep
 from ._waits import POLLIN, POLLOUT, Waits, events_of
-from ._whole import BYTES, FLAGS, finish, has_gap, read_rest, reader
 
 if TYPE_CHECKING:
     from .context import Context

@@ -23,8 +23,8 @@ from zmq.backend import Context as Backend
 from ..deadlines import to_seconds
 from ..hub.forks import generation, own_loop
 from ..hub.threads import is_elsewhere
-from ._ids import draw_ids
-from ._inheritance import noted
+from ..transport.inheritance import noted
+from ..transport.routing_ids import draw_ids
 from .socket import Socket
 
 __all__ = ["Context", "check_context", "close_first", "own", "plain_socket"]

@@ -14,10 +14,10 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..deadlines import check
-from ..endpoints import explained
 from ..hub.turns import let_others_run
-from ..names import host_in
-from ._byname import has_proxy
+from ..transport.byname import has_proxy
+from ..transport.endpoints import explained
+from ..transport.names import host_in
 from ._monitors import MonitoredSocket
 from ._waiting import DEFAULT_LINGER, EXPIRED, UNSET, Timeout
 from ._waits import POLLIN, poll_until

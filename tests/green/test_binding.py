@@ -16,8 +16,8 @@ from helpers import LONG, MS, run_python
 
 import greensafe as zmq
 from greensafe import Server
-from greensafe.green import _binding
-from greensafe.green._binding import listeners
+from greensafe.transport import binding as _binding
+from greensafe.transport.binding import listeners
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -10,10 +10,9 @@ import zmq
 from helpers import MS, wait_until
 from naming import NO_NAME, NOT_NOW, NameService
 
-from greensafe import names
-from greensafe.green import _byname
-from greensafe.green._byname import ByName
-from greensafe.names import Answer, ask, host_in
+from greensafe.transport import byname as _byname, names
+from greensafe.transport.byname import ByName
+from greensafe.transport.names import Answer, ask, host_in
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -22,8 +22,9 @@ from helpers import LONG, MS, run_python, wait_until
 from naming import NameService, name_service
 
 import greensafe as zmq
-from greensafe import OperationTimeout, Unreachable, deadline, names
-from greensafe.green import _byname, _hosts, _lockstep
+from greensafe import OperationTimeout, Unreachable, deadline
+from greensafe.green import _hosts, _lockstep
+from greensafe.transport import byname as _byname, names
 
 pytestmark = pytest.mark.usefixtures("limit")
 

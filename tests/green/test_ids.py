@@ -16,8 +16,8 @@ from helpers import LONG
 import greensafe as zmq
 from greensafe import Client, Server
 from greensafe.auth import Authenticator
-from greensafe.green import _ids
 from greensafe.green.context import plain_socket
+from greensafe.transport import routing_ids as _ids
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),

@@ -18,7 +18,7 @@ from helpers import LONG, run_python, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, Disconnected, PeerError, Server
-from greensafe.green import _binding, _inheritance
+from greensafe.transport import binding as _binding, inheritance as _inheritance
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),
@@ -84,7 +84,7 @@ LEFT = """
 import os, socket, sys
 import gevent, zmq
 import greensafe
-from greensafe.green import _inheritance
+from greensafe.transport import inheritance as _inheritance
 
 def sockets():
     found = {}

@@ -10,8 +10,9 @@ import zmq as plain
 from helpers import wait_until
 
 import greensafe as zmq
-from greensafe.green import _inlet, _lockstep
-from greensafe.green._pump import Pump
+from greensafe.green import _lockstep
+from greensafe.transport import inlet as _inlet
+from greensafe.transport.pump import Pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 

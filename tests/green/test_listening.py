@@ -17,7 +17,7 @@ import zmq as plain
 from helpers import LONG, run_python, wait_until
 
 import greensafe as zmq
-from greensafe.green import _listening
+from greensafe.transport import listening as _listening
 
 pytestmark = pytest.mark.usefixtures("limit")
 

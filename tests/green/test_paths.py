@@ -12,8 +12,8 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import Client, Request, Server
-from greensafe.green import _binding
-from greensafe.green._paths import BoundPath
+from greensafe.transport import binding as _binding
+from greensafe.transport.ipc_paths import BoundPath
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -11,9 +11,9 @@ import zmq as plain
 from helpers import LONG, wait_until
 
 import greensafe as zmq
-from greensafe.green import _pump
-from greensafe.green._pump import SWEPT, Pump
 from greensafe.sansio.weights import MESSAGE, weight
+from greensafe.transport import pump as _pump
+from greensafe.transport.pump import SWEPT, Pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -20,8 +20,8 @@ from helpers import LONG, MS
 
 import greensafe as zmq
 from greensafe import DeadlineExceeded, OperationTimeout, deadline
-from greensafe.green import _pump
 from greensafe.hub.turns import FAIR_SHARE, FIRST_SHARE, TURN, call_in_next_turn, let_others_run, next_share
+from greensafe.transport import pump as _pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -12,10 +12,10 @@ from helpers import wait_until
 from interrupting import Interrupter, Interruption
 
 import greensafe as zmq
-from greensafe.green import _inlet, _pump, _whole
-from greensafe.green._pump import Pump
 from greensafe.hub import interruptions
 from greensafe.hub.interruptions import has_called, is_interruption, is_of_zmq
+from greensafe.transport import inlet as _inlet, pump as _pump, whole as _whole
+from greensafe.transport.pump import Pump
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),

@@ -26,11 +26,11 @@ from typing import Any
 import gevent
 
 import greensafe
-from greensafe.green._pump import Pump
 from greensafe.journal import SqliteJournal, in_transaction
 from greensafe.journal._writing import Writing
 from greensafe.journal.commits import Commits
 from greensafe.journaled import Journaled
+from greensafe.transport.pump import Pump
 
 #: Seconds in which libzmq surely hands a message to the kernel: a death before that and one after it are two points.
 LEAVES = 0.005

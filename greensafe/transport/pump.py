@@ -46,8 +46,8 @@ from ..hub.forks import generation
 from ..hub.interruptions import is_interruption
 from ..hub.turns import TURN, call_in_next_turn
 from ..sansio.weights import MESSAGE, weight
-from ._inlet import AT_ONCE, TOO_MANY, Inlet
-from ._whole import BYTES, FLAGS, consume, finish
+from .inlet import AT_ONCE, TOO_MANY, Inlet
+from .whole import BYTES, FLAGS, consume, finish
 
 __all__ = ["Pump"]
 

@@ -13,7 +13,7 @@ import logging
 import os
 
 from ..hub.log_limiter import write
-from ._listening import Identity, identity, remove
+from .listening import Identity, identity, remove
 
 __all__ = ["BoundPath", "path_of"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gevent.monkey import get_original
 
-from .sansio.liveness import Sample
+from ..sansio.liveness import Sample
 
 __all__ = ["is_counted", "listener", "peer", "sample", "unread"]
 

@@ -16,14 +16,12 @@ from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
-import gevent
 import zmq
 
-from ..hub.turns import TURN, let_others_run
-from ._waits import Waits
-from ._whole import BYTES, has_gap, read_rest, reader
+from ..hub.turns import TURN
+from .whole import BYTES, has_gap, read_rest, reader
 
-__all__ = ["AT_ONCE", "FIRST", "INTERRUPTED", "LOST_FIRST", "TOO_MANY", "Inlet", "read_in_parts", "throw_away_in_parts"]
+__all__ = ["AT_ONCE", "FIRST", "INTERRUPTED", "LOST_FIRST", "THROWN_AT_ONCE", "TOO_MANY", "Inlet"]
 
 #: Frames of a message that are read before anything is counted, and between two looks at the clock.
 AT_ONCE = 64
@@ -39,38 +37,6 @@ TOO_MANY = "it has too many frames"
 
 #: Why a message was thrown away.
 INTERRUPTED = "an exception came out of a signal's handler while pyzmq received a frame of it, which pyzmq dropped"
-
-
-def read_in_parts(waits: Waits, parts: list[zmq.Frame], step: Iterator[None]) -> None:
-    """Read a green socket's message to its end, and let others run meanwhile; nobody else receives from the socket then."""
-    waits.hold(gevent.getcurrent(), [])
-    try:
-        until = monotonic() + TURN
-        while True:
-            for _ in range(AT_ONCE):
-                if not parts[-1].more:
-                    return
-                next(step)
-            if monotonic() > until:
-                let_others_run()
-                until = monotonic() + TURN
-    finally:
-        waits.hold(None, [])
-
-
-def throw_away_in_parts(waits: Waits, sock: zmq.Socket[Any]) -> bool:
-    """Read on to the end of the message of which a frame was received, let others run meanwhile; whether there was more."""
-    was_more = bool(waits.kept) or bool(sock.getsockopt(zmq.RCVMORE))
-    waits.hold(gevent.getcurrent(), [])
-    try:
-        until = monotonic() + TURN
-        while read_rest(sock, THROWN_AT_ONCE):
-            if monotonic() > until:
-                let_others_run()
-                until = monotonic() + TURN
-    finally:
-        waits.hold(None, [])
-    return was_more
 
 
 #: The same of the first one: it was a ROUTER's name of the peer, or a DEALER's header.

@@ -35,7 +35,7 @@ from typing import Any
 import zmq
 from gevent.monkey import get_original
 
-from ._binding import listeners
+from .binding import listeners
 
 __all__ = ["noted"]
 

@@ -30,12 +30,12 @@ import gevent
 import zmq
 from zmq.backend import Socket as Backend
 
-from ..endpoints import explained
 from ..hub.every import Every
 from ..hub.forks import generation
 from ..hub.threads import pause
-from ._listening import PAUSE, Identity, Made, is_in_hub, is_taken, listen, remove, require_descriptor
-from ._paths import BoundPath, path_of
+from .endpoints import explained
+from .ipc_paths import BoundPath, path_of
+from .listening import PAUSE, Identity, Made, is_in_hub, is_taken, listen, remove, require_descriptor
 
 __all__ = ["Binding", "listeners"]
 

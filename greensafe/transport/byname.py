@@ -29,8 +29,8 @@ import zmq
 from zmq.backend import Socket as Backend
 
 from ..hub.forks import generation
-from ..names import LIMIT, Answer, Host, Question, ask
 from ..sansio.backoff import delay
+from .names import LIMIT, Answer, Host, Question, ask
 
 __all__ = ["ByName", "has_proxy", "leave", "reconnect"]
 
