@@ -15,7 +15,7 @@ import gevent
 import zmq.green
 
 import greensafe
-from greensafe.client import HEARTBEAT
+from greensafe.client.client import HEARTBEAT
 from greensafe.sansio.envelope import GREET, Header, Kind
 
 from .servers import BODY, REP, Bench

@@ -7,7 +7,7 @@ from greensafe import deadline, move_on, shield, Server, Client, serve, supervis
 from __future__ import annotations
 
 from . import green as green, hooks as hooks, journal as journal, stats as stats
-from .client import Client as Client
+from .client.client import Client as Client
 from .deadlines import deadline as deadline, move_on as move_on, shield as shield
 from .errors import (
     Cancelled as Cancelled,

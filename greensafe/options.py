@@ -1,4 +1,4 @@
-"""Can a server be run, or a request be sent, with these arguments, and if not, what is wrong with them?"""
+"""Can a server be run with these arguments, and if not, what is wrong with them?"""
 
 from __future__ import annotations
 
@@ -10,35 +10,18 @@ from .deadlines import to_seconds
 from .errors import RemoteError
 from .journal.base import Journal
 from .request import Request
-from .sansio.envelope import MAX_METADATA
 from .sansio.resume import RESUMES
 
 __all__ = [
-    "LONGEST_HEARTBEAT",
-    "SHORTEST_HEARTBEAT",
     "Handler",
     "OnError",
-    "check_body",
     "check_handler",
-    "check_heartbeat",
     "check_journal",
     "check_limits",
-    "check_max_frames",
-    "check_metadata",
     "check_options",
     "check_resume",
-    "check_retries",
     "check_watch",
 ]
-
-#: The shortest that is not a mistake: a server says WORKING 50 ms apart at most, and has to be heard within 4/5 of the limit.
-SHORTEST_HEARTBEAT = 0.1
-
-#: Eleven days. libzmq's options for it are milliseconds in 32 bits, and the longest of them is twice as long.
-LONGEST_HEARTBEAT = 1e6
-
-#: With a header and one proxy a request of one frame has five.
-FEWEST_FRAMES = 8
 
 Handler = Callable[[Request], Any]
 OnError = Callable[[Request, RemoteError], "RemoteError | bytes | Sequence[bytes] | None"]
@@ -67,13 +50,6 @@ def check_options(max_inflight: Any, on_error: Any) -> None:
         raise ValueError(f"max_inflight is a whole number from 1, not {max_inflight!r}")
     if on_error is not None and not callable(on_error):
         raise TypeError(f"on_error is a function of (request, error), not {type(on_error).__name__}")
-
-
-def check_max_frames(max_frames: Any) -> int:
-    """Check how many frames a message may have."""
-    if not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < FEWEST_FRAMES:
-        raise ValueError(f"max_frames is a whole number from {FEWEST_FRAMES}, not {max_frames!r}")
-    return max_frames
 
 
 def check_resume(resume: Any, max_attempts: Any, codec: Any) -> None:
@@ -108,39 +84,3 @@ def check_watch(blocked_after: Any, exit_when_blocked: Any, max_zombies: Any) ->
     if not isinstance(max_zombies, int) or isinstance(max_zombies, bool) or max_zombies < 0:
         raise ValueError(f"max_zombies is a whole number from 0, not {max_zombies!r}")
     return found[0], found[1]
-
-
-def check_heartbeat(heartbeat: Any) -> float | None:
-    """Check a client's seconds of silence; gives them as a float or None."""
-    seconds = to_seconds(heartbeat)
-    if seconds is not None and not SHORTEST_HEARTBEAT <= seconds <= LONGEST_HEARTBEAT:
-        allowed = f"from {SHORTEST_HEARTBEAT} to {LONGEST_HEARTBEAT:.0f}"
-        raise ValueError(f"heartbeat is a number of seconds {allowed}, or None for no heartbeats, not {heartbeat!r}")
-    return seconds
-
-
-def check_retries(retries: Any) -> None:
-    """Check how often a client may send a request again."""
-    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-        raise ValueError(f"retries is a whole number from 0, not {retries!r}")
-
-
-def check_metadata(metadata: Any) -> None:
-    """Check what a client has passed through."""
-    if not isinstance(metadata, bytes):
-        raise TypeError(f"metadata is bytes, not {type(metadata).__name__}")
-    if len(metadata) > MAX_METADATA:
-        raise ValueError(f"metadata of {len(metadata)} bytes: {MAX_METADATA} fit into a request's header")
-
-
-def check_body(frames: Any) -> list[bytes]:
-    """Check the frames of a request; gives them as bytes."""
-    if isinstance(frames, (bytes, str)):
-        raise TypeError("request_multipart takes a list of frames; for one frame use request")
-    frames = list(frames)
-    if not frames:
-        raise ValueError("a request has at least one frame; b'' is an empty one")
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, (bytes, bytearray, memoryview)):
-            raise TypeError(f"frame {index} of the request is {type(frame).__name__}, not bytes: encode it first")
-    return [bytes(frame) for frame in frames]

@@ -48,19 +48,9 @@ from .journaled import Journaled
 from .loops.hubwatch import HubWatch, Wish, watch
 from .loops.preemption import check_preempt
 from .loops.restarts import Restarts
-from .options import (
-    Handler,
-    OnError,
-    check_handler,
-    check_journal,
-    check_limits,
-    check_max_frames,
-    check_options,
-    check_resume,
-    check_watch,
-)
+from .options import Handler, OnError, check_handler, check_journal, check_limits, check_options, check_resume, check_watch
 from .sansio.envelope import SERVER_STOPPED
-from .sansio.weights import MAX_FRAMES
+from .sansio.weights import MAX_FRAMES, check_max_frames
 from .stats import ServerStats
 from .stopping import Stop
 from .transport.binding import Binding

@@ -27,10 +27,10 @@ from .green.socket import Socket
 from .hooks import Hooks, ServerStarted, ServerStopped, teller
 from .lines import Lines
 from .loops.restarts import Restarts
-from .options import Handler, OnError, check_handler, check_limits, check_max_frames, check_options
+from .options import Handler, OnError, check_handler, check_limits, check_options
 from .reports import started
 from .request import Request
-from .sansio.weights import MAX_FRAMES
+from .sansio.weights import MAX_FRAMES, check_max_frames
 from .stats import ServerStats
 from .tally import Tally, tally_of
 from .watchdog import Watchdog

@@ -17,11 +17,11 @@ from greensafe import (
     Server,
     answers,
     backlog,
-    channel,
     stats_of,
     supervise,
     supervised,
 )
+from greensafe.client import channel
 from greensafe.sansio.envelope import Header, Kind, ServerHeader
 from greensafe.server import UNREAD
 from greensafe.tally import tally_of

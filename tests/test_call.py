@@ -1,4 +1,4 @@
-"""Tests of greensafe.call."""
+"""Tests of greensafe.client.call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from greensafe.call import data_in, error_in
+from greensafe.client.call import data_in, error_in
 from greensafe.errors import RemoteError, RemoteProtocolError
 from greensafe.sansio.envelope import CALLER_LIMIT, Kind
 from greensafe.sansio.requester import Asked, Resolution

@@ -1,4 +1,4 @@
-"""Tests of greensafe.channel, through a Client: one endpoint, and all that can be wrong with it."""
+"""Tests of greensafe.client.channel, through a Client: one endpoint, and all that can be wrong with it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from zmtp import Listener
 import greensafe as zmq
 from greensafe import Client, Disconnected, OperationTimeout, PeerError, PeerSilent, Refused, Request, Server, Unreachable
 from greensafe.auth import Authenticator
-from greensafe.channel import SETTLE, SHY
+from greensafe.client.channel import SETTLE, SHY
+from greensafe.client.problems import LOST, Loss
 from greensafe.hub import log_limiter as seldom
 from greensafe.sansio.requester import Connection
 from greensafe.testing import FaultyLink
-from greensafe.trouble import LOST, Loss
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -1,4 +1,4 @@
-"""Tests of greensafe.channel, through a Client whose endpoints hold names, or cannot be connected to at all."""
+"""Tests of greensafe.client.channel, through a Client whose endpoints hold names, or cannot be connected to at all."""
 
 from __future__ import annotations
 

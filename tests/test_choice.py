@@ -1,4 +1,4 @@
-"""Tests of greensafe.choice."""
+"""Tests of greensafe.client.balancing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 import greensafe as zmq
 from greensafe import Client
-from greensafe.call import Call
-from greensafe.channel import Channel
-from greensafe.choice import choose, hopeless, keepers
+from greensafe.client.balancing import choose, hopeless, keepers
+from greensafe.client.call import Call
+from greensafe.client.channel import Channel
+from greensafe.client.problems import DRAINING, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE
 from greensafe.errors import PeerSilent, Refused, Unreachable
 from greensafe.sansio.envelope import NO_JOURNAL
 from greensafe.sansio.requester import Requester
-from greensafe.trouble import DRAINING, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, WRONG_TYPE
 
 J, OTHER = b"journal".ljust(16), b"other".ljust(16)
 

@@ -1,4 +1,4 @@
-"""Tests of greensafe.client."""
+"""Tests of greensafe.client.client."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from greensafe import (
     Unreachable,
     deadline,
 )
-from greensafe.call import Call
-from greensafe.options import LONGEST_HEARTBEAT
+from greensafe.client.call import Call
+from greensafe.client.calls import Waking
+from greensafe.client.options import LONGEST_HEARTBEAT
+from greensafe.client.problems import LOST
 from greensafe.sansio.envelope import Kind, ServerHeader
 from greensafe.sansio.requester import Asked
 from greensafe.testing import FaultyLink
 from greensafe.transport.pump import Pump
-from greensafe.trouble import LOST
-from greensafe.waking import Waking
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -808,9 +808,10 @@ def test_a_child_forked_while_a_request_waits(context: zmq.Context, tmp_path: Pa
 FORKING_IN_A_PAUSE = """
 import os, sys, gevent
 import greensafe as zmq
-from greensafe import channel as channels, failover
+from greensafe.client import channel as channels
+from greensafe.client import pool as failover
 from greensafe.transport.pump import Pump
-from greensafe.trouble import LOST
+from greensafe.client.problems import LOST
 
 endpoint, pause = sys.argv[1:]
 failover.delay = channels.delay = lambda attempt, fraction: 0.3

@@ -1,4 +1,4 @@
-"""Tests of greensafe.failover: which server a request goes to, and when it is sent again."""
+"""Tests of greensafe.client.pool: which server a request goes to, and when it is sent again."""
 
 from __future__ import annotations
 

@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 
-from greensafe.options import (
+from greensafe.client.options import (
     LONGEST_HEARTBEAT,
     SHORTEST_HEARTBEAT,
     check_body,
-    check_handler,
     check_heartbeat,
-    check_limits,
-    check_max_frames,
     check_metadata,
-    check_options,
     check_retries,
 )
+from greensafe.options import check_handler, check_limits, check_options
 from greensafe.sansio.envelope import MAX_METADATA
+from greensafe.sansio.weights import check_max_frames
 
 
 def test_handlers() -> None:

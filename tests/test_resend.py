@@ -1,4 +1,4 @@
-"""Tests of greensafe.failover: what may have run is sent again, to the journal that knows of it and to no other."""
+"""Tests of greensafe.client.pool: what may have run is sent again, to the journal that knows of it and to no other."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def test_a_long_wait_for_a_server_is_logged(
     context: zmq.Context, build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once, with how many wait and where: without a limit they would do so for ever, and nobody knew."""
-    monkeypatch.setattr("greensafe.failover.NOTED", 0.0)
+    monkeypatch.setattr("greensafe.client.pool.NOTED", 0.0)
     server = build()
     with caplog.at_level("WARNING", "greensafe.failover"), Client(server.endpoint, context=context, retries=1) as client:
         asked = _ask(client)

@@ -20,8 +20,8 @@ from helpers import LONG, MS, running, wait_until
 import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
 from greensafe.backlog import Backlog
-from greensafe.channel import Channel
-from greensafe.failover import Failover
+from greensafe.client.channel import Channel
+from greensafe.client.pool import Failover
 from greensafe.hooks import LoopFailed, ServerStopped
 from greensafe.hub.timers import TICK
 from greensafe.loops.restarts import Restarts
@@ -474,9 +474,9 @@ def test_pings_that_fail(context: zmq.Context, monkeypatch: pytest.MonkeyPatch, 
 FAILING = """
 import gevent, greensafe
 from greensafe.backlog import Backlog
-from greensafe.channel import Channel
+from greensafe.client.channel import Channel
 from greensafe.hub.timers import TICK
-from greensafe.failover import Failover
+from greensafe.client.pool import Failover
 from greensafe.transport import whole as _whole
 from greensafe.transport.pump import Pump
 

@@ -1,4 +1,4 @@
-"""Tests of greensafe.secondlook, and of a Client behind something that takes a long request at once and passes it on slowly."""
+"""Tests of greensafe.client.second_look, and of a Client behind what takes a long request at once and passes it on slowly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from zmtp import Listener
 
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, PeerSilent, Request, Server
+from greensafe.client.problems import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
+from greensafe.client.second_look import SecondLook
 from greensafe.sansio.liveness import LONG as LONG_MESSAGE, LOOKS, SILENT_LOOKS, SLOWEST, SLOWEST_UNCOUNTED, Pulse, Sample
-from greensafe.secondlook import SecondLook
 from greensafe.transport.tcp_info import is_counted
-from greensafe.trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),
@@ -461,7 +461,7 @@ def test_a_path_that_is_another_process_s(
     context: zmq.Context, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, is_answered: bool
 ) -> None:
     """Whether that one answers or not says nothing of the first: it has read all that was sent to it, or it has not."""
-    monkeypatch.setattr("greensafe.secondlook.listener", lambda descriptor: descriptor)
+    monkeypatch.setattr("greensafe.client.second_look.listener", lambda descriptor: descriptor)
     with Listener(paths[0]) if not is_answered else context.socket(plain.REP) as other:
         if is_answered:
             other.bind(paths[0])

@@ -16,9 +16,9 @@ from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
 from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, stats
+from greensafe.client.options import check_heartbeat
 from greensafe.green._vanished import Vanished
 from greensafe.hub.timers import TICK
-from greensafe.options import check_heartbeat
 from greensafe.sansio.envelope import Header, Kind
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder

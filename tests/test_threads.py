@@ -20,18 +20,9 @@ from gevent.monkey import get_original
 from helpers import LONG, MS, ROOT, wait_until
 
 import greensafe as zmq
-from greensafe import (
-    LATER,
-    Client,
-    LocalProtocolError,
-    RemoteError,
-    Request,
-    Server,
-    client as client_module,
-    deadline,
-    server as server_module,
-)
+from greensafe import LATER, Client, LocalProtocolError, RemoteError, Request, Server, deadline, server as server_module
 from greensafe.auth import Authenticator
+from greensafe.client import client as client_module
 from greensafe.green.monitor import ConnectionEvents
 from greensafe.hub import threads
 from greensafe.hub.threads import call_in, check_here, wait_while

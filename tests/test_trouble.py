@@ -1,12 +1,12 @@
-"""Tests of greensafe.trouble."""
+"""Tests of greensafe.client.problems."""
 
 from __future__ import annotations
 
 import zmq
 
+from greensafe.client.problems import LOST, NO_ANSWER, NO_HANDSHAKE, SILENT, WRONG_TYPE, refusal
 from greensafe.errors import Disconnected, PeerSilent, Refused
 from greensafe.green.monitor import ConnectionEvent
-from greensafe.trouble import LOST, NO_ANSWER, NO_HANDSHAKE, SILENT, WRONG_TYPE, refusal
 
 ID = bytes(range(16))
 

@@ -10,8 +10,9 @@ This module does not know what is kept, nor where the limits are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["CALLER", "DEAD_BYTES", "FRAME", "MAX_FRAMES", "MESSAGE", "REQUEST", "weight"]
+__all__ = ["CALLER", "DEAD_BYTES", "FEWEST_FRAMES", "FRAME", "MAX_FRAMES", "MESSAGE", "REQUEST", "check_max_frames", "weight"]
 
 #: Bytes of one frame besides its contents: a bytes object has 33, rounded up to 48, and each of the two lists that it is in 8.
 FRAME = 64
@@ -32,7 +33,17 @@ DEAD_BYTES = 4 * 2**20
 #: Frames of one message, its envelope included, unless an option says otherwise. Reading so many takes 11 ms.
 MAX_FRAMES = 4096
 
+#: With a header and one proxy a request of one frame has five.
+FEWEST_FRAMES = 8
+
 
 def weight(frames: Sequence[bytes]) -> int:
     """Bytes that these frames take."""
     return FRAME * len(frames) + sum(map(len, frames))
+
+
+def check_max_frames(max_frames: Any) -> int:
+    """Check how many frames a message may have."""
+    if not isinstance(max_frames, int) or isinstance(max_frames, bool) or max_frames < FEWEST_FRAMES:
+        raise ValueError(f"max_frames is a whole number from {FEWEST_FRAMES}, not {max_frames!r}")
+    return max_frames

@@ -27,13 +27,13 @@ from typing import Any
 
 import zmq
 
-from .green.context import plain_socket
-from .green.monitor import ConnectionEvent, Monitor
-from .hub.log_limiter import Seldom
-from .sansio.liveness import MARGIN, SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
-from .transport.names import host_in
-from .transport.tcp_info import is_counted, listener, peer
-from .trouble import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
+from ..green.context import plain_socket
+from ..green.monitor import ConnectionEvent, Monitor
+from ..hub.log_limiter import Seldom
+from ..sansio.liveness import MARGIN, SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
+from ..transport.names import host_in
+from ..transport.tcp_info import is_counted, listener, peer
+from .problems import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble
 
 __all__ = ["SecondLook"]
 

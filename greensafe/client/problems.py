@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from .errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
-from .green.monitor import ConnectionEvent
-from .sansio.requester import Asked, Connection
+from ..errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
+from ..green.monitor import ConnectionEvent
+from ..sansio.requester import Asked, Connection
 
 __all__ = [
     "DRAINING",

@@ -20,11 +20,11 @@ import gevent
 from gevent import getcurrent
 from gevent.hub import Hub
 
+from ..hub.timers import start_timer
+from ..loops.restarts import Restarts
+from ..sansio.requester import Requester
 from .call import Call
 from .channel import Channel
-from .hub.timers import start_timer
-from .loops.restarts import Restarts
-from .sansio.requester import Requester
 
 __all__ = ["Waking", "weakly"]
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import PeerSilent, Refused
+from ..sansio.envelope import NO_JOURNAL
 from .call import Call
 from .channel import Channel
-from .errors import PeerSilent, Refused
-from .sansio.envelope import NO_JOURNAL
-from .trouble import DRAINING, Trouble
+from .problems import DRAINING, Trouble
 
 __all__ = ["choose", "hopeless", "keepers"]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import gevent
 
+from ..deadlines import check, deadline
+from ..errors import GreensafeError, RemoteError, RemoteProtocolError
+from ..hub.timers import TICK
+from ..sansio.envelope import CALLER_LIMIT, Kind
+from ..sansio.requester import Asked, Resolution
 from .channel import Channel
-from .deadlines import check, deadline
-from .errors import GreensafeError, RemoteError, RemoteProtocolError
-from .hub.timers import TICK
-from .sansio.envelope import CALLER_LIMIT, Kind
-from .sansio.requester import Asked, Resolution
 
 __all__ = ["Call", "data_in", "error_in", "raise_error"]
 

@@ -28,20 +28,20 @@ import gevent
 import zmq
 from gevent.hub import Hub
 
+from ..errors import GreensafeError, PeerSilent, Refused, RemoteError
+from ..hooks import CallRetried, ConnectionFailed, ConnectionLost, ConnectionUp, Tell
+from ..hub.forks import generation
+from ..hub.log_limiter import write
+from ..hub.timers import TICK, start_timer
+from ..loops.restarts import Restarts
+from ..sansio.backoff import Budget, delay
+from ..sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
+from ..sansio.liveness import LOOKS
+from ..sansio.requester import Requester, Resolution
+from .balancing import choose, hopeless, keepers
 from .call import Call, error_in
 from .channel import Channel
-from .choice import choose, hopeless, keepers
-from .errors import GreensafeError, PeerSilent, Refused, RemoteError
-from .hooks import CallRetried, ConnectionFailed, ConnectionLost, ConnectionUp, Tell
-from .hub.forks import generation
-from .hub.log_limiter import write
-from .hub.timers import TICK, start_timer
-from .loops.restarts import Restarts
-from .sansio.backoff import Budget, delay
-from .sansio.envelope import NO_JOURNAL, OTHER_JOURNAL, SERVER_STOPPED, Kind
-from .sansio.liveness import LOOKS
-from .sansio.requester import Requester, Resolution
-from .trouble import LOST, Loss
+from .problems import LOST, Loss
 
 __all__ = ["Failover"]
 

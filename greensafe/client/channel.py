@@ -35,26 +35,26 @@ from typing import Any, Protocol
 import gevent
 import zmq
 
-from .errors import Disconnected, PeerSilent, Refused, Unreachable
-from .green.context import plain_socket
-from .green.monitor import ConnectionEvent, Monitor
-from .hub.forks import generation
-from .hub.log_limiter import Seldom, write
-from .hub.timers import start_timer
-from .loops.restarts import Restarts
-from .sansio.backoff import LONGEST, delay
-from .sansio.envelope import NO_JOURNAL
-from .sansio.liveness import LOOKS, Pulse, Sample
-from .sansio.requester import Asked, Connection, Requester, Resolution
-from .secondlook import SecondLook
-from .stats import EndpointStats
-from .transport.byname import ByName, has_proxy, reconnect
-from .transport.endpoints import explained, not_begun
-from .transport.inlet import LOST_FIRST
-from .transport.names import host_in
-from .transport.pump import OUTBOX, Pump
-from .transport.tcp_info import is_counted, sample, unread
-from .trouble import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_TYPE, Loss, Trouble, refusal
+from ..errors import Disconnected, PeerSilent, Refused, Unreachable
+from ..green.context import plain_socket
+from ..green.monitor import ConnectionEvent, Monitor
+from ..hub.forks import generation
+from ..hub.log_limiter import Seldom, write
+from ..hub.timers import start_timer
+from ..loops.restarts import Restarts
+from ..sansio.backoff import LONGEST, delay
+from ..sansio.envelope import NO_JOURNAL
+from ..sansio.liveness import LOOKS, Pulse, Sample
+from ..sansio.requester import Asked, Connection, Requester, Resolution
+from ..stats import EndpointStats
+from ..transport.byname import ByName, has_proxy, reconnect
+from ..transport.endpoints import explained, not_begun
+from ..transport.inlet import LOST_FIRST
+from ..transport.names import host_in
+from ..transport.pump import OUTBOX, Pump
+from ..transport.tcp_info import is_counted, sample, unread
+from .problems import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_TYPE, Loss, Trouble, refusal
+from .second_look import SecondLook
 
 __all__ = ["Channel", "Owner"]
 

@@ -29,25 +29,25 @@ from gevent import getcurrent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
+from ..deadlines import DeadlineSignal, allowed_until, to_seconds
+from ..errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
+from ..green.context import Context, check_context, close_first, own
+from ..green.socket import UNSET, Timeout
+from ..hooks import CallAnswered, CallFailed, CallStarted, Hooks, teller
+from ..hub.forks import generation
+from ..hub.threads import call_in, is_elsewhere
+from ..hub.turns import let_others_run
+from ..loops.restarts import Restarts
+from ..sansio.backoff import Budget
+from ..sansio.envelope import Kind
+from ..sansio.requester import Requester
+from ..sansio.weights import MAX_FRAMES, check_max_frames
+from ..stats import ClientStats
+from ..transport.endpoints import check_endpoint
 from .call import Call, data_in, raise_error
-from .deadlines import DeadlineSignal, allowed_until, to_seconds
-from .errors import Cancelled, GreensafeError, OperationTimeout, RemoteError, RemoteProtocolError
-from .failover import Failover
-from .green.context import Context, check_context, close_first, own
-from .green.socket import UNSET, Timeout
-from .hooks import CallAnswered, CallFailed, CallStarted, Hooks, teller
-from .hub.forks import generation
-from .hub.threads import call_in, is_elsewhere
-from .hub.turns import let_others_run
-from .loops.restarts import Restarts
-from .options import check_body, check_heartbeat, check_max_frames, check_metadata, check_retries
-from .sansio.backoff import Budget
-from .sansio.envelope import Kind
-from .sansio.requester import Requester
-from .sansio.weights import MAX_FRAMES
-from .stats import ClientStats
-from .transport.endpoints import check_endpoint
-from .waking import Waking, weakly
+from .calls import Waking, weakly
+from .options import check_body, check_heartbeat, check_metadata, check_retries
+from .pool import Failover
 
 __all__ = ["HEARTBEAT", "Client"]
 
