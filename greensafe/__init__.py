@@ -7,7 +7,7 @@ from greensafe import deadline, move_on, shield, Server, Client, serve, supervis
 from __future__ import annotations
 
 from . import green as green, hooks as hooks, journal as journal, stats as stats
-from .client.client import Client as Client
+from .client import Client as Client
 from .deadlines import deadline as deadline, move_on as move_on, shield as shield
 from .errors import (
     Cancelled as Cancelled,
@@ -30,9 +30,9 @@ from .errors import (
 )
 from .green import *  # noqa: F403
 from .green import __all__ as _green_names
-from .request import LATER as LATER, Request as Request
 from .server import Server as Server, serve as serve
-from .supervision import stats_of as stats_of, supervise as supervise, supervised as supervised
+from .server.request import LATER as LATER, Request as Request
+from .server.supervision import stats_of as stats_of, supervise as supervise, supervised as supervised
 
 __version__ = "0.1.0"
 

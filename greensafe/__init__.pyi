@@ -20,8 +20,8 @@ from .errors import (
     Unreachable as Unreachable,
 )
 from .green import *  # noqa: F403
-from .request import LATER as LATER, Request as Request
 from .server import Server as Server, serve as serve
-from .supervision import stats_of as stats_of, supervise as supervise, supervised as supervised
+from .server.request import LATER as LATER, Request as Request
+from .server.supervision import stats_of as stats_of, supervise as supervise, supervised as supervised
 
 __version__: str

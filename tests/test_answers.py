@@ -1,4 +1,4 @@
-"""Tests of greensafe.answers: what becomes of an answer that cannot leave."""
+"""Tests of greensafe.server.answers: what becomes of an answer that cannot leave."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, LocalProtocolError, Request, answers, stats_of, supervise, supervised
-from greensafe.lines import Lines
+from greensafe import LATER, LocalProtocolError, Request, stats_of, supervise, supervised
+from greensafe.server import answers
+from greensafe.server.log_lines import Lines
 
 pytestmark = pytest.mark.usefixtures("limit")
 

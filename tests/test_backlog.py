@@ -1,4 +1,4 @@
-"""Tests of greensafe.backlog."""
+"""Tests of greensafe.server.backlog."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from greensafe import backlog
-from greensafe.backlog import Backlog
 from greensafe.deadlines import deadline
-from greensafe.request import Request
 from greensafe.sansio.envelope import MAX_METADATA, MAX_ROUTE_BYTES, Header, Kind, split
 from greensafe.sansio.exchange import Exchange
+from greensafe.server import backlog
+from greensafe.server.backlog import Backlog
+from greensafe.server.request import Request
 
 METADATA = bytes(MAX_METADATA)
 ROUTE = [bytes(MAX_ROUTE_BYTES - 100)]

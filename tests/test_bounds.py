@@ -15,16 +15,15 @@ from greensafe import (
     RemoteProtocolError,
     Request,
     Server,
-    answers,
-    backlog,
     stats_of,
     supervise,
     supervised,
 )
 from greensafe.client import channel
 from greensafe.sansio.envelope import Header, Kind, ServerHeader
-from greensafe.server import UNREAD
-from greensafe.tally import tally_of
+from greensafe.server import answers, backlog
+from greensafe.server.server import UNREAD
+from greensafe.server.tally import tally_of
 from greensafe.transport import pump as _pump
 
 pytestmark = pytest.mark.usefixtures("limit")

@@ -1,4 +1,4 @@
-"""Tests of greensafe.descriptors: a server for which no descriptor is left says so, and when it is over."""
+"""Tests of greensafe.server.descriptors: a server for which no descriptor is left says so, and when it is over."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 from helpers import LONG, MS, run_python, wait_until
 
 import greensafe as zmq
-from greensafe import Client, Request, Server, descriptors, hooks, supervise
+from greensafe import Client, Request, Server, hooks, supervise
 from greensafe.hooks import DescriptorsExhausted
 from greensafe.hub import every as _every
+from greensafe.server import descriptors
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -25,7 +26,7 @@ EXHAUSTED = """
 import os, resource, socket, time
 import gevent
 import greensafe as zmq
-from greensafe import descriptors
+from greensafe.server import descriptors
 
 descriptors.PERIOD = 0.005
 records = []

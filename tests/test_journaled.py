@@ -1,4 +1,4 @@
-"""Tests of greensafe.journaled: what a server with a journal does with requests that it has seen before."""
+"""Tests of greensafe.server.durability: what a server with a journal does with requests that it has seen before."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import greensafe as zmq
 from greensafe import LATER, Client, JournalError, JournalUnavailable, RemoteError, Request, Server
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
 from greensafe.journal import Begin, Finish, SqliteJournal, State, Step, Write, in_transaction
-from greensafe.journaled import Journaled
 from greensafe.sansio.envelope import CALLER_LIMIT, GREET, OTHER_JOURNAL, Header, Kind, ServerHeader, decode
+from greensafe.server.durability import Journaled
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -453,7 +453,7 @@ def test_a_journal_that_stays_out_of_reach(build: Build, monkeypatch: pytest.Mon
 def test_stop_does_not_wait_for_a_journal_that_is_out_of_reach(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held for it is answered UNAVAILABLE; its answer is tried once more, and else the next server runs it again."""
     monkeypatch.setattr("greensafe.journal._patience.LIMIT", 2 * LONG)
-    monkeypatch.setattr("greensafe.server.FLUSH", MS)
+    monkeypatch.setattr("greensafe.server.server.FLUSH", MS)
     site = build(_echo)
     site.disk.fault = JournalUnavailable("the file is locked")
     site.disk.fails = lambda write: type(write).__name__ == "Finish"
@@ -741,7 +741,7 @@ def test_what_was_not_stored_when_the_server_stopped(
     build: Build, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """What a stop refuses because the disk hangs was not run, also if it is stored afterwards: the next server runs it."""
-    monkeypatch.setattr("greensafe.server.FLUSH", 20 * MS)
+    monkeypatch.setattr("greensafe.server.server.FLUSH", 20 * MS)
     site = build(_echo, **options)
     site.disk.gate.clear()
     site.peer.ask(1)
@@ -764,7 +764,7 @@ def test_what_was_not_stored_when_the_server_stopped(
 def test_what_was_stored_and_had_no_turn(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop that comes between a request's Begin and its turn: it was not run, so the next server runs it."""
     with monkeypatch.context() as patch:
-        patch.setattr("greensafe.journaled.TURN", -1.0)  # nobody's turn comes
+        patch.setattr("greensafe.server.durability.TURN", -1.0)  # nobody's turn comes
         site = build(_echo, resume="abort")
         site.peer.ask()
         wait_until(lambda: site.disk.kinds() == ["Begin"] and not site.journal.pending)
@@ -1239,7 +1239,7 @@ def test_a_disk_that_is_full_for_a_while(context: zmq.Context, tmp_path: Path, p
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks at what takes long are milliseconds apart."""
     monkeypatch.setattr("greensafe.journal._stall.LOOK", MS)
-    monkeypatch.setattr("greensafe.storing.LOOK", MS)
+    monkeypatch.setattr("greensafe.server.storing.LOOK", MS)
 
 
 def _patient(site: Site, seconds: float) -> None:
@@ -1407,7 +1407,7 @@ def test_stopped_in_a_stall_it_was_no_attempt_in_vain(build: Build, monkeypatch:
 @pytest.mark.usefixtures("quick")
 def test_an_effect_that_does_not_end_keeps_nobody(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither others, nor its own client beyond the deadline, nor a stop beyond its limit."""
-    monkeypatch.setattr("greensafe.server.FLUSH", MS)
+    monkeypatch.setattr("greensafe.server.server.FLUSH", MS)
     over = Native()
 
     def handler(request: Request) -> bytes:
@@ -1505,8 +1505,8 @@ def test_a_vanished_clients_requests_leave_the_queue(build: Build) -> None:
 
 def test_clients_take_turns_in_the_queue(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that sends much does not put it before everybody else's, and what waits is bounded."""
-    monkeypatch.setattr("greensafe.storing.AT_ONCE", 3)
-    monkeypatch.setattr("greensafe.storing._weigh", lambda exchange: 1)
+    monkeypatch.setattr("greensafe.server.storing.AT_ONCE", 3)
+    monkeypatch.setattr("greensafe.server.storing._weigh", lambda exchange: 1)
     site = build(_echo)
     site.disk.gate.clear()
     site.peer.ask(1)
@@ -1529,7 +1529,7 @@ def test_clients_take_turns_in_the_queue(build: Build, monkeypatch: pytest.Monke
 
 def test_what_waits_in_turn_is_no_younger_for_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its times count from when it came: its caller's limit does not grow by what it has waited."""
-    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.server.storing.AT_ONCE", 1)
     site = build(_echo)
     site.disk.gate.clear()
     for number in (1, 2, 3):
@@ -1547,8 +1547,8 @@ def test_what_waits_in_turn_is_no_younger_for_it(build: Build, monkeypatch: pyte
 
 def test_what_is_over_in_turn_is_not_written(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled, or behind others that are: those who wait in turn come to the journal although no batch is taken."""
-    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
-    monkeypatch.setattr("greensafe.storing._weigh", lambda exchange: 1)
+    monkeypatch.setattr("greensafe.server.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.server.storing._weigh", lambda exchange: 1)
     site = build(_echo)
     site.disk.gate.clear()
     for number in (1, 2, 3, 4):
@@ -1566,8 +1566,8 @@ def test_what_is_over_in_turn_is_not_written(build: Build, monkeypatch: pytest.M
 
 def test_nothing_more_is_read_when_the_queue_is_full(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients feel it, as with requests whose turn to run has not come; then all of it is answered."""
-    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
-    monkeypatch.setattr("greensafe.backlog.BACKLOG", 5)
+    monkeypatch.setattr("greensafe.server.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.server.backlog.BACKLOG", 5)
     site = build(_echo)
     site.disk.gate.clear()
     for number in range(1, 30):
@@ -1584,8 +1584,8 @@ def test_nothing_more_is_read_when_the_queue_is_full(build: Build, monkeypatch: 
 
 def test_stopped_while_requests_wait_in_turn(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are refused, and nothing of them is stored."""
-    monkeypatch.setattr("greensafe.storing.AT_ONCE", 1)
-    monkeypatch.setattr("greensafe.server.FLUSH", MS)
+    monkeypatch.setattr("greensafe.server.storing.AT_ONCE", 1)
+    monkeypatch.setattr("greensafe.server.server.FLUSH", MS)
     site = build(_echo)
     site.disk.gate.clear()
     for number in range(1, 5):

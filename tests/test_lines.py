@@ -1,4 +1,4 @@
-"""Tests of greensafe.lines: what a server logs about requests that go wrong, and how often."""
+"""Tests of greensafe.server.log_lines: what a server logs about requests that go wrong, and how often."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from greensafe.errors import JournalUnavailable
 from greensafe.hooks import RequestFailed
 from greensafe.hub import log_limiter as seldom
 from greensafe.journal import SqliteJournal
-from greensafe.lines import EACH_PLACE
 from greensafe.sansio.envelope import Header, Kind
+from greensafe.server.log_lines import EACH_PLACE
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -1,4 +1,4 @@
-"""Tests of greensafe.options."""
+"""Tests of greensafe.server.options."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from greensafe.client.options import (
     check_metadata,
     check_retries,
 )
-from greensafe.options import check_handler, check_limits, check_options
 from greensafe.sansio.envelope import MAX_METADATA
 from greensafe.sansio.weights import check_max_frames
+from greensafe.server.options import check_handler, check_limits, check_options
 
 
 def test_handlers() -> None:

@@ -1,4 +1,4 @@
-"""Tests of greensafe.reports: one request, in records and log lines."""
+"""Tests of greensafe.server.reports: one request, in records and log lines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from helpers import LONG
 from greensafe import RemoteError, Request
 from greensafe.deadlines import deadline
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
-from greensafe.reports import answered, extra, started, zombie
 from greensafe.sansio.envelope import Kind, pack
 from greensafe.sansio.responder import Responder
+from greensafe.server.reports import answered, extra, started, zombie
 
 ID = bytes(range(16))
 

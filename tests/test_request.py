@@ -1,4 +1,4 @@
-"""Tests of greensafe.request: what a handler sees, and what a client is told of an exception."""
+"""Tests of greensafe.server.request: what a handler sees, and what a client is told of an exception."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import gevent
 import pytest
 
 from greensafe import LATER, Cancelled, RemoteError, Request, deadline
-from greensafe.request import InvalidBodyError, as_frames, check_frames, error_for
 from greensafe.sansio.envelope import Header, Kind, split
 from greensafe.sansio.exchange import Event, Exchange
+from greensafe.server.request import InvalidBodyError, as_frames, check_frames, error_for
 
 ID = bytes(range(16))
 

@@ -19,7 +19,6 @@ from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
-from greensafe.backlog import Backlog
 from greensafe.client.channel import Channel
 from greensafe.client.pool import Failover
 from greensafe.hooks import LoopFailed, ServerStopped
@@ -28,7 +27,8 @@ from greensafe.loops.restarts import Restarts
 from greensafe.sansio.backoff import FIRST, JITTER, RESTARTS
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
-from greensafe.systemd import Notifier
+from greensafe.server.backlog import Backlog
+from greensafe.server.systemd import Notifier
 from greensafe.transport import pump as _pump, whole as _whole
 from greensafe.transport.pump import Pump
 
@@ -473,7 +473,7 @@ def test_pings_that_fail(context: zmq.Context, monkeypatch: pytest.MonkeyPatch, 
 
 FAILING = """
 import gevent, greensafe
-from greensafe.backlog import Backlog
+from greensafe.server.backlog import Backlog
 from greensafe.client.channel import Channel
 from greensafe.hub.timers import TICK
 from greensafe.client.pool import Failover

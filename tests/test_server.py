@@ -1,4 +1,4 @@
-"""Tests of greensafe.server: a life from start to stop. For what handlers do wrong see test_handlers."""
+"""Tests of greensafe.server.server: a life from start to stop. For what handlers do wrong see test_handlers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import pytest
 from helpers import LONG, MS, check_freed_by_a_kill, run_python, running, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, RemoteError, Request, Server, deadline, server as server_module
+from greensafe import LATER, Client, RemoteError, Request, Server, deadline
 from greensafe.hooks import RequestFailed, ServerStopped
 from greensafe.loops import hubwatch
 from greensafe.sansio.envelope import Header, Kind, ServerHeader, decode
+from greensafe.server import server as server_module
 from greensafe.transport import binding as _binding
 
 pytestmark = pytest.mark.usefixtures("limit")

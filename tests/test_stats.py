@@ -17,14 +17,14 @@ from helpers import LONG, MS, wait_until
 import greensafe as zmq
 from greensafe import LATER, Client, OperationTimeout, RemoteError, Request, Server, stats
 from greensafe.client.options import check_heartbeat
-from greensafe.green._vanished import Vanished
 from greensafe.hub.timers import TICK
 from greensafe.sansio.envelope import Header, Kind
 from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
+from greensafe.server.vanished import Vanished
+from greensafe.server.watchdog import NAMED, Watchdog
 from greensafe.stats import ClientStats, ServerStats, Zombie, trail, trail_of, where
 from greensafe.transport.pump import Pump
-from greensafe.watchdog import NAMED, Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")
 

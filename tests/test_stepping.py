@@ -1,4 +1,4 @@
-"""Tests of greensafe.stepping; what a handler sees of it is in test_journaled."""
+"""Tests of greensafe.server.stepping; what a handler sees of it is in test_journaled."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from greensafe.journal import Effect, JsonOrBytes, Step, in_transaction
 from greensafe.journal.commits import Commits
 from greensafe.sansio.envelope import Envelope
 from greensafe.sansio.exchange import Event, Exchange
-from greensafe.stepping import Steps
-from greensafe.storing import Memory
+from greensafe.server.stepping import Steps
+from greensafe.server.storing import Memory
 
 pytestmark = pytest.mark.usefixtures("limit")
 

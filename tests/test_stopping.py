@@ -13,8 +13,9 @@ import pytest
 from helpers import LONG, MS, running, wait_until
 
 import greensafe as zmq
-from greensafe import Client, RemoteError, move_on, stopping
-from greensafe.stopping import POLL
+from greensafe import Client, RemoteError, move_on
+from greensafe.server import stopping
+from greensafe.server.stopping import POLL
 from greensafe.testing import ManualClock
 
 pytestmark = pytest.mark.usefixtures("limit")

@@ -1,4 +1,4 @@
-"""Tests of greensafe.storing."""
+"""Tests of greensafe.server.storing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from greensafe import RemoteError, storing
+from greensafe import RemoteError
 from greensafe.journal.commits import LOOK
 from greensafe.sansio.envelope import Envelope
 from greensafe.sansio.exchange import Exchange
 from greensafe.sansio.weights import FRAME
-from greensafe.storing import Memory, Storing
+from greensafe.server import storing
+from greensafe.server.storing import Memory, Storing
 
 GRACE = 1000.0
 

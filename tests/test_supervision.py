@@ -1,4 +1,4 @@
-"""Tests of greensafe.supervision beyond the table of test_handlers: leaving early, misuse, one's own loop."""
+"""Tests of greensafe.server.supervision beyond the table of test_handlers: leaving early, misuse, one's own loop."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import zmq as plain
 from helpers import LONG, MS, check_freed_by_a_kill, wait_until
 
 import greensafe as zmq
-from greensafe import Request, deadline, supervise, supervised, supervision
+from greensafe import Request, deadline, supervise, supervised
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted, ServerStarted, ServerStopped
 from greensafe.sansio.responder import Responder
+from greensafe.server import supervision
 
 pytestmark = pytest.mark.usefixtures("limit")
 

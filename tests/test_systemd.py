@@ -1,4 +1,4 @@
-"""Tests of greensafe.systemd: a real process tells a real datagram socket that stands where systemd's would."""
+"""Tests of greensafe.server.systemd: a real process tells a real datagram socket that stands where systemd's would."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import gevent
 import pytest
 from helpers import LONG, MS, ROOT, wait_until
 
-from greensafe import Client, Server, systemd
+from greensafe import Client, Server
+from greensafe.server import systemd
 
 pytestmark = [
     pytest.mark.usefixtures("limit"),

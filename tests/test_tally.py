@@ -1,4 +1,4 @@
-"""Tests of greensafe.tally, and of stats_of, which shows it."""
+"""Tests of greensafe.server.tally, and of stats_of, which shows it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import zmq as plain
 from helpers import LONG, MS, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Request, descriptors, stats_of, supervise, supervised, tally
+from greensafe import LATER, Request, stats_of, supervise, supervised
+from greensafe.server import descriptors, tally
 from greensafe.stats import ServerStats
 
 pytestmark = pytest.mark.usefixtures("limit")

@@ -1,4 +1,4 @@
-"""Tests of greensafe.telling: what is told to a client, and what is for the log and for hooks."""
+"""Tests of greensafe.server.error_replies: what is told to a client, and what is for the log and for hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import greensafe as zmq
 from greensafe import Cancelled, Client, JournalError, OperationTimeout, RemoteError, Request, Server, supervise, supervised
 from greensafe.hooks import RequestFailed
 from greensafe.journal import SqliteJournal
-from greensafe.telling import replaced
+from greensafe.server.error_replies import replaced
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -20,15 +20,16 @@ from gevent.monkey import get_original
 from helpers import LONG, MS, ROOT, wait_until
 
 import greensafe as zmq
-from greensafe import LATER, Client, LocalProtocolError, RemoteError, Request, Server, deadline, server as server_module
+from greensafe import LATER, Client, LocalProtocolError, RemoteError, Request, Server, deadline
 from greensafe.auth import Authenticator
 from greensafe.client import client as client_module
 from greensafe.green.monitor import ConnectionEvents
 from greensafe.hub import threads
 from greensafe.hub.threads import call_in, check_here, wait_while
 from greensafe.journal import SqliteJournal
+from greensafe.server import server as server_module
+from greensafe.server.watchdog import Watchdog
 from greensafe.testing import FaultyLink, JournalConformance
-from greensafe.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -1,4 +1,4 @@
-"""Tests of greensafe.watchdog on its own: what is sent, when, and what is forgotten; no socket is needed for that."""
+"""Tests of greensafe.server.watchdog on its own: what is sent, when, and what is forgotten; no socket is needed for that."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from helpers import LONG, MS, wait_until
 
 from greensafe import LATER, Cancelled, LocalProtocolError, RemoteError, Request
-from greensafe.options import Handler
-from greensafe.request import error_for
-from greensafe.watchdog import Watchdog
+from greensafe.server.options import Handler
+from greensafe.server.request import error_for
+from greensafe.server.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("limit")
 

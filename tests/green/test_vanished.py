@@ -1,4 +1,4 @@
-"""Tests of greensafe.green._vanished."""
+"""Tests of greensafe.server.vanished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zmq as plain
 from helpers import wait_until
 
 import greensafe as zmq
-from greensafe.green._vanished import Vanished
+from greensafe.server.vanished import Vanished
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -29,7 +29,7 @@ import greensafe
 from greensafe.journal import SqliteJournal, in_transaction
 from greensafe.journal._writing import Writing
 from greensafe.journal.commits import Commits
-from greensafe.journaled import Journaled
+from greensafe.server.durability import Journaled
 from greensafe.transport.pump import Pump
 
 #: Seconds in which libzmq surely hands a message to the kernel: a death before that and one after it are two points.

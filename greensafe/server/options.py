@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .deadlines import to_seconds
-from .errors import RemoteError
-from .journal.base import Journal
+from ..deadlines import to_seconds
+from ..errors import RemoteError
+from ..journal.base import Journal
+from ..sansio.resume import RESUMES
 from .request import Request
-from .sansio.resume import RESUMES
 
 __all__ = [
     "Handler",
@@ -67,7 +67,7 @@ def check_journal(journal: Any) -> Journal | None:
     if journal is None or isinstance(journal, Journal):
         return journal
     if isinstance(journal, (str, os.PathLike)):
-        from .journal.sqlite import SqliteJournal
+        from ..journal.sqlite import SqliteJournal
 
         return SqliteJournal(journal)
     raise TypeError(f"journal is a path, a Journal or None, not {type(journal).__name__}")

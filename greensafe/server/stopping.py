@@ -21,8 +21,8 @@ from typing import Protocol
 import gevent
 from gevent.event import Event
 
-from .deadlines import move_on
-from .hub.log_limiter import write
+from ..deadlines import move_on
+from ..hub.log_limiter import write
 
 __all__ = ["POLL", "Stop", "Stoppable"]
 

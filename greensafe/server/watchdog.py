@@ -27,23 +27,23 @@ from typing import Any
 import gevent
 from gevent.hub import Hub
 
+from ..deadlines import DeadlineSignal, deadline
+from ..errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
+from ..hooks import HandlerStuck, Tell
+from ..hub.interruptions import is_interruption
+from ..hub.timers import start_timer
+from ..journal.steps import Codec, InTransaction, JsonOrBytes
+from ..loops.restarts import Restarts
+from ..sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
+from ..sansio.exchange import Exchange
+from ..sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Say, Send, Zombie as ZombieFound
+from ..stats import Zombie
 from .backlog import Backlog
-from .deadlines import DeadlineSignal, deadline
-from .errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
-from .hooks import HandlerStuck, Tell
-from .hub.interruptions import is_interruption
-from .hub.timers import start_timer
-from .journal.steps import Codec, InTransaction, JsonOrBytes
-from .lines import Lines
-from .loops.restarts import Restarts
+from .error_replies import Telling
+from .log_lines import Lines
 from .options import Handler, OnError
 from .reports import answered, started, zombie
 from .request import LATER, Request, as_frames, error_for
-from .sansio.envelope import CALLER_LIMIT, NO_JOURNAL, Kind
-from .sansio.exchange import Exchange
-from .sansio.responder import Acked, Cancel, Effect, Expire, Kill, Responder, Say, Send, Zombie as ZombieFound
-from .stats import Zombie
-from .telling import Telling
 
 __all__ = ["Watchdog"]
 

@@ -9,11 +9,11 @@ from time import monotonic
 
 import gevent
 
-from .errors import RemoteError
-from .hooks import RequestAnswered, RequestFailed, RequestStarted
+from ..errors import RemoteError
+from ..hooks import RequestAnswered, RequestFailed, RequestStarted
+from ..stats import Zombie, where
 from .options import Handler
 from .request import Request, shown
-from .stats import Zombie, where
 
 __all__ = ["answered", "extra", "started", "zombie"]
 

@@ -13,12 +13,12 @@ import gevent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
-from .deadlines import deadline
-from .errors import Cancelled, JournalError, RemoteError, RemoteProtocolError, Unstorable
-from .hub.threads import call_in
-from .journal.steps import InTransaction, check_name
-from .sansio.envelope import Header
-from .sansio.exchange import Exchange
+from ..deadlines import deadline
+from ..errors import Cancelled, JournalError, RemoteError, RemoteProtocolError, Unstorable
+from ..hub.threads import call_in
+from ..journal.steps import InTransaction, check_name
+from ..sansio.envelope import Header
+from ..sansio.exchange import Exchange
 
 __all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for", "shown"]
 

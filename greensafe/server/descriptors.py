@@ -22,9 +22,9 @@ import os
 from time import monotonic
 from typing import Any
 
-from .hooks import DescriptorsExhausted, Tell
-from .hub.every import Every
-from .hub.log_limiter import write
+from ..hooks import DescriptorsExhausted, Tell
+from ..hub.every import Every
+from ..hub.log_limiter import write
 
 resource: Any
 try:

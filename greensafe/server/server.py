@@ -31,32 +31,32 @@ import zmq
 from gevent.event import Event
 from gevent.hub import Hub
 
+from ..deadlines import preemptible, shield, to_seconds
+from ..errors import RemoteError
+from ..green.context import Context, check_context, close_first, plain_socket
+from ..hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
+from ..hub.forks import generation
+from ..hub.log_limiter import write
+from ..hub.threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
+from ..journal.base import Journal
+from ..journal.commits import Commits
+from ..journal.steps import Codec
+from ..loops.hubwatch import HubWatch, Wish, watch
+from ..loops.preemption import check_preempt
+from ..loops.restarts import Restarts
+from ..sansio.envelope import SERVER_STOPPED
+from ..sansio.weights import MAX_FRAMES, check_max_frames
+from ..stats import ServerStats
+from ..transport.binding import Binding
+from ..transport.endpoints import check_endpoint
+from ..transport.inlet import LOST_FIRST
+from ..transport.pump import Pump
 from . import systemd
-from .deadlines import preemptible, shield, to_seconds
 from .descriptors import DescriptorWatch
-from .errors import RemoteError
-from .green._vanished import Vanished
-from .green.context import Context, check_context, close_first, plain_socket
-from .hooks import Hooks, HubBlocked, ServerStarted, ServerStopped, teller
-from .hub.forks import generation
-from .hub.log_limiter import write
-from .hub.threads import LIMIT, begin_in, call_in, check_here, is_elsewhere, is_in_hub, wait_while
-from .journal.base import Journal
-from .journal.commits import Commits
-from .journal.steps import Codec
-from .journaled import Journaled
-from .loops.hubwatch import HubWatch, Wish, watch
-from .loops.preemption import check_preempt
-from .loops.restarts import Restarts
+from .durability import Journaled
 from .options import Handler, OnError, check_handler, check_journal, check_limits, check_options, check_resume, check_watch
-from .sansio.envelope import SERVER_STOPPED
-from .sansio.weights import MAX_FRAMES, check_max_frames
-from .stats import ServerStats
 from .stopping import Stop
-from .transport.binding import Binding
-from .transport.endpoints import check_endpoint
-from .transport.inlet import LOST_FIRST
-from .transport.pump import Pump
+from .vanished import Vanished
 from .watchdog import Watchdog
 
 __all__ = ["Server", "serve"]

@@ -13,10 +13,10 @@ from typing import Any
 
 from gevent.event import AsyncResult
 
-from .journal.commits import Commits
-from .journal.steps import Act, Codec, InTransaction
-from .sansio.exchange import Exchange
-from .sansio.records import Effect, Failed, Step
+from ..journal.commits import Commits
+from ..journal.steps import Act, Codec, InTransaction
+from ..sansio.exchange import Exchange
+from ..sansio.records import Effect, Failed, Step
 from .storing import Memory
 
 __all__ = ["Steps"]

@@ -17,15 +17,15 @@ import math
 from collections.abc import Callable, Iterator
 from time import monotonic
 
+from ..errors import JournalError, RemoteError
+from ..journal.base import Journal
+from ..journal.commits import LOOK, Commits
+from ..sansio.envelope import Header
+from ..sansio.exchange import Exchange
+from ..sansio.records import Begin, Forget, Known
+from ..sansio.weights import weight
 from .backlog import Backlog
-from .errors import JournalError, RemoteError
-from .journal.base import Journal
-from .journal.commits import LOOK, Commits
 from .request import Request
-from .sansio.envelope import Header
-from .sansio.exchange import Exchange
-from .sansio.records import Begin, Forget, Known
-from .sansio.weights import weight
 
 __all__ = ["AT_ONCE", "NOT_STORED", "Memory", "Storing", "too_late", "unstorable"]
 

@@ -18,20 +18,20 @@ import gevent
 import zmq
 from gevent.event import Event
 
+from ..deadlines import DeadlineSignal
+from ..errors import RemoteError
+from ..green._waits import Waiter
+from ..green.socket import Socket
+from ..hooks import Hooks, ServerStarted, ServerStopped, teller
+from ..loops.restarts import Restarts
+from ..sansio.weights import MAX_FRAMES, check_max_frames
+from ..stats import ServerStats
 from .answers import Sender, SocketWatchdog, has_sent
-from .deadlines import DeadlineSignal
 from .descriptors import DescriptorWatch
-from .errors import RemoteError
-from .green._waits import Waiter
-from .green.socket import Socket
-from .hooks import Hooks, ServerStarted, ServerStopped, teller
-from .lines import Lines
-from .loops.restarts import Restarts
+from .log_lines import Lines
 from .options import Handler, OnError, check_handler, check_limits, check_options
 from .reports import started
 from .request import Request
-from .sansio.weights import MAX_FRAMES, check_max_frames
-from .stats import ServerStats
 from .tally import Tally, tally_of
 from .watchdog import Watchdog
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+from ..green.socket import Socket
+from ..hub.forks import generation
+from ..loops.restarts import Restarts
+from ..stats import ServerStats
 from .descriptors import DescriptorWatch
-from .green.socket import Socket
-from .hub.forks import generation
-from .loops.restarts import Restarts
-from .stats import ServerStats
 from .watchdog import Watchdog
 
 __all__ = ["Tally", "tally_of"]

@@ -6,9 +6,9 @@ routing ids. It does not know why the requests wait, nor for how long.
 
 from __future__ import annotations
 
+from ..sansio.turns import Turns
+from ..sansio.weights import REQUEST, weight
 from .request import Request
-from .sansio.turns import Turns
-from .sansio.weights import REQUEST, weight
 
 __all__ = ["BACKLOG", "BACKLOG_BYTES", "Backlog"]
 

@@ -20,13 +20,13 @@ from typing import cast
 import gevent
 import zmq
 
-from .errors import RemoteError
-from .green.socket import Socket
-from .lines import Lines
+from ..errors import RemoteError
+from ..green.socket import Socket
+from ..sansio.envelope import Kind
+from ..sansio.exchange import Exchange
+from ..sansio.weights import weight
+from .log_lines import Lines
 from .request import Gate, Request
-from .sansio.envelope import Kind
-from .sansio.exchange import Exchange
-from .sansio.weights import weight
 from .tally import Tally
 from .watchdog import Watchdog
 

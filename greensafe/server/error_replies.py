@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 import gevent
 
-from .errors import JournalError, RemoteError
+from ..errors import JournalError, RemoteError
+from ..sansio.envelope import CALLER_LIMIT, SERVER_STOPPED, Kind
 from .options import OnError
 from .request import InvalidBodyError, Request, as_frames
-from .sansio.envelope import CALLER_LIMIT, SERVER_STOPPED, Kind
 
 __all__ = ["Telling", "is_meant", "replaced", "withheld"]
 

@@ -17,14 +17,14 @@ from __future__ import annotations
 import logging
 from time import monotonic
 
-from .errors import JournalError, RemoteProtocolError
-from .hub.log_limiter import Seldom
-from .hub.printable import printable
+from ..errors import JournalError, RemoteProtocolError
+from ..hub.log_limiter import Seldom
+from ..hub.printable import printable
+from ..sansio.exchange import State
+from ..stats import Zombie, trail, trail_of
+from .error_replies import is_meant
 from .reports import extra
 from .request import InvalidBodyError, Request
-from .sansio.exchange import State
-from .stats import Zombie, trail, trail_of
-from .telling import is_meant
 
 __all__ = ["Lines"]
 

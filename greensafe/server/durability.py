@@ -32,17 +32,17 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from .errors import JournalError, RemoteError, Unstorable
-from .hub.interruptions import is_interruption
-from .journal.base import Journal
-from .journal.commits import Commits
-from .journal.steps import InTransaction
+from ..errors import JournalError, RemoteError, Unstorable
+from ..hub.interruptions import is_interruption
+from ..journal.base import Journal
+from ..journal.commits import Commits
+from ..journal.steps import InTransaction
+from ..sansio.envelope import Header, Kind
+from ..sansio.exchange import Exchange
+from ..sansio.records import Ack, Excuse, Finish, Forget, Known, Rerun
+from ..sansio.resume import Refuse, Replay, Run, decide, is_kept
+from ..stats import JournalStats
 from .request import LATER, Request
-from .sansio.envelope import Header, Kind
-from .sansio.exchange import Exchange
-from .sansio.records import Ack, Excuse, Finish, Forget, Known, Rerun
-from .sansio.resume import Refuse, Replay, Run, decide, is_kept
-from .stats import JournalStats
 from .stepping import Steps
 from .storing import NOT_STORED, Memory, Storing, too_late, unstorable
 from .watchdog import TURN, Watchdog
