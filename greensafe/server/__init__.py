@@ -1,4 +1,4 @@
-"""The server: each request in a greenlet of its own, under a watchdog that answers for it; or the same over a socket you own."""
+"""The server: a greenlet for each request, under a watchdog that answers for it; or the same over a socket you own."""
 
 from __future__ import annotations
 

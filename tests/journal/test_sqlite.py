@@ -23,7 +23,7 @@ from greensafe.journal._clock import Moment
 from greensafe.journal._tidying import MOST
 from greensafe.journal.reading import Reading
 from greensafe.journal.sqlite import MARGIN
-from greensafe.testing.conformance import JournalConformance
+from greensafe.testing.conformance.suite import JournalConformance
 
 ID = bytes(range(16))
 BODY = [b"body"]

@@ -14,7 +14,7 @@ import pytest
 
 from greensafe import JournalError, JournalUnavailable
 from greensafe.journal import Begin, Effect, Failed, Finish, Journal, Known, Rerun, State, Step, Write
-from greensafe.testing.conformance import JournalConformance, Model, Request
+from greensafe.testing.conformance.suite import JournalConformance, Model, Request
 
 
 class WholeFileJournal(Journal):

@@ -1,4 +1,4 @@
-"""Tests of greensafe.testing._faults: what passes when, in a time that the test makes."""
+"""Tests of greensafe.testing.link.faults: what passes when, in a time that the test makes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from greensafe.hub.timers import TICK
 from greensafe.testing import ManualClock
-from greensafe.testing._faults import BURST, PIECE, Faults
+from greensafe.testing.link.faults import BURST, PIECE, Faults
 
 
 def test_sound() -> None:

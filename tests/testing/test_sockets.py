@@ -1,4 +1,4 @@
-"""Tests of greensafe.testing._sockets."""
+"""Tests of greensafe.testing.link.sockets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gevent
 import pytest
 from gevent import socket
 
-from greensafe.testing._sockets import Entrance, check_target, close, dial, reset
+from greensafe.testing.link.sockets import Entrance, check_target, close, dial, reset
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:1", "tcp://localhost:1", "tcp://[::1]:1", "ipc:///tmp/x", "ipc://@x"])

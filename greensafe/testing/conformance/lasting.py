@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import JournalError
-from ..sansio.records import Ack, Known, Rerun, State, Write
-from ._asking import HOUR, Opens, begin, finish, id_of, is_there, look, refuse, step, tidy, wait
-from ._killed import has_batch, kill_while_it_commits
+from ...errors import JournalError
+from ...sansio.records import Ack, Known, Rerun, State, Write
+from .asking import HOUR, Opens, begin, finish, id_of, is_there, look, refuse, step, tidy, wait
+from .killed import has_batch, kill_while_it_commits
 
 __all__ = ["Lasting"]
 

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..journal.base import Journal
-from ..sansio.records import State
-from ._asking import ask, begin, finish
+from ...journal.base import Journal
+from ...sansio.records import State
+from .asking import ask, begin, finish
 
 __all__ = ["has_batch", "kill_while_it_commits"]
 

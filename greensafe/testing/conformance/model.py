@@ -11,8 +11,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import JournalError
-from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
+from ...errors import JournalError
+from ...sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 
 __all__ = ["Model", "Request"]
 

@@ -39,11 +39,11 @@ from typing import Any, Literal, Self
 import gevent
 from gevent.hub import Hub
 
-from ..hub.log_limiter import Seldom
-from ..hub.threads import check_here
-from ._connection import Connection, Mark, Pipe
-from ._faults import Faults
-from ._sockets import Entrance, check_target, dial, send_at_once
+from ...hub.log_limiter import Seldom
+from ...hub.threads import check_here
+from .connection import Connection, Mark, Pipe
+from .faults import Faults
+from .sockets import Entrance, check_target, dial, send_at_once
 
 __all__ = ["Direction", "FaultyLink"]
 

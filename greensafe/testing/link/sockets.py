@@ -15,7 +15,7 @@ from typing import Any
 import gevent
 from gevent import socket
 
-from ..transport.endpoints import check_endpoint
+from ...transport.endpoints import check_endpoint
 
 __all__ = ["Entrance", "check_target", "close", "dial", "reset"]
 

@@ -6,7 +6,7 @@
 
 in a test file is all that a backend needs; pytest runs the tests, hypothesis is needed for one of them. There is a test for
 each rule of `greensafe.journal.base` and `greensafe.sansio.records`; `Model` says the same in code.
-The tests stand in `_requests`, `_batches` and `_lasting`.
+The tests stand in `requests`, `batches` and `lasting`.
 
 What it does not test, since only the backend knows how: what happens when the place is full, read-only, damaged or somebody
 else's (JournalUnavailable), and what a loss of power leaves.
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..journal.base import Journal
-from ._batches import Batches
-from ._lasting import Lasting
-from ._model import Model, Request
-from ._requests import Requests
+from ...journal.base import Journal
+from .batches import Batches
+from .lasting import Lasting
+from .model import Model, Request
+from .requests import Requests
 
 __all__ = ["JournalConformance", "Model", "Request"]
 

@@ -10,11 +10,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ..errors import JournalError, JournalUnavailable, Unstorable
-from ..journal.base import Journal
-from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
-from ._asking import ERROR, REPLY, Opens, begin, counts, finish, id_of, look, refuse, returning, step
-from ._model import Model
+from ...errors import JournalError, JournalUnavailable, Unstorable
+from ...journal.base import Journal
+from ...sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
+from .asking import ERROR, REPLY, Opens, begin, counts, finish, id_of, look, refuse, returning, step
+from .model import Model
 
 __all__ = ["Batches"]
 

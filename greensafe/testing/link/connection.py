@@ -29,9 +29,9 @@ import gevent
 from gevent import socket
 from gevent.event import Event
 
-from ..hub.timers import TICK
-from ._faults import Faults
-from ._sockets import close, reset
+from ...hub.timers import TICK
+from .faults import Faults
+from .sockets import close, reset
 
 __all__ = ["Connection", "Mark", "Pipe"]
 

@@ -1,7 +1,7 @@
 """Does a journal tell of a request what was written of it: its body, its answer, its attempts, steps and effects?
 
 Each test writes few things and asks at once, with the journal open all the time. What several writes in one batch have to do
-with each other is in `_batches`, what is there later in `_lasting`.
+with each other is in `batches`, what is there later in `lasting`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..sansio.records import Ack, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Write
-from ._asking import ERROR, HOUR, Opens, begin, counts, finish, id_of, look, noting, raising, refuse, returning, step
+from ...sansio.records import Ack, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Write
+from .asking import ERROR, HOUR, Opens, begin, counts, finish, id_of, look, noting, raising, refuse, returning, step
 
 __all__ = ["Requests"]
 

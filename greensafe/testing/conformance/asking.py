@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import JournalError
-from ..journal.base import Journal
-from ..sansio.records import Begin, Finish, Forget, Known, Step, Write
+from ...errors import JournalError
+from ...journal.base import Journal
+from ...sansio.records import Begin, Finish, Forget, Known, Step, Write
 
 __all__ = [
     "ERROR",
