@@ -27,7 +27,7 @@ help:
 	@echo "make compat      pyzmq's own tests of zmq.green, on greensafe; make compat-all: in every mode"
 	@echo "make bench       the benchmarks"
 	@echo "make clean       remove what the others have made"
-	@echo "PYTEST_ARGS='...' goes to pytest, as in: make test PYTEST_ARGS='-n 0 -x tests/test_server.py'. See docs/testing.md."
+	@echo "PYTEST_ARGS='...' goes to pytest, as in: make test PYTEST_ARGS='-n 0 -x tests/server/test_server.py'. See docs/testing.md."
 
 demo: $(RUN)
 	@$(BIN)/python examples/demo.py

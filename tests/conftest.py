@@ -162,3 +162,9 @@ def pytest_report_header() -> list[str]:
         f"greensafe: pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}, gevent {gevent.__version__}, "
         f"loop {type(gevent.get_hub().loop).__module__}, {threading.active_count()} thread(s)"
     ]
+
+
+@pytest.fixture(params=["tcp", "ipc", "inproc"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An endpoint to bind to."""
+    return {"tcp": "tcp://127.0.0.1:*", "ipc": f"ipc://{tmp_path}/s", "inproc": "inproc://s"}[request.param]

@@ -1,4 +1,4 @@
-"""Tests of greensafe.deadlines. They know no socket: `check` and `put_back` play its part."""
+"""Tests of greensafe.deadlines.scope. They know no socket: `check` and `put_back` play its part."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from interrupting import Interrupter, Interruption
 
 logging.disable(logging.CRITICAL)
 _pump.LOOK_AFTER = 0.01
-CLIENTS = ("client", "channel", "waking", "failover", "call", "choice", "restarts", "sansio/requester", "sansio/due", "green/_")
+CLIENTS = ("client/", "loops/restarts", "sansio/requester", "sansio/due", "green/_", "transport/", "hub/")
 
 def turns(count):
     for _ in range(count):
@@ -100,7 +100,7 @@ def test_requests_that_are_interrupted_anywhere(act: str) -> None:
 
 def test_a_limit_comes_though_the_server_floods_its_client(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that sends faster than it is read neither stops the hub nor holds a limit up."""
-    monkeypatch.setattr("greensafe.green._pump.DRAIN", 0.0)
+    monkeypatch.setattr("greensafe.transport.pump.DRAIN", 0.0)
     flooder = plain.Socket(context, zmq.ROUTER)
     flooder.set_hwm(0)
     flooder.bind("tcp://127.0.0.1:0")
@@ -122,8 +122,8 @@ def test_a_reply_behind_a_flood_is_not_lost_when_the_connection_is(
     context: zmq.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though one drain reads little, all that had arrived is read before a request is called lost."""
-    monkeypatch.setattr("greensafe.green._pump.DRAIN", 0.0)
-    monkeypatch.setattr("greensafe.green._pump.BATCH", 8)
+    monkeypatch.setattr("greensafe.transport.pump.DRAIN", 0.0)
+    monkeypatch.setattr("greensafe.transport.pump.BATCH", 8)
     flooder = plain.Socket(context, zmq.ROUTER)
     flooder.bind("tcp://127.0.0.1:0")
     endpoint = flooder.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()

@@ -12,18 +12,22 @@ from helpers import HANG, run_python
 HERE = Path(__file__).parent
 
 TESTS = [
-    "deadlines",
-    "handlers",
-    "watchdog",
-    "hubwatch",
-    "preemption",
-    "systemd",
-    "supervision",
-    "answers",
-    "tally",
-    "server",
-    "client",
-    "journaled",
+    "green",
+    "hub",
+    "transport",
+    "testing",
+    "test_deadlines.py",
+    "client/test_client.py",
+    "loops/test_hubwatch.py",
+    "loops/test_preemption.py",
+    "server/test_answers.py",
+    "server/test_durability.py",
+    "server/test_handlers.py",
+    "server/test_server.py",
+    "server/test_supervision.py",
+    "server/test_systemd.py",
+    "server/test_tally.py",
+    "server/test_watchdog.py",
 ]
 
 #: A journal's backend knows no loop.
@@ -33,7 +37,7 @@ LOOPLESS = HERE / "testing" / "test_conformance.py"
 @pytest.mark.check
 @pytest.mark.skipif("libuv" in type(gevent.get_hub().loop).__module__, reason="this is the other loop")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("tests", ["green", "testing", *(f"test_{name}.py" for name in TESTS)])
+@pytest.mark.parametrize("tests", TESTS)
 def test_on_libuv(tests: str) -> None:
     """Sockets, deadlines, handlers, servers, clients and faulty links behave the same on libuv."""
     pytest.importorskip("cffi")

@@ -20,8 +20,7 @@ import contextlib
 import logging
 import math
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -55,6 +54,7 @@ from . import systemd
 from .descriptors import DescriptorWatch
 from .durability import Journaled
 from .options import Handler, OnError, check_handler, check_journal, check_limits, check_options, check_resume, check_watch
+from .signals import signals
 from .stopping import Stop
 from .vanished import Vanished
 from .watchdog import Watchdog
@@ -473,7 +473,7 @@ class Server:
         to_seconds(stop_timeout)  # not when a signal comes
         self.start()
         restarts = self._restarts
-        with _signals(lambda: self.stop(stop_timeout), self.close), self._told():
+        with signals(lambda: self.stop(stop_timeout), self.close), self._told():
             try:
                 self._stopped.wait()
             finally:
@@ -696,29 +696,3 @@ class _Run:
 def serve(endpoint: str, handler: Handler, *, deadline: Any, **options: Any) -> None:
     """Serve until SIGTERM, SIGINT or an exception; blocks. See Server for the arguments."""
     Server(endpoint, handler, deadline=deadline, **options).serve_forever()
-
-
-@contextlib.contextmanager
-def _signals(on_first: Callable[[], object], on_second: Callable[[], object]) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT while inside, in the main thread only; what was installed before comes back."""
-    if not gevent.get_hub().main_hub:  # to a patched threading each greenlet is a thread of its own
-        yield
-        return
-    seen = 0
-
-    def on_signal() -> None:
-        nonlocal seen
-        seen += 1
-        gevent.spawn(on_first if seen == 1 else on_second)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    watchers = [gevent.signal_handler(number, on_signal) for number in before]
-    try:
-        yield
-    finally:
-        for watcher in watchers:
-            watcher.cancel()
-        # The loop leaves the system's default behind, whatever Python believes is installed.
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)

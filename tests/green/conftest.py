@@ -1,9 +1,8 @@
-"""What the tests of sockets share: a pair of them over each transport."""
+"""What the tests of sockets share: a pair of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,6 @@ import pytest
 import greensafe as zmq
 
 Pair = Callable[..., tuple[Any, Any]]
-
-
-@pytest.fixture(params=["tcp", "ipc", "inproc"])
-def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An endpoint to bind to."""
-    return {"tcp": "tcp://127.0.0.1:*", "ipc": f"ipc://{tmp_path}/s", "inproc": "inproc://s"}[request.param]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import zmq as plain
 from helpers import wait_until
 
 import greensafe as zmq
-from greensafe.green import _lockstep
+from greensafe.green import _in_parts, _lockstep
 from greensafe.transport import inlet as _inlet
 from greensafe.transport.pump import Pump
 
@@ -24,6 +24,7 @@ LONG_ONE = 20 * _inlet.AT_ONCE
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others have their turn as often as the clock is asked."""
     monkeypatch.setattr(_inlet, "TURN", -1.0)
+    monkeypatch.setattr(_in_parts, "TURN", -1.0)
     monkeypatch.setattr(_lockstep, "TURN", -1.0)
 
 
@@ -159,7 +160,7 @@ def test_a_bad_object_with_a_long_rest(pair: tuple[Any, Any]) -> None:
 
 def test_a_drain_ends_though_more_comes_all_the_while(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that sends faster than it is read does not keep `drain_all`: it says that there is more."""
-    monkeypatch.setattr("greensafe.green._pump.DRAIN", 0.0)
+    monkeypatch.setattr("greensafe.transport.pump.DRAIN", 0.0)
     most, got = 5000, []
 
     def on_message(frames: list[bytes]) -> None:

@@ -302,7 +302,7 @@ def test_a_handler_that_cannot_be_started(context: zmq.Context, monkeypatch: pyt
     with Server(ENDPOINT, handler, deadline=None, max_inflight=1, context=context) as server:
         with Client(ENDPOINT, context=context) as client:
             with monkeypatch.context() as patch:
-                patch.setattr("greensafe.watchdog.gevent.Greenlet", Unborn)
+                patch.setattr("greensafe.server.watchdog.gevent.Greenlet", Unborn)
                 fault.left = 1
                 calls = [gevent.spawn(client.request, b"x") for _ in range(count)]
                 wait_until(lambda: server.stats.received == count)

@@ -124,7 +124,7 @@ def test_the_place_of_a_line_is_the_callers(caplog: pytest.LogCaptureFixture) ->
     lines.say(log, logging.WARNING, "bad")
     lines.say(log, logging.WARNING, "worse", error=ValueError("a\nb"))
     assert {(record.filename, record.funcName) for record in caplog.records} == {
-        ("test_seldom.py", "test_the_place_of_a_line_is_the_callers")
+        ("test_log_limiter.py", "test_the_place_of_a_line_is_the_callers")
     }
     lines.flush()
 

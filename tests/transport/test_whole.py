@@ -55,7 +55,7 @@ def _turn() -> None:
 
 def test_a_pump_that_is_interrupted_anywhere(context: zmq.Context, reported: list[BaseException]) -> None:
     """Whatever place the exception comes at: each message is handed over once, and each answer leaves once, whole."""
-    for interrupter in _numbers("green/"):
+    for interrupter in _numbers("green/", "transport/", "hub/"):
         got: list[list[bytes]] = []
 
         def once(frames: list[bytes], got: list[list[bytes]] = got) -> None:
@@ -105,7 +105,7 @@ def _read(peer: Any, answers: list[list[bytes]]) -> int:
 
 def test_a_green_socket_that_is_interrupted_anywhere(context: zmq.Context, reported: list[BaseException]) -> None:
     """What was sent before and after arrives; what recv_multipart had read of a message is there for the next one."""
-    for interrupter in _numbers("green/"):
+    for interrupter in _numbers("green/", "transport/", "hub/"):
         push, pull = context.socket(zmq.PUSH), context.socket(zmq.PULL)
         pull.bind("inproc://green")
         push.connect("inproc://green")
@@ -132,7 +132,7 @@ def test_a_green_socket_that_is_interrupted_anywhere(context: zmq.Context, repor
 
 def test_a_req_and_a_rep_that_are_interrupted_anywhere(context: zmq.Context, reported: list[BaseException]) -> None:
     """Both can go on: the next request has its own answer."""
-    for interrupter in _numbers("green/"):
+    for interrupter in _numbers("green/", "transport/", "hub/"):
         rep, req = context.socket(zmq.REP), context.socket(zmq.REQ)
         rep.linger = req.linger = 0
         rep.bind("inproc://lockstep")

@@ -185,8 +185,10 @@ def test_a_missed_deadline(context: zmq.Context, caplog: pytest.LogCaptureFixtur
     (line,) = missed
     assert (line.levelno, line.endpoint, line.request_id) == (logging.WARNING, ENDPOINT, "1")
     text = line.getMessage()
-    assert re.match(r"request 1 of client b'.+' has missed the deadline, 0\.\d+ s after it arrived; its handler was at ", text)
-    assert re.search(r"test_lines\.py:\d+ _wait_here, called at .*test_lines\.py:\d+ _handler", text)
+    assert re.match(
+        r"request 1 of client b['\"].+['\"] has missed the deadline, 0\.\d+ s after it arrived; its handler was at ", text
+    )
+    assert re.search(r"test_log_lines\.py:\d+ _wait_here, called at .*test_log_lines\.py:\d+ _handler", text)
     assert "watchdog.py" not in text
 
 
@@ -207,7 +209,7 @@ def test_a_deadline_that_the_handler_meets_itself(context: zmq.Context, caplog: 
         with Client(ENDPOINT, context=context) as client, pytest.raises(RemoteError, match="DEADLINE_EXCEEDED"):
             client.request(b"x")
     (line,) = [line for line in _lines(caplog) if "has missed the deadline" in line.getMessage()]
-    assert re.search(r"its handler was at \S+test_lines\.py:\d+ \S+handler$", line.getMessage())
+    assert re.search(r"its handler was at \S+test_log_lines\.py:\d+ \S+handler$", line.getMessage())
 
 
 def _ask_with_limit(peer: Any, number: int, limit_ms: int) -> None:

@@ -34,8 +34,8 @@ import gevent
 from gevent import getcurrent
 from gevent.hub import Hub
 
-from .errors import Cancelled, DeadlineExceeded
-from .hub.timers import start_timer
+from ..errors import Cancelled, DeadlineExceeded
+from ..hub.timers import start_timer
 
 __all__ = [
     "DeadlineSignal",

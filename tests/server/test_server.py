@@ -715,6 +715,7 @@ def test_serve_ends_on_a_signal(number: int) -> None:
     """serve() answers what runs, returns on SIGTERM or SIGINT, and puts the signal handlers back."""
     program = f"""
 import os, signal, gevent, greensafe
+from greensafe.server.signals import signals
 before = signal.getsignal({int(number)})
 def handler(request):
     os.kill(os.getpid(), {int(number)})
@@ -728,7 +729,7 @@ greensafe.serve("inproc://s", handler, deadline=30)
 asked.join()
 print(signal.getsignal({int(number)}) is before)
 signal.signal({int(number)}, lambda *args: print("mine"))
-with greensafe.server._signals(print, print):
+with signals(print, print):
     pass
 os.kill(os.getpid(), {int(number)})
 """
