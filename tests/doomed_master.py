@@ -27,7 +27,7 @@ import zmq
 from greensafe.journal import Begin, Effect, SqliteJournal
 from greensafe.journal.commits import Commits
 from greensafe.sansio.envelope import MAGIC, Kind
-from greensafe.transport import pump as _pump
+from greensafe.transport import outbox as _outbox
 
 _ENDPOINT, _FOLDER, _TRACE, _POINT = [*sys.argv[1:], ""][:4]
 _trace = os.open(_TRACE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -83,7 +83,7 @@ def commit(self: SqliteJournal, writes: Any, *, _commit: Any = SqliteJournal.com
     return results
 
 
-def send(sock: Any, frame: bytes, flags: int, *, _send: Any = _pump._send) -> Any:
+def send(sock: Any, frame: bytes, flags: int, *, _send: Any = _outbox._send) -> Any:
     is_answer = frame[:4] == MAGIC and frame[5] == Kind.REPLY
     if is_answer:
         _leaving.append(_requests[frame[8:24]])
@@ -96,6 +96,6 @@ def send(sock: Any, frame: bytes, flags: int, *, _send: Any = _pump._send) -> An
 
 Commits.write = write
 SqliteJournal.commit = commit
-_pump._send = send
+_outbox._send = send
 
 master.main(_ENDPOINT, Path(_FOLDER))

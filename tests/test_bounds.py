@@ -24,7 +24,7 @@ from greensafe.sansio.envelope import Header, Kind, ServerHeader
 from greensafe.server import answers, backlog
 from greensafe.server.server import UNREAD
 from greensafe.server.tally import tally_of
-from greensafe.transport import pump as _pump
+from greensafe.transport import outbox as _outbox
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -108,7 +108,7 @@ def test_requests_that_wait_are_weighed_with_their_metadata(context: zmq.Context
     with Server("tcp://127.0.0.1:0", handler, deadline=LONG, max_inflight=1, context=context) as server:
         with Client(str(server.endpoint), heartbeat=None, context=context) as client:
             calls = [gevent.spawn(client.request, b"", metadata=bytes(60_000)) for _ in range(20)]
-            wait_until(lambda: server._pump is not None and server._pump.is_paused)
+            wait_until(lambda: server._pump is not None and server._pump.inbox.is_paused)
             assert server.stats.backlog == 9
             go.set()
             assert [call.get() for call in calls] == [b"done"] * 20
@@ -116,7 +116,7 @@ def test_requests_that_wait_are_weighed_with_their_metadata(context: zmq.Context
 
 def test_a_client_that_does_not_read_has_no_queue_of_workings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what is said again soon little is kept for it, however many ids it makes up; its answers are kept."""
-    monkeypatch.setattr(_pump, "SPARE", 5000)
+    monkeypatch.setattr(_outbox, "SPARE", 5000)
     go = Event()
 
     def handler(request: Request) -> bytes:
@@ -159,8 +159,8 @@ def test_giving_up_on_a_server_that_does_not_read(monkeypatch: pytest.MonkeyPatc
             reading, writing = server._pump, client._channels[0]._pump
             assert reading is not None
             assert writing is not None
-            reading.is_paused = True
-            while writing.queued < 20:
+            reading.inbox.is_paused = True
+            while len(writing.outbox) < 20:
                 with pytest.raises(OperationTimeout):
                     client.request(bytes(1_000_000), timeout=1 * MS)
             tries = 0
@@ -170,10 +170,10 @@ def test_giving_up_on_a_server_that_does_not_read(monkeypatch: pytest.MonkeyPatc
                     client.request(b"small", timeout=0.1 * MS)
                 tries += 1
                 assert tries < 1000
-            assert writing.queued < 300
+            assert len(writing.outbox) < 300
             reading.resume()
             assert client.request(b"y") == b"y"
-            assert (writing.queued, writing.queued_size) == (0, 0)
+            assert (len(writing.outbox), writing.outbox.size) == (0, 0)
 
 
 def test_what_libzmq_keeps_unread_is_little() -> None:

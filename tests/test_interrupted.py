@@ -123,7 +123,7 @@ def test_a_reply_behind_a_flood_is_not_lost_when_the_connection_is(
 ) -> None:
     """Though one drain reads little, all that had arrived is read before a request is called lost."""
     monkeypatch.setattr("greensafe.transport.pump.DRAIN", 0.0)
-    monkeypatch.setattr("greensafe.transport.pump.BATCH", 8)
+    monkeypatch.setattr("greensafe.transport.inbox.BATCH", 8)
     flooder = plain.Socket(context, zmq.ROUTER)
     flooder.bind("tcp://127.0.0.1:0")
     endpoint = flooder.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()

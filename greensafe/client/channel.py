@@ -51,7 +51,8 @@ from ..transport.byname import ByName, has_proxy, reconnect
 from ..transport.endpoints import explained, not_begun
 from ..transport.inlet import LOST_FIRST
 from ..transport.names import host_in
-from ..transport.pump import OUTBOX, Pump
+from ..transport.outbox import OUTBOX
+from ..transport.pump import Pump
 from ..transport.tcp_info import is_counted, sample, unread
 from .problems import LOST, NO_ANSWER, NO_HANDSHAKE, NOBODY, SILENT, TORN, WRONG_TYPE, Loss, Trouble, refusal
 from .second_look import SecondLook
@@ -287,7 +288,7 @@ class Channel:
     def tell(self, frames: list[bytes]) -> None:
         """Send what is no request, and need not arrive: who does not read is not told for ever."""
         if self._pump is not None and self.is_up and not self.is_inherited:
-            if self._pump.queued_size > OUTBOX:
+            if self._pump.outbox.size > OUTBOX:
                 self.unsaid += 1
             else:
                 self._pump.send(frames)
@@ -711,7 +712,7 @@ class Channel:
         self._owner.on_lost(self, loss)
 
     def _count(self, trouble: Trouble) -> Loss:
-        kept = set() if self._pump is None else {id(frames) for frames in self._pump.unsent()}
+        kept = set() if self._pump is None else {id(frames) for frames in self._pump.outbox.unsent()}
         lost = self._requester.lose(self.connection)
         is_over = self.connection.is_over
         unsent = [asked for asked in lost if is_over or id(asked.frames) in kept]

@@ -219,7 +219,7 @@ class Server:
         if watchdog is None:
             return ServerStats(endpoint, self.state)
         counts = watchdog.responder
-        dropped, unreachable = self._undelivered if pump is None else (pump.dropped, pump.unreachable)
+        dropped, unreachable = self._undelivered if pump is None else (pump.outbox.dropped, pump.outbox.unreachable)
         return ServerStats(
             endpoint=endpoint,
             state=self.state,
@@ -235,14 +235,14 @@ class Server:
             oldest_seconds=watchdog.oldest_seconds,
             zombie_count=counts.zombies,
             zombies=watchdog.zombies(),
-            unsent=0 if pump is None else pump.queued,
+            unsent=0 if pump is None else len(pump.outbox),
             drops={
                 "malformed": counts.malformed,
                 "ignored": counts.ignored,
                 "duplicates": counts.duplicates,
                 "unreachable": unreachable,
                 "full_outbox": dropped,
-                "unsaid": self._unsaid if pump is None else pump.unsaid,
+                "unsaid": self._unsaid if pump is None else pump.outbox.unsaid,
                 "misdirected": counts.misdirected,
                 "forgotten": counts.forgotten,
             },
@@ -352,7 +352,7 @@ class Server:
             "send_soon": self._pump.send_soon,
             "send_if_read": self._pump.send_if_read,
             "max_frames": self._max_frames,
-            "has_taken": self._pump.has_taken,
+            "has_taken": self._pump.outbox.has_taken,
             "limit": self._limit,
             "grace": self._grace,
             "max_inflight": self._max_inflight,
@@ -529,10 +529,10 @@ class Server:
     def _on_message(self, frames: list[bytes]) -> None:
         assert self._watchdog is not None and self._pump is not None
         if self._vanished is not None:
-            self._vanished.note(frames[0], self._pump.source)
+            self._vanished.note(frames[0], self._pump.inbox.source)
         self._watchdog.accept(frames)
         if self._watchdog.is_full:
-            self._pump.is_paused = True
+            self._pump.inbox.is_paused = True
 
     def _on_torn(self, frames: list[bytes], why: str) -> None:
         if self._watchdog is None:
@@ -550,7 +550,7 @@ class Server:
     def _on_room(self) -> None:
         if self._watchdog is None or self._pump is None:
             return  # a handler that has outlived its server
-        if self._pump.is_paused and not self._watchdog.is_full:
+        if self._pump.inbox.is_paused and not self._watchdog.is_full:
             self._pump.resume()
         if self._stop is not None and not self._watchdog.load and not self._watchdog.backlog:
             self._stop.wake()
@@ -624,14 +624,14 @@ class Server:
             self._commits.close()  # who waits for it is told now, while that can still be sent
         run = self._restarts.run  # a pump that has failed does not keep this from its end
         run("pump", lambda: pump.refuse(lambda frames: watchdog.refuse(frames, stopped)))
-        if not pump.dropped and not watchdog.responder.inflight:  # else a request may have been run that has no answer
+        if not pump.outbox.dropped and not watchdog.responder.inflight:  # else a request may have been run that has no answer
             run("pump", watchdog.tell_closed)
         run("pump", pump.flush)
         self._watch_no_more()
         self._binding.close(self._socket)
-        unread = pump.queued
-        self._undelivered = (pump.dropped + unread, pump.unreachable)
-        self._unsaid = pump.unsaid
+        unread = len(pump.outbox)
+        self._undelivered = (pump.outbox.dropped + unread, pump.outbox.unreachable)
+        self._unsaid = pump.outbox.unsaid
         pump.close(int(FLUSH * 1000))
         self._restarts.close()
         watchdog.close()
@@ -683,7 +683,7 @@ class _Run:
 
     def is_busy(self) -> bool:
         watchdog, pump = self._server._watchdog, self._pump
-        return watchdog is not None and (watchdog.load > 0 or watchdog.backlog > 0 or pump.queued > 0 or pump.has_input)
+        return watchdog is not None and (watchdog.load > 0 or watchdog.backlog > 0 or len(pump.outbox) > 0 or pump.has_input)
 
     def flush(self) -> None:
         if self._server._commits is not None:

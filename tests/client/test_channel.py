@@ -360,7 +360,7 @@ def test_a_lost_request_is_not_delivered_to_the_next_server(context: zmq.Context
             asked = [gevent.spawn(client.request, b"old %d" % number) for number in range(50)]
             first.recv_multipart()
             (channel,) = client._channels
-            wait_until(lambda: channel.load == 50 and channel._pump is not None and not channel._pump.queued)  # noqa: B023
+            wait_until(lambda: channel.load == 50 and channel._pump is not None and not len(channel._pump.outbox))  # noqa: B023
             first.close(0)
             gevent.joinall(asked)
             assert {type(each.exception) for each in asked} == {Disconnected}

@@ -810,7 +810,7 @@ import os, sys, gevent
 import greensafe as zmq
 from greensafe.client import channel as channels
 from greensafe.client import pool as failover
-from greensafe.transport.pump import Pump
+from greensafe.transport.outbox import Outbox
 from greensafe.client.problems import LOST
 
 endpoint, pause = sys.argv[1:]
@@ -836,7 +836,7 @@ else:
 child = os.fork()
 if not child:
     used = []
-    for owner, name in (Pump, "_try_send"), (channels, "plain_socket"):
+    for owner, name in (Outbox, "_try_send"), (channels, "plain_socket"):
         real = getattr(owner, name)
         setattr(owner, name, lambda *args, name=name, real=real: (used.append(name), real(*args))[1])
     try:

@@ -169,7 +169,7 @@ def test_a_drain_ends_though_more_comes_all_the_while(context: zmq.Context, monk
             peer.send(b"one more")
 
     pump, peer = _pump(context, got, [])
-    pump._on_message = on_message
+    pump.inbox.on_message = on_message
     peer.send(b"first")
     assert not pump.drain_all()
     assert 0 < len(got) < most

@@ -30,7 +30,7 @@ from greensafe.journal import SqliteJournal, in_transaction
 from greensafe.journal._writing import Writing
 from greensafe.journal.commits import Commits
 from greensafe.server.durability import Journaled
-from greensafe.transport.pump import Pump
+from greensafe.transport.outbox import Outbox
 
 #: Seconds in which libzmq surely hands a message to the kernel: a death before that and one after it are two points.
 LEAVES = 0.005
@@ -75,15 +75,15 @@ def _install(points: Points) -> None:
     points.surround(SqliteJournal, "commit", b"c", b"C")
     points.surround(Writing, "run", b"r", b"R")
     points.surround(Journaled, "_on_acked", b"a", b"A")
-    points.surround(Pump, "_try_send", b"s", b"S")
-    handed: Callable[..., bool] = Pump._try_send
+    points.surround(Outbox, "_try_send", b"s", b"S")
+    handed: Callable[..., bool] = Outbox._try_send
 
-    def left(pump: Pump, frames: list[bytes]) -> bool:
-        result = handed(pump, frames)
+    def left(outbox: Outbox, frames: list[bytes]) -> bool:
+        result = handed(outbox, frames)
         points.passed(b"L", LEAVES)
         return result
 
-    Pump._try_send = left  # type: ignore[method-assign]
+    Outbox._try_send = left  # type: ignore[method-assign]
 
 
 def _handler(log: str) -> Callable[[greensafe.Request], Any]:

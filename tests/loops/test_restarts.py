@@ -29,7 +29,8 @@ from greensafe.sansio.requester import Requester
 from greensafe.sansio.responder import Responder
 from greensafe.server.backlog import Backlog
 from greensafe.server.systemd import Notifier
-from greensafe.transport import pump as _pump, whole as _whole
+from greensafe.transport import inbox as _inbox, outbox as _outbox, pump as _pump, whole as _whole
+from greensafe.transport.inbox import Inbox
 from greensafe.transport.pump import Pump
 
 pytestmark = pytest.mark.usefixtures("limit")
@@ -218,9 +219,10 @@ ALL = Counter(b"%d-%d" % (number, index) for number in range(CLIENTS) for index 
 
 def _break(monkeypatch: pytest.MonkeyPatch, what: str, error: Exception, skips: int = 0) -> Fault:
     """Put a fault before something that the pump of the server does; it fails when `left` is set."""
-    owner: Any = {"flush": _pump.Pump, "_recv": _whole}.get(what, _pump)
-    fault = Fault(getattr(owner, what), error, skips)
-    monkeypatch.setattr(owner, what, lambda *args: fault(*args))
+    owners: list[Any] = {"flush": [Pump], "_recv": [_whole], "_send": [_outbox], "_get": [_pump, _inbox, _outbox]}[what]
+    fault = Fault(getattr(owners[0], what), error, skips)
+    for owner in owners:
+        monkeypatch.setattr(owner, what, lambda *args: fault(*args))
     return fault
 
 
@@ -545,7 +547,7 @@ def _break_client(monkeypatch: pytest.MonkeyPatch, client: Client, what: str, er
     """Put a fault before something that a loop of this client does."""
     channel = client._channels[0]
     owner, name = {
-        "pump": (Pump, "_read"),
+        "pump": (Inbox, "read"),
         "limits": (Requester, "tick"),
         "looks": (Channel, "look"),
         "retries": (Failover, "_on_paused"),
@@ -554,7 +556,7 @@ def _break_client(monkeypatch: pytest.MonkeyPatch, client: Client, what: str, er
     real = getattr(owner, name)
     fault = Fault(real, error)
     assert channel._pump is not None
-    spared = None if what != "pump" else channel._pump
+    spared = None if what != "pump" else channel._pump.inbox
     monkeypatch.setattr(owner, name, lambda self, *args: fault(self, *args) if spared in (None, self) else real(self, *args))
     return fault
 

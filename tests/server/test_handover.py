@@ -157,7 +157,7 @@ def test_req_that_gave_up(context: zmq.Context) -> None:
             sock.connect(server.endpoint)
             sock.send(b"slow")
             wait_until(lambda: handler.asked)
-            server._pump.is_paused = True
+            server._pump.inbox.is_paused = True
             with pytest.raises(zmq.OperationTimeout):
                 sock.recv(timeout=MS)
             sock.send(b"again")
@@ -208,7 +208,7 @@ def test_client_that_comes_back_to_a_busy_server() -> None:
         context.routing_id = b"agent"
         with FaultyLink(server.endpoint) as link, Client(link.endpoint, context=context) as client:
             assert client.request(b"1") == b"1"
-            server._pump.is_paused = True
+            server._pump.inbox.is_paused = True
             lost = gevent.spawn(pytest.raises, Disconnected, client.request, b"2")
             wait_until(lambda: server._pump.has_input)
             link.reset()

@@ -15,7 +15,7 @@ from helpers import LONG, MS, ROOT, running, wait_until
 
 import greensafe as zmq
 from greensafe import Client, RemoteError, Request, Server
-from greensafe.transport import pump as _pump
+from greensafe.transport import outbox
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -136,7 +136,7 @@ sys.stdin.readline()
 
 def test_clients_that_never_read(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers for clients that never read are kept up to a limit, then dropped and counted; others are served meanwhile."""
-    monkeypatch.setattr(_pump, "OUTBOXES", 20_000_000)
+    monkeypatch.setattr(outbox, "OUTBOXES", 20_000_000)
 
     def handler(request: Request) -> bytes:
         return bytes(50_000) if request.body == b"big" else request.body
@@ -152,9 +152,9 @@ def test_clients_that_never_read(context: zmq.Context, monkeypatch: pytest.Monke
             with Client(str(server.endpoint), context=context) as client:
                 pump = server._pump
                 assert pump is not None
-                while pump.dropped < 500:
+                while pump.outbox.dropped < 500:
                     assert client.request(b"x") == b"x"
-                assert pump._outbox_size < 20_000_000 + 60_000
+                assert pump.outbox.size < 20_000_000 + 60_000
                 for _ in range(100):
                     assert client.request(b"x") == b"x"
         finally:
@@ -163,9 +163,9 @@ def test_clients_that_never_read(context: zmq.Context, monkeypatch: pytest.Monke
             for stream in (greedy.stdin, greedy.stdout):
                 assert stream is not None
                 stream.close()
-        wait_until(lambda: not pump.queued)  # what is for those that are gone is dropped, and counted
-        assert pump.unreachable > 0
-        assert pump._outbox_size == 0
+        wait_until(lambda: not len(pump.outbox))  # what is for those that are gone is dropped, and counted
+        assert pump.outbox.unreachable > 0
+        assert pump.outbox.size == 0
 
 
 def test_draining_server_takes_what_is_under_way(context: zmq.Context) -> None:

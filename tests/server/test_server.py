@@ -1131,7 +1131,7 @@ def test_more_than_is_kept(context: zmq.Context, tmp_path: Path) -> None:
         sock.connect(f"ipc://{tmp_path}/s")
         for number in range(count):
             sock.send_multipart([b"", b"%08d" % number + bytes(size)])
-        wait_until(lambda: server._pump is not None and server._pump.is_paused)
+        wait_until(lambda: server._pump is not None and server._pump.inbox.is_paused)
         assert server._watchdog is not None
         assert server._watchdog.backlog < count - 1
         go.set()
@@ -1204,7 +1204,7 @@ def test_the_last_word_is_true(context: zmq.Context, tmp_path: Path, why: str) -
                     answered_by.add(told.instance)
             if why == "an answer was dropped":
                 assert server._pump is not None
-                server._pump.dropped += 1
+                server._pump.outbox.dropped += 1
             elif why == "an answer is owed":
                 assert server._watchdog is not None
                 server._watchdog.responder.inflight += 1

@@ -24,7 +24,7 @@ from helpers import LONG, running, wait_until
 import greensafe as zmq
 from greensafe import Client
 from greensafe.server.backlog import BACKLOG_BYTES
-from greensafe.transport.pump import OUTBOX, OUTBOXES
+from greensafe.transport.outbox import OUTBOX, OUTBOXES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

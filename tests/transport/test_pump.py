@@ -12,8 +12,10 @@ from helpers import LONG, wait_until
 
 import greensafe as zmq
 from greensafe.sansio.weights import MESSAGE, weight
-from greensafe.transport import pump as _pump
-from greensafe.transport.pump import SWEPT, Pump
+from greensafe.transport import inbox as _inbox, outbox as _outbox, pump as _pump
+from greensafe.transport.inbox import Inbox
+from greensafe.transport.outbox import SWEPT
+from greensafe.transport.pump import Pump
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -101,7 +103,7 @@ def test_paused_it_reads_nothing_until_it_is_resumed(context: zmq.Context, make:
 
     def on_message(frames: list[bytes]) -> None:
         got.append(frames)
-        pump.is_paused = True
+        pump.inbox.is_paused = True
 
     pump, peer = make(on_message), _peer(context)
     peer.send(b"1")
@@ -122,16 +124,16 @@ def test_a_full_peer_has_a_queue_of_its_own(context: zmq.Context, make: Maker, g
     other.send(b"hello")
     wait_until(lambda: len(got) == 2)
     sent = 0
-    while not pump.dropped:
+    while not pump.outbox.dropped:
         assert sent < 100
         pump.send([b"full", b"%02d" % sent])
         sent += 1
-    assert pump.queued == 5
+    assert len(pump.outbox) == 5
     pump.send([b"other", b"at once"])
     assert other.recv() == b"at once"
     answers = [full.recv() for _ in range(sent - 1)]
     assert answers == [b"%02d" % number for number in range(sent - 1)]
-    assert (pump.queued, pump.dropped) == (0, 1)
+    assert (len(pump.outbox), pump.outbox.dropped) == (0, 1)
 
 
 def test_a_message_that_is_taken_back_does_not_leave(context: zmq.Context, make: Maker, got: list[list[bytes]]) -> None:
@@ -140,7 +142,7 @@ def test_a_message_that_is_taken_back_does_not_leave(context: zmq.Context, make:
     peer.send(b"hello")
     wait_until(lambda: got)
     messages: list[list[bytes]] = []
-    while not pump.queued:
+    while not len(pump.outbox):
         assert len(messages) < 100
         messages.append([b"peer", b"%d" % len(messages)])
         pump.send(messages[-1])
@@ -158,7 +160,7 @@ def test_messages_that_were_taken_back_do_not_add_up(context: zmq.Context, make:
     full.send(b"hello")
     wait_until(lambda: got)
     sent: list[bytes] = []
-    while not pump.queued:
+    while not len(pump.outbox):
         sent.append(b"%d" % len(sent))
         pump.send([b"full", sent[-1]])
     for number in range(10 * SWEPT):
@@ -168,31 +170,31 @@ def test_messages_that_were_taken_back_do_not_add_up(context: zmq.Context, make:
             message.clear()
         else:
             sent.append(message[1])
-    assert pump.queued <= 2 * SWEPT + 1
-    assert pump.queued_size <= (2 * SWEPT + 1) * (MESSAGE + weight([b"full", bytes(1000)]))
+    assert len(pump.outbox) <= 2 * SWEPT + 1
+    assert pump.outbox.size <= (2 * SWEPT + 1) * (MESSAGE + weight([b"full", bytes(1000)]))
     assert [full.recv() for _ in sent] == sent
-    assert (pump.queued, pump.queued_size) == (0, 0)
+    assert (len(pump.outbox), pump.outbox.size) == (0, 0)
 
 
 def test_what_is_said_again_soon(
     context: zmq.Context, make: Maker, got: list[list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes behind what was sent before it, and is left out when much waits for its peer, which loses nothing else by it."""
-    monkeypatch.setattr(_pump, "SPARE", 3 * (MESSAGE + weight([b"full", b"00"])))
+    monkeypatch.setattr(_outbox, "SPARE", 3 * (MESSAGE + weight([b"full", b"00"])))
     pump = make(SNDHWM=1)
     full, other = _peer(context, b"full", rcvhwm=1), _peer(context, b"other")
     full.send(b"hello")
     other.send(b"hello")
     wait_until(lambda: len(got) == 2)
     sent = 0
-    while not pump.unsaid:
+    while not pump.outbox.unsaid:
         assert sent < 100
         pump.send_if_read([b"full", b"%02d" % sent])
         sent += 1
-    assert pump.queued == 4
+    assert len(pump.outbox) == 4
     pump.send([b"full", b"answer"])
     pump.send_if_read([b"full", b"left out"])
-    assert (pump.queued, pump.unsaid, pump.dropped) == (5, 2, 0)
+    assert (len(pump.outbox), pump.outbox.unsaid, pump.outbox.dropped) == (5, 2, 0)
     pump.send_soon([b"other", b"first"])
     pump.send_if_read([b"other", b"second"])
     assert [other.recv(), other.recv()] == [b"first", b"second"]
@@ -203,7 +205,7 @@ def test_a_peer_that_is_gone_is_counted(make: Maker) -> None:
     """An answer to nobody is dropped, and the count says so."""
     pump = make()
     pump.send([b"nobody", b"x"])
-    assert (pump.unreachable, pump.queued) == (1, 0)
+    assert (pump.outbox.unreachable, len(pump.outbox)) == (1, 0)
 
 
 def test_an_exception_of_on_message_is_reported_and_the_next_message_read(context: zmq.Context, make: Maker) -> None:
@@ -245,7 +247,7 @@ def test_the_end_of_its_socket_is_told_once(how: str) -> None:
     pump.send([b"y"])
     gevent.sleep(0)
     assert told == [how]
-    assert pump.unreachable >= 1
+    assert pump.outbox.unreachable >= 1
     pump.close(0)
     own.term() if ending is None else ending.get()
 
@@ -278,10 +280,10 @@ def test_what_comes_while_it_is_asked_whether_the_peer_is_gone(
     peer.send(b"first")
     wait_until(lambda: got)
     gevent.sleep(0)
-    read, ask = Pump._read, _pump._get
+    read, ask = Inbox.read, _pump._get
     is_read = False
 
-    def note(self: Pump, is_likely: bool = False) -> bool:
+    def note(self: Inbox, is_likely: bool = False) -> bool:
         nonlocal is_read
         is_read = read(self, is_likely)
         return is_read
@@ -295,8 +297,9 @@ def test_what_comes_while_it_is_asked_whether_the_peer_is_gone(
 
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(Pump, "_read", note)
+            patched.setattr(Inbox, "read", note)
             patched.setattr(_pump, "_get", ask_late)
+            patched.setattr(_inbox, "_get", ask_late)
             pump._schedule()
             wait_until(lambda: len(got) > 20)
         assert got[:4] == [[b"first"], [b"1"], [b"2"], [b"3"]]

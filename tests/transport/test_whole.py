@@ -14,7 +14,7 @@ from interrupting import Interrupter, Interruption
 import greensafe as zmq
 from greensafe.hub import interruptions
 from greensafe.hub.interruptions import has_called, is_interruption, is_of_zmq
-from greensafe.transport import inlet as _inlet, pump as _pump, whole as _whole
+from greensafe.transport import inlet as _inlet, outbox as _outbox, whole as _whole
 from greensafe.transport.pump import Pump
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_a_pump_that_is_interrupted_anywhere(context: zmq.Context, reported: lis
                 try:
                     send(frames)
                 except Interruption:
-                    if not pump.has_taken(frames):
+                    if not pump.outbox.has_taken(frames):
                         send(frames)
         answers: list[list[bytes]] = []
         wait_until(lambda peer=peer, answers=answers: _read(peer, answers) >= len(BODIES))
@@ -221,17 +221,17 @@ def test_a_send_that_pyzmq_interrupts(
     peer = plain.Socket(context, zmq.DEALER)
     peer.bind("inproc://peer")
     sock.connect("inproc://peer")
-    pump, calls, real = Pump(sock, lambda frames: None, lambda: None), [0], _pump._send
+    pump, calls, real = Pump(sock, lambda frames: None, lambda: None), [0], _outbox._send
 
     def send(*args: Any) -> Any:
         calls[0] += 1
         return _in_zmq("_send_copy", lambda: real(*args), is_before) if calls[0] == index else real(*args)
 
-    monkeypatch.setattr(_pump, "_send", send)
+    monkeypatch.setattr(_outbox, "_send", send)
     frames = [b"1", b"2", b"3"]
     with pytest.raises(TimeoutError):
         pump.send(frames)
-    if not pump.has_taken(frames):
+    if not pump.outbox.has_taken(frames):
         assert (index, is_before) == (1, True)
         pump.send(frames)
     pump.send([b"next"])
