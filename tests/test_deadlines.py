@@ -21,7 +21,7 @@ import pytest
 from helpers import LONG, MS, wait_until
 
 from greensafe import Cancelled, DeadlineExceeded, OperationTimeout, deadline, move_on, shield
-from greensafe.deadlines import DeadlineSignal, allowed_until, check, to_seconds
+from greensafe.deadlines import DeadlineSignal, HandlerScope, allowed_until, check, to_seconds
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -738,10 +738,10 @@ def test_raw_greenlet_is_reported_to_the_hub(monkeypatch: pytest.MonkeyPatch) ->
 def test_attached_by_a_server() -> None:
     """A server attaches a scope without a timer, expires it from the hub, and detaches it."""
     seen = []
-    scope = deadline(at=monotonic() + LONG)
+    scope = HandlerScope(at=monotonic() + LONG)
 
     def run() -> None:
-        scope._attach(gevent.getcurrent())
+        scope.attach(gevent.getcurrent())
         try:
             assert deadline.current() is scope
             with deadline(2 * LONG) as inner:
@@ -750,28 +750,28 @@ def test_attached_by_a_server() -> None:
         except DeadlineSignal as signal:
             seen.append(signal.scope)
         finally:
-            scope._detach()
+            scope.detach()
         assert _has_no_scope()
 
     greenlet = gevent.spawn(run)
     gevent.sleep(0)
-    gevent.get_hub().loop.run_callback(scope._expire)
+    gevent.get_hub().loop.run_callback(scope.expire)
     greenlet.get()
     assert seen == [scope]
-    scope._expire()
+    scope.expire()
 
 
 def test_a_servers_scope_is_not_extended() -> None:
     """It is a RuntimeError, and changes nothing."""
-    scope = deadline(at=monotonic() + LONG)
-    scope._attach(gevent.getcurrent())
+    scope = HandlerScope(at=monotonic() + LONG)
+    scope.attach(gevent.getcurrent())
     try:
         scope.delivered = True
         with pytest.raises(RuntimeError, match="server"):
             scope.extend(1)
         assert (scope.delivered, scope.seconds) == (True, None)
     finally:
-        scope._detach()
+        scope.detach()
 
 
 def test_repr_and_remaining() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .scope import (
-    DeadlineSignal as DeadlineSignal,
+    HandlerScope as HandlerScope,
     allowed_until as allowed_until,
     check as check,
     deadline as deadline,
@@ -13,11 +13,13 @@ from .scope import (
     preemptible as preemptible,
     raise_if_preempted as raise_if_preempted,
     shield as shield,
-    to_seconds as to_seconds,
 )
+from .seconds import to_seconds as to_seconds
+from .signal import DeadlineSignal as DeadlineSignal
 
 __all__ = [
     "DeadlineSignal",
+    "HandlerScope",
     "allowed_until",
     "check",
     "deadline",

@@ -24,8 +24,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from datetime import timedelta
-from decimal import Decimal
 from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -36,9 +34,11 @@ from gevent.hub import Hub
 
 from ..errors import Cancelled, DeadlineExceeded
 from ..hub.timers import start_timer
+from .frames import is_generator, is_on_stack
+from .seconds import ENDLESS, to_float, to_seconds
+from .signal import DeadlineSignal
 
 __all__ = [
-    "DeadlineSignal",
     "allowed_until",
     "check",
     "deadline",
@@ -48,7 +48,6 @@ __all__ = [
     "preemptible",
     "raise_if_preempted",
     "shield",
-    "to_seconds",
 ]
 
 P = ParamSpec("P")
@@ -62,78 +61,6 @@ _SCOPE = "_greensafe_scope"
 #: Seconds between two looks at a suspended generator whose scope is over.
 SUSPENDED = 0.05
 
-#: The longest limit in seconds, which is none beyond it: what is computed from it does not become infinite.
-ENDLESS = 1e300
-
-_GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def to_seconds(value: Any) -> float | None:
-    """Check a limit: None and infinity are none, 0 and negative have passed, timedelta and Decimal are fine.
-
-    Raises:
-        TypeError: It is not a number of seconds; bool, str and bytes are not.
-        ValueError: It is NaN.
-    """
-    if value is None:
-        return None
-    if type(value) is not float:
-        if isinstance(value, timedelta):
-            value = value.total_seconds()
-        elif isinstance(value, (bool, str, bytes)) or not isinstance(value, (int, float, Decimal)):
-            raise TypeError(f"a limit is a number of seconds, a timedelta or None, not {value!r}")
-        value = _to_float(value)
-    if value != value:
-        raise ValueError("a limit cannot be NaN")
-    if value > ENDLESS:
-        return None
-    return float(value) if value > 0 else 0.0
-
-
-def _to_float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else 0.0
-
-
-class DeadlineSignal(gevent.Timeout):  # type: ignore[misc]  # gevent is untyped
-    """What is thrown into a greenlet whose scope has ended; do not catch it, or raise it again.
-
-    Attributes:
-        scope: The scope that has ended.
-    """
-
-    def __init__(self, scope: deadline) -> None:
-        # Not Timeout.__init__, which would make a timer.
-        BaseException.__init__(self)
-        self.seconds = scope.seconds
-        self.exception = None
-        self.timer = None
-        self.scope = scope
-
-    @property
-    def pending(self) -> bool:
-        return False
-
-    def start(self) -> None:
-        raise RuntimeError("a DeadlineSignal is thrown by its scope; it cannot be started")
-
-    def cancel(self) -> None:
-        """Do nothing: there is no timer."""
-
-    def close(self) -> None:
-        """Do nothing: there is no timer."""
-
-    def put_back(self) -> None:
-        """Say that an operation completed although this interrupted it: it is thrown again at the next wait in the scope."""
-        self.scope._put_back()
-
-    def __str__(self) -> str:
-        return f"the scope {self.scope!r} has ended"
-
-    __repr__ = __str__
-
 
 class deadline:
     """A scope in which everything that waits has `seconds` in all. Also a decorator, with a new scope for each call.
@@ -145,6 +72,7 @@ class deadline:
     Attributes:
         at: When it ends, absolute; None for no limit. Set on entry if `seconds` was given.
         seconds: As given, checked.
+        is_cancelled: Whether `cancel` has ended it, and not its limit.
         expired: Whether the block was ended by this scope; known when it was left.
         delivered: Whether the signal was thrown into the block.
 
@@ -159,7 +87,6 @@ class deadline:
         "_cause",
         "_frame",
         "_greenlet",
-        "_is_cancelled",
         "_outer",
         "_overtaken_by",
         "_state",
@@ -167,12 +94,15 @@ class deadline:
         "at",
         "delivered",
         "expired",
+        "is_cancelled",
         "seconds",
     )
 
     _quiet = False
     _shields = False
     _preempts = False
+    #: What the repr calls it, if not by its class.
+    _label: str | None = None
 
     def __init__(self, seconds: Any = None, *, at: float | None = None) -> None:
         if at is not None:
@@ -182,14 +112,14 @@ class deadline:
                 raise TypeError(f"at= is a time of time.monotonic(), not {at!r}")
             if at != at:
                 raise ValueError("at= cannot be NaN")
-            at = _to_float(at)
+            at = to_float(at)
             at = None if at > ENDLESS else at
         self.seconds = to_seconds(seconds)
         self.at = at
         self.expired = False
         self.delivered = False
         self._cause: object = None
-        self._is_cancelled = False
+        self.is_cancelled = False
         self._timer: Any = None
         self._greenlet: Any = None
         self._outer: deadline | None = None
@@ -208,12 +138,12 @@ class deadline:
         if current is hub:
             raise RuntimeError("the hub cannot be limited: a deadline works in a greenlet, not in a callback of the loop")
         frame = sys._getframe(1)
-        if frame.f_code.co_flags & _GENERATOR_FLAGS and not _is_contextmanager(frame):
+        if is_generator(frame):
             self._frame = frame
         if self.seconds is not None:
             self.at = monotonic() + self.seconds
         self._push(current)
-        if self._is_cancelled:
+        if self.is_cancelled:
             self._arm(hub, 0.0)
         elif self.at is not None:
             self._arm(hub)
@@ -236,7 +166,7 @@ class deadline:
         overtaken_by = self._overtaken_by
         if overtaken_by is not None and overtaken_by.delivered and overtaken_by._greenlet is getcurrent():
             # This signal took the place of an outer one that was on its way through here: that one must not be lost.
-            raise DeadlineSignal(overtaken_by) from None
+            raise DeadlineSignal(overtaken_by, overtaken_by._put_back) from None
         self.expired = True
         if self._quiet:
             return True
@@ -290,15 +220,13 @@ class deadline:
         thread than its own.
         """
         limit = to_seconds(seconds)
-        if self._state is _ATTACHED:
-            raise RuntimeError("a server's limit for a request cannot be extended from its handler")
         if self._state is _LEFT:
             return
         self._check_thread("extend")
         self.seconds = limit
         self._disarm()
         self.delivered = False
-        self._is_cancelled = False
+        self.is_cancelled = False
         self._cause = None
         entered = self._state is _ENTERED
         self.at = monotonic() + limit if entered and limit is not None else None
@@ -313,42 +241,23 @@ class deadline:
         """
         self._check_thread("cancel")
         self._cause = cause
-        self._is_cancelled = True
-        if self._state in (_ENTERED, _ATTACHED):
+        self.is_cancelled = True
+        if self._greenlet is not None:
             self._disarm()
             self.delivered = False
             self._arm(_get_hub(), 0.0)
 
     def __repr__(self) -> str:
-        name = type(self).__name__
+        name = self._label or type(self).__name__
         if self._state is _NEW:
             return f"<{name} {self.seconds if self.at is None else self.at!r} not entered>"
         state = "expired" if self.expired else "delivered" if self.delivered else "left" if self._state is _LEFT else "running"
         return f"<{name} {state}, {self.remaining():.3f} s left>" if state == "running" else f"<{name} {state}>"
 
-    # For servers, which keep one timer for all their requests.
-
-    def _attach(self, greenlet: Any) -> None:
-        """Enter without a timer, inside whatever scope the greenlet is in."""
-        self._state = _ATTACHED
-        self._greenlet = greenlet
-        self._outer = getattr(greenlet, _SCOPE, None)
-        setattr(greenlet, _SCOPE, self)
-
-    def _detach(self) -> None:
-        if self._state is _ATTACHED:
-            self._disarm()
-            self._pop()
-
-    def _expire(self) -> None:
-        """Throw the signal; called in the hub when the owner's timer says so."""
-        if self._state is _ATTACHED:
-            self._deliver()
-
     # Inside.
 
     def _outcome(self) -> BaseException:
-        if not self._is_cancelled:
+        if not self.is_cancelled:
             return DeadlineExceeded(self.seconds)
         return self._cause if isinstance(self._cause, BaseException) else Cancelled(self._cause)
 
@@ -376,7 +285,7 @@ class deadline:
             )
 
     def _is_due(self) -> bool:
-        return self._is_cancelled or (self.at is not None and monotonic() >= self.at)
+        return self.is_cancelled or (self.at is not None and monotonic() >= self.at)
 
     def _arm(self, hub: Hub, seconds: float | None = None) -> None:
         if seconds is None:
@@ -420,7 +329,7 @@ class deadline:
             return
         if self._is_shielded():
             return  # the shield hands it on when it is left
-        if self._frame is not None and not _is_on_stack(greenlet.gr_frame, self._frame):
+        if self._frame is not None and not is_on_stack(greenlet.gr_frame, self._frame):
             # A suspended generator: whoever consumes it is not meant, and nothing tells when it goes on.
             self._arm(_get_hub(), SUSPENDED)
             return
@@ -454,11 +363,43 @@ class shield(deadline):
     _shields = True
 
 
-class preemptible(deadline):
-    """A server's scope whose end is also raised in a greenlet that does not wait, see `preemption`."""
+class HandlerScope(deadline):
+    """The scope of a server's handler. The server keeps one timer for all its requests, and says itself when this is over."""
+
+    __slots__ = ()
+    _label: str | None = "deadline"
+
+    def extend(self, seconds: Any) -> None:
+        """Refuse: RuntimeError."""
+        raise RuntimeError("a server's limit for a request cannot be extended from its handler")
+
+    def attach(self, greenlet: Any) -> None:
+        """Enter without a timer, inside whatever scope the greenlet is in."""
+        self._push(greenlet)
+        self._state = _ATTACHED
+
+    def detach(self) -> None:
+        """Leave, if it was entered: in the greenlet that it limits."""
+        if self._state is _ATTACHED:
+            self._disarm()
+            self._pop()
+
+    def outcome(self) -> BaseException:
+        """Make the exception that stands for its end: DeadlineExceeded, or what `cancel` was given."""
+        return self._outcome()
+
+    def expire(self) -> None:
+        """Throw the signal, if it was entered: to be called in the hub."""
+        if self._state is _ATTACHED:
+            self._deliver()
+
+
+class preemptible(HandlerScope):
+    """A handler's scope whose end is also raised while the handler does not wait, see `loops.preemption`."""
 
     __slots__ = ()
     _preempts = True
+    _label: str | None = None
 
 
 _NEW, _ENTERED, _ATTACHED, _LEFT = "new", "entered", "attached", "left"
@@ -476,7 +417,7 @@ def check(limited: bool) -> None:
     due: deadline | None = None
     while scope is not None:
         is_over = (not limited) if scope.delivered else scope._is_due()
-        if is_over and (scope._frame is None or _is_on_stack(sys._getframe(1), scope._frame)):
+        if is_over and (scope._frame is None or is_on_stack(sys._getframe(1), scope._frame)):
             due = scope
         scope = None if scope._shields else scope._outer
     if due is not None:
@@ -522,7 +463,7 @@ def _delivered(target: deadline, greenlet: Any) -> DeadlineSignal:
     while scope is not None and scope is not target:
         scope._overtaken_by = target
         scope = scope._outer
-    return DeadlineSignal(target)
+    return DeadlineSignal(target, target._put_back)
 
 
 def _outermost_due(scope: deadline) -> deadline:
@@ -555,20 +496,3 @@ def _unlink(greenlet: Any, scope: deadline) -> None:
         if inner is not None:
             inner._outer = scope._outer
     scope._outer = None
-
-
-def _is_contextmanager(frame: FrameType) -> bool:
-    """Whether a generator's frame is run by contextlib: then its consumer is the block that is meant."""
-    back = frame.f_back
-    while back is not None and back.f_code.co_flags & _GENERATOR_FLAGS:
-        back = back.f_back
-    return back is not None and back.f_globals.get("__name__") == "contextlib"
-
-
-def _is_on_stack(top: FrameType | None, frame: FrameType) -> bool:
-    """Whether a generator's frame is running below `top`, rather than suspended between two values."""
-    while top is not None:
-        if top is frame:
-            return True
-        top = top.f_back
-    return False

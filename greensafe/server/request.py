@@ -13,7 +13,7 @@ import gevent
 from gevent.hub import Hub
 from gevent.monkey import get_original
 
-from ..deadlines import deadline
+from ..deadlines import HandlerScope
 from ..errors import Cancelled, JournalError, RemoteError, RemoteProtocolError, Unstorable
 from ..hub.threads import call_in
 from ..journal.steps import InTransaction, check_name
@@ -70,7 +70,7 @@ class Request:
 
     __slots__ = ("__weakref__", "_exchange", "_gate", "deadline", "frames")
 
-    def __init__(self, gate: Gate, exchange: Exchange, scope: deadline) -> None:
+    def __init__(self, gate: Gate, exchange: Exchange, scope: HandlerScope) -> None:
         self._gate = gate
         self._exchange = exchange
         self.frames: list[bytes] = exchange.envelope.body

@@ -264,11 +264,11 @@ class supervised:
         try:
             watchdog.begin(request)
             watchdog.greet(request)
-            request.deadline._attach(gevent.getcurrent())
+            request.deadline.attach(gevent.getcurrent())
             if self._tell is not None:
                 self._tell(started(self._endpoint, request))
         except BaseException as error:  # nobody else would answer: the block is not entered
-            request.deadline._detach()
+            request.deadline.detach()
             self._answer(watchdog, request, error)
             if _is_signal_of(request, error):
                 return False
@@ -280,7 +280,7 @@ class supervised:
         watchdog, request = self._watchdog, self._request
         assert watchdog is not None
         assert request is not None
-        request.deadline._detach()
+        request.deadline.detach()
         try:
             self._answer(watchdog, request, error)
         finally:

@@ -27,7 +27,7 @@ from typing import Any
 import gevent
 from gevent.hub import Hub
 
-from ..deadlines import DeadlineSignal, deadline
+from ..deadlines import DeadlineSignal, HandlerScope
 from ..errors import Cancelled, JournalError, LocalProtocolError, RemoteError, RemoteProtocolError
 from ..hooks import HandlerStuck, Tell
 from ..hub.interruptions import is_interruption
@@ -98,7 +98,7 @@ class Watchdog:
         hub, thread: Where it was made.
     """
 
-    scope: type[deadline] = deadline
+    scope: type[HandlerScope] = HandlerScope
 
     def __init__(
         self,
@@ -505,7 +505,7 @@ class Watchdog:
         """The body of a handler's greenlet: no exception leaves it."""
         scope = request.deadline
         try:
-            scope._attach(gevent.getcurrent())
+            scope.attach(gevent.getcurrent())
             if self._tell is not None:
                 self._tell(started(self._endpoint, request))
             self._returned(request, self._handler(request))
@@ -513,7 +513,7 @@ class Watchdog:
             self._guarded(self.raised, request, error)
         finally:
             try:
-                scope._detach()
+                scope.detach()
                 self._guarded(self.finish, request)
             except BaseException:
                 self._guarded(self.finish, request)  # a signal's handler has raised: it may be half done
@@ -575,10 +575,10 @@ class Watchdog:
         if isinstance(error, DeadlineSignal) and error.scope is request.deadline:
             if exchange.is_answered:
                 return
-            if not error.scope._is_cancelled:
+            if not request.deadline.is_cancelled:
                 self._answer_overdue(exchange, error)  # before the timer has come to it
                 return
-            error, say = error.scope._outcome(), self._lines.cancelled
+            error, say = request.deadline.outcome(), self._lines.cancelled
         elif isinstance(error, _Ended) and exchange.is_answered:
             return
         else:
@@ -705,7 +705,7 @@ class Watchdog:
         if kept is not None:
             self.finish(kept)
         else:
-            exchange.owner._expire()
+            exchange.owner.expire()
 
     def _answer_overdue(self, exchange: Exchange, signal: BaseException | None = None) -> None:
         """Answer for the deadline; `signal` is what has told the handler so, if it has come out of it already."""

@@ -327,9 +327,9 @@ def overdue() -> Iterator[deadline]:
         pytest.skip("a debugger traces these tests: there is no mark then")
     scope = preemptible(at=monotonic())
     preemption.listen()
-    scope._attach(gevent.getcurrent())
+    scope.attach(gevent.getcurrent())
     yield scope
-    scope._detach()
+    scope.detach()
     preemption.unlisten()
     assert sys.gettrace() is None
 
@@ -439,7 +439,7 @@ def test_a_mark_of_a_scope_that_has_ended_hits_nobody(overdue: deadline, end: st
             _interrupted()
             assert sys.gettrace() is not None
             if end == "left":
-                overdue._detach()
+                overdue.detach()
             elif end == "extended":
                 overdue.at = monotonic() + LONG
             else:
@@ -454,7 +454,7 @@ def test_a_mark_does_not_outlive_what_it_is_for(overdue: deadline, end: str) -> 
     _interrupted()
     assert sys.gettrace() is not None
     if end == "left":
-        overdue._detach()
+        overdue.detach()
     else:
         overdue.delivered = True
     nothing = _made_in("program", "def call(): pass")
