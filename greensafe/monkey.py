@@ -265,7 +265,7 @@ def _is_blocking(cls: type) -> bool:
 def _instances() -> Iterator[Any]:
     """Living contexts, sockets and pollers that block, without those that nobody waits on: pyzmq's own, and our pumps'."""
     objects = gc.get_objects()
-    hidden = {id(each._sock) for each in objects if type(each) is Pump}
+    hidden = {id(each.sock) for each in objects if type(each) is Pump}
     collector = sys.modules["zmq.utils.garbage"].gc._context
     if collector is not None:
         hidden.update(map(id, (collector, *collector._sockets)))

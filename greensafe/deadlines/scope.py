@@ -33,6 +33,7 @@ from gevent import getcurrent
 from gevent.hub import Hub
 
 from ..errors import Cancelled, DeadlineExceeded
+from ..hub.frames import frame_at
 from ..hub.timers import start_timer
 from .frames import is_generator, is_on_stack
 from .seconds import ENDLESS, to_float, to_seconds
@@ -137,7 +138,7 @@ class deadline:
         hub = _get_hub()
         if current is hub:
             raise RuntimeError("the hub cannot be limited: a deadline works in a greenlet, not in a callback of the loop")
-        frame = sys._getframe(1)
+        frame = frame_at(1)
         if is_generator(frame):
             self._frame = frame
         if self.seconds is not None:
@@ -417,7 +418,7 @@ def check(limited: bool) -> None:
     due: deadline | None = None
     while scope is not None:
         is_over = (not limited) if scope.delivered else scope._is_due()
-        if is_over and (scope._frame is None or is_on_stack(sys._getframe(1), scope._frame)):
+        if is_over and (scope._frame is None or is_on_stack(frame_at(1), scope._frame)):
             due = scope
         scope = None if scope._shields else scope._outer
     if due is not None:

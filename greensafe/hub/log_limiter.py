@@ -36,6 +36,7 @@ from typing import Any
 
 import gevent
 
+from .frames import frame_at
 from .printable import printable
 
 __all__ = ["PERIOD", "Seldom", "write"]
@@ -197,7 +198,7 @@ def write(
             log.log(level, text, *args, exc_info=what, extra=extra, stacklevel=depth + 1)
             return
         # Formatters take the traceback's text from the record if it is there; what reads exc_info finds the exception itself.
-        code = sys._getframe(depth)
+        code = frame_at(depth)
         record = log.makeRecord(
             log.name, level, code.f_code.co_filename, code.f_lineno, text, args, what, code.f_code.co_name, extra
         )

@@ -13,7 +13,6 @@ It does not know what is called.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -24,6 +23,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.hub import Hub, Waiter
 from gevent.monkey import get_original
 
+from .frames import frames_of_threads
 from .timers import start_timer
 
 __all__ = ["LIMIT", "begin_in", "call_in", "check_here", "is_elsewhere", "is_in_hub", "pause", "wait_while"]
@@ -208,4 +208,4 @@ def _call_soon(hub: Hub, callback: Callable[..., object], *args: Any) -> None:
 
 
 def _has_ended(hub: Hub) -> bool:
-    return hub.loop is None or hub.dead or hub.thread_ident not in sys._current_frames()
+    return hub.loop is None or hub.dead or hub.thread_ident not in frames_of_threads()

@@ -234,14 +234,17 @@ class Head(NamedTuple):
         return Stored(self.boot, self.offset, self.last)
 
 
+_COLUMNS = tuple(Head.__annotations__)
+
+
 def head(path: str, connection: sqlite3.Connection) -> Head:
     """Read it, in a file that is a journal.
 
     Raises:
         JournalError: It is damaged.
     """
-    row = connection.execute(f"SELECT {', '.join(Head._fields)} FROM greensafe_journal").fetchone()
-    fault = "has no row of its own" if row is None else misfit(Head._fields, row)
+    row = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM greensafe_journal").fetchone()
+    fault = "has no row of its own" if row is None else misfit(_COLUMNS, row)
     if fault is not None:
         raise JournalError(f"the journal {path} {fault}: it is damaged; put a copy back, or move it away")
     return Head(*row)

@@ -119,7 +119,7 @@ class Writing:
         for (place, write), row in zip(group, rows):
             if found := known.get(write.request_id):
                 stored, what = found
-                results[place] = what if stored == row[_DIGEST] else what._replace(is_same=False)
+                results[place] = what if stored == row[_DIGEST] else Known(what.state, False, *what[2:])
             elif write.is_resent and write.since <= self._horizon:
                 results[place] = Known(State.DROPPED)
             else:

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from ..errors import JournalError, JournalUnavailable
 from ..sansio.records import Write
-from ._clock import moment, offset
+from ._clock import Stored, moment, offset
 from ._files import Files
 from ._lock import Lock
 from ._place import warn_of_others
@@ -322,7 +322,7 @@ class SqliteJournal(Journal):
         changes = [connection.execute(_LATEST, (state,)).fetchone()[0] for state in range(3)]
         last = max([stored.last, *(time for time in changes if time is not None)])
         here = moment()
-        found = offset(stored._replace(last=last), here)
+        found = offset(Stored(stored.boot, stored.offset, last), here)
         connection.execute("UPDATE greensafe_journal SET boot = ?, offset = ?, last = ?", (here.boot, found, last))
         connection.execute("COMMIT")
         self._offset = found

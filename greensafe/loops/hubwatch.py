@@ -36,6 +36,7 @@ from gevent.hub import Hub
 from gevent.monkey import get_original
 
 from ..hub.forks import forbid_in_child
+from ..hub.frames import frames_of_threads
 from ..sansio.backoff import Intensity
 from .preemption import listen, poke, unlisten, unlisten_in_child
 
@@ -256,7 +257,7 @@ class HubWatch:
         """Act upon a beat that is late by so many seconds, as far as this thread has seen it."""
         if late < min(self._after, self._exit_after):
             return
-        frame = sys._current_frames().get(self._thread)
+        frame = frames_of_threads().get(self._thread)
         if frame is None or self._hub.loop is None:
             self._is_over = True  # the hub's thread has ended without stopping its servers
             _watches.pop(self._hub, None)
@@ -322,7 +323,7 @@ def _stack(frame: FrameType) -> str:
 
 
 def _all_stacks(first: int) -> str:
-    frames = sys._current_frames()
+    frames = frames_of_threads()
     frames.pop(_get_ident(), None)
     order = sorted(frames, key=lambda ident: ident != first)
     return "\n".join(f"{'the hub' if ident == first else 'another'}'s thread:\n{_stack(frames[ident])}" for ident in order)

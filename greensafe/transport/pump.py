@@ -88,6 +88,7 @@ class Pump:
         inbox: What is read; `inbox.is_paused` stops reading, so that peers feel backpressure, and `resume` starts it again.
         outbox: What is sent, with the counts of what was dropped.
         is_started: It reads; the loop is kept alive.
+        sock: See above.
     """
 
     __slots__ = (
@@ -101,11 +102,11 @@ class Pump:
         "_retry",
         "_scheduled",
         "_since",
-        "_sock",
         "_watcher",
         "inbox",
         "is_started",
         "outbox",
+        "sock",
     )
 
     def __init__(
@@ -120,7 +121,7 @@ class Pump:
         on_interrupted: Callable[[list[bytes]], object] | None = None,
         most_frames: float = math.inf,
     ) -> None:
-        self._sock = sock
+        self.sock = sock
         self._on_end = on_end
         self._on_gone = on_gone
         self._on_failure = on_failure
@@ -196,7 +197,7 @@ class Pump:
             self._keeper.close()
         self.outbox.close()
         self.inbox.is_closed = True
-        self._sock.close(linger)
+        self.sock.close(linger)
 
     def send(self, frames: list[bytes]) -> None:
         """Send now, or as soon as the peer has room. From any greenlet of this hub's thread, the hub included."""
@@ -315,7 +316,7 @@ class Pump:
             self._since = 0.0
 
     def _ask_for_peer(self, on_gone: Callable[[], object]) -> None:
-        events = _get(self._sock, _EVENTS)
+        events = _get(self.sock, _EVENTS)
         if events & _POLLIN:
             if not self.inbox.is_paused:
                 self._schedule()  # it has come since all was read, and to ask has used up its edge

@@ -71,7 +71,7 @@ def test_libzmq_is_given_a_number(context: zmq.Context, server: Server, resolver
     with Client(_named(server), context=context) as client, Client(server.endpoint, context=context) as other:
         assert client.request(b"x") == b"x"
         assert other.request(b"x") == b"x"
-        assert client._channels[0]._pump._sock.last_endpoint.decode() == server.endpoint  # type: ignore[union-attr]
+        assert client._channels[0]._pump.sock.last_endpoint.decode() == server.endpoint  # type: ignore[union-attr]
     assert resolver.asked == ["server"]
 
 
@@ -243,7 +243,7 @@ def test_names_keep_nobody_alive(context: zmq.Context, resolver: NameService) ->
     resolver.hang("server")
     client = Client("tcp://server:5555", context=context)
     wait_until(lambda: resolver.under_way)
-    sock = weakref.ref(client._channels[0]._pump._sock)  # type: ignore[union-attr]
+    sock = weakref.ref(client._channels[0]._pump.sock)  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         del client

@@ -106,7 +106,7 @@ def look(journal: Journal, number: int, *frames: bytes) -> Known:
     """What is known of a request, which has to be there."""
     (known,) = journal.commit([begin(number, *frames)])
     assert isinstance(known, Known), f"request {number} is not there"
-    return known._replace(reply=list(known.reply), steps=dict(known.steps))
+    return Known(*known[:6], list(known.reply), dict(known.steps))
 
 
 def ask(journal: Journal, writes: Sequence[Begin]) -> list[Known | None]:

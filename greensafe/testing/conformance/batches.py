@@ -184,5 +184,5 @@ def comparable(result: Any) -> Any:
     if isinstance(result, Failed):
         return type(result.error)
     if isinstance(result, Known):
-        return result._replace(reply=list(result.reply), steps=list(result.steps.items()))  # type: ignore[arg-type]
+        return (*result[:6], list(result.reply), list(result.steps.items()))
     return result
