@@ -1,4 +1,4 @@
-"""Who may connect to the servers of a context?
+"""Authentication of the clients that connect to the sockets of a context (ZAP).
 
 An `Authenticator` answers libzmq's questions (ZAP, RFC 27) for every socket of its context. What is checked, and how it is
 configured, is pyzmq's own `zmq.auth.Authenticator`; here is only what asks it. The other names of zmq.auth are here as well.
@@ -46,7 +46,7 @@ from .sansio.backoff import Intensity
 
 __all__ = ["CURVE_ALLOW_ANY", "Authenticator", "create_certificates", "load_certificate", "load_certificates"]
 
-#: Where libzmq looks for whoever answers, one in each context.
+#: The endpoint at which libzmq looks for the handler, one in each context.
 ENDPOINT: Final = "inproc://zeromq.zap.01"
 
 #: RFC 27: a version, which each request and reply begins with, and the status codes that are not pyzmq's to give.
@@ -63,7 +63,7 @@ _ENDED: Final = (zmq.ENOTSOCK, zmq.ETERM)
 
 
 class Authenticator(zmq.auth.Authenticator):
-    """Admit or refuse whoever connects to a socket of this context, in greenlets.
+    """The ZAP handler of a context: it admits or refuses each client that connects, in greenlets.
 
         with Authenticator(context) as auth:
             auth.configure_curve(location="certificates/clients")
@@ -113,7 +113,7 @@ class Authenticator(zmq.auth.Authenticator):
         self._reader = gevent.spawn(self._serve, sock)
 
     def stop(self) -> None:
-        """Answer no more. Who is being checked is told to come again; callbacks that still run are killed.
+        """Stop. Clients that are being checked are told to come again; callbacks that still run are killed.
 
         Returns at once. Stopping what is not started does nothing; afterwards it can be started again. In another thread this
         waits for a turn of the hub in which it was started; RuntimeError if there is none (see `threads.call_in`).
@@ -208,7 +208,7 @@ class Authenticator(zmq.auth.Authenticator):
 
 
 class _ChecksLog:
-    """What is logged of one client's check after the other, which clients can cause at will, and with texts of theirs."""
+    """The log lines of the checks. Clients can cause them at will, and with texts of their own."""
 
     def __init__(self, log: Any) -> None:
         self._log = log

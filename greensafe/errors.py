@@ -1,4 +1,4 @@
-"""Which errors does greensafe raise, and which older exception does each stand in for?
+"""The errors that greensafe raises, each also a subclass of what existing code already catches.
 
     GreensafeError(Exception)
       TimedOut(TimeoutError, gevent.Timeout)
@@ -92,7 +92,7 @@ class TimedOut(GreensafeError, TimeoutError, Timeout):  # type: ignore[misc]  # 
     """
 
     def __init__(self, seconds: float | None = None, op: str | None = None, endpoint: str | None = None) -> None:
-        # Not Timeout.__init__, which would make a timer; its own attributes are set for who catches it as a Timeout.
+        # Not Timeout.__init__, which would make a timer; its own attributes are set for code that catches it as a Timeout.
         GreensafeError.__init__(self, seconds, op, endpoint)
         self.seconds = seconds
         self.exception = None

@@ -1,4 +1,4 @@
-"""How does a program hear of what happens in its servers and clients?
+"""Hooks: records of what happens in servers and clients, handed to the program.
 
 `Server(..., hooks=hook)`, `Client(..., hooks=hook)`, `supervise` and `supervised` call each hook with one frozen record for
 each thing that happens:
@@ -340,7 +340,7 @@ Tell = Callable[[Record], None]
 
 
 def teller(hooks: Hooks | None, seldom: Seldom | None = None) -> Tell | None:
-    """What tells all of the hooks; None if there are none. TypeError for what cannot be called.
+    """Make one function that calls all of the hooks; None if there are none. TypeError for what cannot be called.
 
     Args:
         hooks: The program's.
@@ -369,7 +369,7 @@ def teller(hooks: Hooks | None, seldom: Seldom | None = None) -> Tell | None:
 
 
 def _is_from_outside(error: BaseException) -> bool:
-    """Whether this is for the greenlet that the hook runs in, no failure of the hook. Nobody throws anything into the hub."""
+    """Return whether an exception is meant for the hook's greenlet, not a failure of the hook. The hub is spared them."""
     if isinstance(error, Exception) or not isinstance(error, _FROM_OUTSIDE):
         return False
     return gevent.getcurrent() is not gevent.get_hub()

@@ -1,4 +1,4 @@
-"""How does a program that does a plain `import zmq`, or a library that it uses, become cooperative?
+"""A patch that makes programs and libraries with a plain `import zmq` cooperative.
 
     import gevent.monkey; gevent.monkey.patch_all()
     import greensafe.monkey; greensafe.monkey.patch_zmq()
@@ -74,14 +74,14 @@ class _StandIn(abc.ABCMeta):
 
 
 class Socket(green.Socket, metaclass=_StandIn):
-    """What zmq.Socket is while patched."""
+    """The stand-in for zmq.Socket while patched."""
 
     _stands_for = _ORIGINALS["Socket"]
     __class_getitem__: Any = classmethod(types.GenericAlias)  # zmq.Socket[bytes] is evaluated by some programs
 
 
 class Context(green.Context, metaclass=_StandIn):
-    """What zmq.Context is while patched."""
+    """The stand-in for zmq.Context while patched."""
 
     _stands_for = _ORIGINALS["Context"]
     _socket_class = Socket
@@ -101,13 +101,13 @@ class Context(green.Context, metaclass=_StandIn):
 
 
 class Poller(green.Poller, metaclass=_StandIn):
-    """What zmq.Poller is while patched."""
+    """The stand-in for zmq.Poller while patched."""
 
     _stands_for = _ORIGINALS["Poller"]
 
 
 class _PlainZmq(types.ModuleType):
-    """What `zmq` is for the modules in PLAIN while patched: the originals, and everything else as it is."""
+    """The module `zmq` as the modules in PLAIN see it while patched: the originals, and everything else as it is."""
 
     def __init__(self) -> None:
         super().__init__("zmq", zmq.__doc__)
@@ -178,7 +178,7 @@ def get_original(name: str) -> Any:
 
 
 def _replacements() -> dict[str, Any]:
-    """What takes the place of each name: the stand-ins, and the functions that greensafe.green has at this time."""
+    """Return what replaces each name: the stand-ins, and the functions that greensafe.green has at this time."""
     found: dict[str, Any] = {"Context": Context, "Socket": Socket, "Poller": Poller}
     for name in NAMES:
         value = vars(green).get(name)
@@ -200,14 +200,14 @@ def _is_in(packages: tuple[str, ...], name: str) -> bool:
 
 
 def _modules() -> Iterator[tuple[str, Any]]:
-    """Whatever is in sys.modules and has a namespace; some programs put other things there than modules."""
+    """Yield what is in sys.modules and has a namespace. Some programs put other things there than modules."""
     for name, module in list(sys.modules.items()):
         if isinstance(getattr(module, "__dict__", None), dict):
             yield name, module
 
 
 def _owners_in_pyzmq() -> Iterator[Any]:
-    """Where pyzmq's own modules keep a context class outside of their globals."""
+    """Yield the places in pyzmq's own modules, besides their globals, that keep a context class."""
     devices = sys.modules.get("zmq.devices.basedevice")
     if devices is not None:
         yield devices.Device
@@ -231,7 +231,7 @@ def _replace(owner: Any, new: dict[int, Any]) -> None:
 
 
 def _too_late() -> list[str]:
-    """What was made from the originals by somebody else than those who stay plain, in words."""
+    """Describe what other code has already made from the originals, but for the code that stays plain."""
     found = []
     classes = {each for kind in _KINDS for each in _descendants(kind) if _is_blocking(each)}
     if classes:
@@ -256,7 +256,7 @@ def _descendants(cls: type) -> Iterator[type]:
 
 
 def _is_blocking(cls: type) -> bool:
-    """Whether a class is one of the originals or derived from one without anything of PLAIN in between."""
+    """Return whether a class is one of the originals or derived from one without anything of PLAIN in between."""
     if not issubclass(cls, _KINDS):
         return False
     return not any(_is_in(PLAIN, base.__module__) for base in cls.__mro__ if base not in _KINDS and issubclass(base, _KINDS))
@@ -275,5 +275,5 @@ def _instances() -> Iterator[Any]:
 
 
 def _is_over(each: Any) -> bool:
-    """Whether nobody waits on it any more, or does so through another object."""
+    """Return whether nobody waits on it any more, or does so through another object."""
     return not isinstance(each, _ORIGINALS["Poller"]) and (each.closed or each._shadow)

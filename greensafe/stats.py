@@ -1,4 +1,4 @@
-"""How do a server and a client stand, at the moment when they are asked?
+"""The state of a server and of a client at the moment when it is asked for.
 
 `server.stats`, `client.stats` and `stats_of(sock)` are made when asked for, of counts that are kept anyway, and do not change
 afterwards.
@@ -53,7 +53,7 @@ class Zombie:
 
 @dataclass(frozen=True, slots=True)
 class JournalStats:
-    """How a Server and its journal stand.
+    """The state of a Server's journal.
 
     Attributes:
         commits: Batches of writes that were made durable, or tried to.
@@ -85,7 +85,7 @@ class JournalStats:
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """How a Server stands, or (`stats_of`) a socket under `supervise` or `supervised`.
+    """The state of a Server, or (`stats_of`) of a socket under `supervise` or `supervised`.
 
     Attributes:
         endpoint: Where it is bound; where it is to be bound before the first start.
@@ -147,7 +147,7 @@ class ServerStats:
 
 @dataclass(frozen=True, slots=True)
 class EndpointStats:
-    """How one endpoint of a Client stands.
+    """The state of one endpoint of a Client.
 
     Attributes:
         endpoint: As it was given.
@@ -174,7 +174,7 @@ class EndpointStats:
 
 @dataclass(frozen=True, slots=True)
 class ClientStats:
-    """How a Client stands.
+    """The state of a Client.
 
     Attributes:
         state: "open", "closed", or "failed": closed because a loop of its own had failed too often.
@@ -212,17 +212,17 @@ _Steps = list[tuple[FrameType, int]]
 
 
 def where(frame: FrameType | None) -> str:
-    """What a greenlet that does not run is at: the innermost frame that is not gevent's, else the innermost."""
+    """Describe where a greenlet that does not run is: the innermost frame that is not gevent's, else the innermost."""
     return "".join(map(_place, _without_gevent(_outwards(frame))[:1]))
 
 
 def trail(frame: FrameType | None) -> str:
-    """What a greenlet that does not run is at, as `where`, and how it came there: the innermost calls in the program's code."""
+    """Describe where a greenlet that does not run is, as `where` does, and which calls in the program's code led there."""
     return _trail(_outwards(frame))
 
 
 def trail_of(error: BaseException) -> str:
-    """The same of what a greenlet was at when this was raised there."""
+    """Describe likewise where a greenlet was when this exception was raised in it."""
     return _trail(list(walk_tb(error.__traceback__))[::-1])
 
 
@@ -241,7 +241,7 @@ def _outwards(frame: FrameType | None) -> _Steps:
 
 
 def _without_gevent(outwards: _Steps) -> _Steps:
-    """What is left without the frames at the inner end that are gevent's, or raise a deadline; all if there are no others."""
+    """Drop the frames at the inner end that are gevent's, or raise a deadline; keep all if there are no others."""
     return list(itertools.dropwhile(lambda step: _package(step) == "gevent" or _module(step) in _RAISING, outwards)) or outwards
 
 

@@ -1,4 +1,4 @@
-"""What Python's frames tell of generators, whose blocks can be suspended."""
+"""Frames of generators, whose blocks can be suspended."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _GENERATOR_FLAGS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYN
 
 
 def is_generator(frame: FrameType) -> bool:
-    """Whether a block in this frame can be suspended between two values. One that contextlib runs counts as its consumer's."""
+    """Return whether a block in this frame can be suspended between two values. One run by contextlib is its consumer's."""
     return bool(frame.f_code.co_flags & _GENERATOR_FLAGS) and not _is_contextmanager(frame)
 
 
 def _is_contextmanager(frame: FrameType) -> bool:
-    """Whether a generator's frame is run by contextlib: then its consumer is the block that is meant."""
+    """Return whether a generator's frame is run by contextlib: then its consumer is the block that is meant."""
     back = frame.f_back
     while back is not None and back.f_code.co_flags & _GENERATOR_FLAGS:
         back = back.f_back
@@ -24,7 +24,7 @@ def _is_contextmanager(frame: FrameType) -> bool:
 
 
 def is_on_stack(top: FrameType | None, frame: FrameType) -> bool:
-    """Whether a generator's frame is running below `top`, rather than suspended between two values."""
+    """Return whether a generator's frame is running below `top`, rather than suspended between two values."""
     while top is not None:
         if top is frame:
             return True

@@ -1,4 +1,4 @@
-"""How is everything that a block of code waits for limited together?
+"""One limit for everything that a block of code waits for.
 
     with deadline(5):
         sock.recv()
@@ -59,7 +59,7 @@ _get_hub: Callable[[], Hub] = gevent.get_hub
 #: The attribute of a greenlet that holds its innermost scope. Absent outside of any scope.
 _SCOPE = "_greensafe_scope"
 
-#: Seconds between two looks at a suspended generator whose scope is over.
+#: Seconds between two checks of a suspended generator whose scope is over.
 SUSPENDED = 0.05
 
 
@@ -301,7 +301,7 @@ class deadline:
             self._timer = None
 
     def _release(self) -> None:
-        """A shield was left: what it held back, here and further out, is due now."""
+        """Arm the limits that a shield held back, here and further out: it was left."""
         scope: deadline | None = self
         while scope is not None:
             if not scope.delivered and scope._timer is None and scope._is_due():
@@ -331,7 +331,7 @@ class deadline:
         if self._is_shielded():
             return  # the shield hands it on when it is left
         if self._frame is not None and not is_on_stack(greenlet.gr_frame, self._frame):
-            # A suspended generator: whoever consumes it is not meant, and nothing tells when it goes on.
+            # A suspended generator: the limit is not its consumer's, and nothing tells when the generator goes on.
             self._arm(_get_hub(), SUSPENDED)
             return
         signal = _delivered(_outermost_due(self), greenlet)
@@ -341,7 +341,7 @@ class deadline:
             _get_hub().handle_error(greenlet, *sys.exc_info())
 
     def _is_shielded(self) -> bool:
-        """Whether the greenlet is inside a shield that stands inside this scope."""
+        """Return whether the greenlet is inside a shield that stands inside this scope."""
         scope: deadline | None = getattr(self._greenlet, _SCOPE, None)
         while scope is not None and scope is not self:
             if scope._shields:
@@ -426,7 +426,7 @@ def check(limited: bool) -> None:
 
 
 def allowed_until(limited: bool) -> float | None:
-    """Until when the scopes of the running greenlet let it wait, None for no limit; raises what `check` raises."""
+    """Return until when the scopes of the running greenlet let it wait, None for no limit. Raises what `check` raises."""
     scope: deadline | None = getattr(getcurrent(), _SCOPE, None)
     if scope is None:
         return None
@@ -442,12 +442,12 @@ def raise_if_preempted() -> None:
 
 
 def is_signal_due(scope: deadline) -> bool:
-    """Whether a scope that was over when it was last asked has neither been left since nor had its signal."""
+    """Return whether a scope that was over when it was last asked has neither been left since nor had its signal."""
     return scope._greenlet is not None and not scope.delivered
 
 
 def preempted() -> deadline | None:
-    """The scope whose signal `raise_if_preempted` would raise; None if it would not."""
+    """Return the scope whose signal `raise_if_preempted` would raise; None if it would raise none."""
     greenlet = getcurrent()
     scope: deadline | None = getattr(greenlet, _SCOPE, None)
     while scope is not None and not scope._preempts:
@@ -457,7 +457,7 @@ def preempted() -> deadline | None:
 
 
 def _delivered(target: deadline, greenlet: Any) -> DeadlineSignal:
-    """The signal of a scope that is due, put down as delivered; the scopes inside of it know that it came."""
+    """Make the signal of a scope that is due, and mark the scope as delivered. The scopes inside of it note that it came."""
     target._disarm()
     target.delivered = True
     scope: deadline | None = getattr(greenlet, _SCOPE, None)
@@ -468,7 +468,7 @@ def _delivered(target: deadline, greenlet: Any) -> DeadlineSignal:
 
 
 def _outermost_due(scope: deadline) -> deadline:
-    """Of the scopes around, the outermost that is due: it makes the inner ones pointless."""
+    """Find the outermost scope around that is due: it makes the inner ones pointless."""
     found = scope
     while not scope._shields and scope._outer is not None:
         scope = scope._outer

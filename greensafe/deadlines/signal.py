@@ -11,7 +11,7 @@ __all__ = ["DeadlineSignal", "Scope"]
 
 
 class Scope(Protocol):
-    """What a signal knows of the scope that has ended.
+    """The part of a scope that its signal uses.
 
     Attributes:
         seconds: Its limit, None for none.
@@ -21,7 +21,7 @@ class Scope(Protocol):
 
 
 class DeadlineSignal(gevent.Timeout):  # type: ignore[misc]  # gevent is untyped
-    """What is thrown into a greenlet whose scope has ended; do not catch it, or raise it again.
+    """The exception thrown into a greenlet whose scope has ended. Do not catch it, or raise it again.
 
     Args:
         scope: The scope that has ended; also an attribute.

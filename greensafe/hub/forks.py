@@ -1,4 +1,4 @@
-"""Was this object made before a fork, in another process?
+"""Objects that a forked child inherits, and how they are kept from being used there.
 
 A forked child has the parent's sockets but not libzmq's threads, and shares the descriptors by which both are woken. So it must
 never touch the parent's sockets: not even reading EVENTS, which would eat what the parent is waiting for. (libzmq notices the
@@ -27,7 +27,7 @@ _forbidden: weakref.WeakSet[_Inherited] = weakref.WeakSet()
 
 
 def generation() -> int:
-    """How often this process and its ancestors were forked; what was made with another number is the parent's."""
+    """Return how often this process and its ancestors were forked. An object made at another number is the parent's."""
     return _generation
 
 

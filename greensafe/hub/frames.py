@@ -1,4 +1,4 @@
-"""What runs where: the frames of the running thread, and of other threads.
+"""Frames of the running thread and of other threads.
 
 Their names in `sys` begin with an underscore, as not every Python need have them. The Pythons that gevent runs on have them.
 """

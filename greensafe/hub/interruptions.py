@@ -35,7 +35,7 @@ _UNKNOWN = 0
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether an exception came from outside, by a signal's handler (or is none that code raises by mistake)."""
+    """Return whether an exception came from outside, by a signal's handler (or is none that code raises by mistake)."""
     if not isinstance(error, Exception):
         return True
     handlers = _handlers()
@@ -43,7 +43,7 @@ def is_interruption(error: BaseException) -> bool:
 
 
 def is_of_zmq(error: BaseException) -> bool:
-    """Whether pyzmq has raised it by itself, and not a signal's handler that ran in one of its calls."""
+    """Return whether pyzmq has raised it by itself, and not a signal's handler that ran in one of its calls."""
     if not isinstance(error, zmq.ZMQError):
         return False
     traces = _traces(error.__traceback__)
@@ -51,7 +51,7 @@ def is_of_zmq(error: BaseException) -> bool:
 
 
 def has_called(error: BaseException) -> bool | None:
-    """Whether libzmq had been called when a signal's handler raised in one of pyzmq's calls; None if it raised elsewhere."""
+    """Return whether libzmq had been called when a signal's handler raised in a call of pyzmq's; None if elsewhere."""
     found: bool | None = None
     for trace in _traces(error.__traceback__):
         code = trace.tb_frame.f_code
@@ -75,7 +75,7 @@ def _traces(trace: TracebackType | None) -> list[TracebackType]:
 
 
 def _handlers() -> set[CodeType]:
-    """The code of all handlers that are installed."""
+    """Return the code of all signal handlers that are installed."""
     found = set()
     for number in signal.valid_signals():
         handler: Any = signal.getsignal(number)

@@ -165,7 +165,7 @@ class _Kind:
 
 
 def _plain(value: object) -> object:
-    """What is put into a line in place of something that may hold others, or whose text may be anything."""
+    """Return what a log line shows instead of an object that may hold others alive, or whose text may be anything."""
     if isinstance(value, (int, float)):
         return value
     try:
@@ -209,14 +209,14 @@ def write(
 
 
 def _say_elsewhere(text: str, args: tuple[object, ...], failed: Exception) -> None:
-    """As logging does, when one of its handlers fails: on stderr, unless `logging.raiseExceptions` is off."""
+    """Write to stderr, as logging does when one of its handlers fails, unless `logging.raiseExceptions` is off."""
     if logging.raiseExceptions:
         with suppress(Exception):  # there is none, or it is closed, or it waits: nobody is left to be told
             print(f"not logged: {text % args if args else text}\n{_barred(failed, chain=False)}", file=sys.stderr)
 
 
 def _is_unsafe(error: BaseException) -> bool:
-    """Whether what a traceback shows of an exception, or of one that led to it, could be taken for lines of the log."""
+    """Return whether what a traceback shows of an exception, or of one that led to it, could be taken for lines of the log."""
     try:
         return any(not text.isprintable() or len(text) > _LONG for each in _chain(error) for text in _texts(each))
     except BaseException:  # noqa: BLE001 - its __str__ may raise anything; the traceback says that it cannot be shown

@@ -45,12 +45,12 @@ _lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 
 
 def is_elsewhere(hub: Hub | None) -> bool:
-    """Whether this hub is another living thread's: what belonged to one that has ended is anybody's to close."""
+    """Return whether this hub is another living thread's: what belonged to one that has ended is anybody's to close."""
     return hub is not None and hub.thread_ident != _this_thread() and not _has_ended(hub)
 
 
 def is_in_hub() -> bool:
-    """Whether this is a callback of this thread's hub, which cannot wait."""
+    """Return whether this is a callback of this thread's hub, which cannot wait."""
     return gevent.getcurrent() is get_hub_if_exists()
 
 
@@ -91,7 +91,7 @@ def call_in(hub: Hub, what: str, function: Callable[..., T], *args: Any) -> T:
                     f"{what} was called in another thread, and the thread to which it belongs has ended meanwhile"
                 )
     finally:
-        errand.take_back()  # whoever ends the wait before it has begun
+        errand.take_back()  # the caller was ended before the call began
     error, errand.error = errand.error, None  # its traceback holds the errand, and this frame
     if error is not None:
         try:
@@ -107,7 +107,7 @@ def begin_in(hub: Hub, function: Callable[..., object], *args: Any) -> None:
 
 
 def wait_while(predicate: Callable[[], bool], hub: Hub, seconds: float) -> bool:
-    """Wait in another thread than this hub's, whose end may be what it waits for; returns whether it is over.
+    """Wait, in another thread than this hub's, while something holds; return whether it ended. That hub's thread may end.
 
     Not for long: after so many seconds, or when the hub's thread has ended, this returns all the same.
     """
@@ -167,7 +167,7 @@ class _Errand:
 
 
 def _wait_natively(errand: _Errand) -> bool:
-    """Stop this thread, which has no hub; returns whether it is done, False after `LOOK` seconds."""
+    """Stop this thread, which has no hub; return whether it is done, False after `LOOK` seconds."""
     lock = _lock()
     lock.acquire()
     errand.notify = lock.release

@@ -55,7 +55,7 @@ class Timer:
 
     @property
     def is_set(self) -> bool:
-        """Whether it was set and not stopped since."""
+        """Return whether it was set and not stopped since."""
         return self._timer is not None
 
     def set(self, hub: Hub, seconds: float, callback: Callable[[], object], again: bool = False, ref: bool = True) -> None:

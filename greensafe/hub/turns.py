@@ -40,13 +40,13 @@ _TURNED_AT = "_greensafe_turned_at"
 
 
 def seconds_since_turn() -> float:
-    """Seconds since the loop of this thread has turned, as far as greenlets that gave way have seen it."""
+    """Return the seconds since the loop of this thread last turned, as far as greenlets that gave way have seen it."""
     late: float = monotonic() - getattr(get_hub(), _TURNED_AT, 0.0)
     return late
 
 
 def next_share(share: int, late: float) -> int:
-    """How many operations a socket may do until it gives way again, if the loop's last turn was so many seconds ago now."""
+    """Return how many operations a socket may do until it gives way again, if the loop's last turn was so many seconds ago."""
     if late > 2 * TURN:
         return max(int(share * TURN / late), 1)
     return min(share * 4, FAIR_SHARE)

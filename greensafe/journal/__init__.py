@@ -1,4 +1,4 @@
-"""Where a server keeps what must survive it: the interface, what is written, and sqlite as the default."""
+"""Journals, which keep what must survive a server: the interface, the writes, and sqlite as the default."""
 
 from ..sansio.records import Ack, Begin, Effect, Excuse, Failed, Finish, Forget, Known, Rerun, State, Step, Write
 from .base import Journal

@@ -1,4 +1,4 @@
-"""What is done in a journal's thread.
+"""The calls of a journal that are made in its thread.
 
 Nothing is raised here: gevent would print it as well. What a journal raises is returned.
 """
@@ -37,7 +37,7 @@ def commit(journal: Journal, writes: Sequence[Write]) -> list[Any]:
 
 
 def _commit_until(at: float, journal: Journal, writes: Sequence[Write], is_logged: bool = False) -> list[Any]:
-    """The same; from `at` on no more halves are tried, of a journal that takes long to say that it cannot store anything."""
+    """Commit by halves. From `at` on no more halves are tried: a journal may take long to say that it cannot store anything."""
     error: BaseException
     try:
         results = journal.commit(writes)
@@ -64,7 +64,7 @@ def _commit_until(at: float, journal: Journal, writes: Sequence[Write], is_logge
 
 
 def ask(journal: Journal) -> JournalError | None:
-    """What the journal cannot be written for, None if it can."""
+    """Try whether the journal can be written; return the error if not, else None."""
     try:
         journal.commit(())
     except JournalError as error:

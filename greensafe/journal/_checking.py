@@ -1,4 +1,4 @@
-"""Is what was read of a request what a server has stored?
+"""Checks of rows that were read from a journal.
 
 sqlite has no checksums. A bit that has flipped on the disk may make a text of bytes, or one number of another, without sqlite
 seeing anything wrong; so each row is looked at before it is used.
@@ -45,7 +45,7 @@ _STATES = range(3)
 
 
 def misfit(columns: Sequence[str], row: Sequence[Any]) -> str | None:
-    """What is wrong with the first of these columns that cannot be used, as the end of a sentence; None if nothing is."""
+    """Describe the first of these columns that cannot be used, as the end of a sentence; None if there is none."""
     for column, value in zip(columns, row, strict=True):
         if not isinstance(value, _TYPES[column]) or (column == "state" and value not in _STATES):
             return f"has the impossible {column} {value!r}"

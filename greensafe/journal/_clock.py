@@ -1,4 +1,4 @@
-"""What time is it, for a journal that outlives processes and reboots?
+"""The time of a journal, which outlives processes and reboots.
 
 The journal's time is the monotonic clock's plus an offset. A file keeps the offset, and the boot for which it holds:
 
@@ -23,7 +23,7 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class Moment(NamedTuple):
-    """What the machine's clocks show; `boot` is the same text as long as the machine runs."""
+    """The time on the machine's clocks; `boot` is the same text as long as the machine runs."""
 
     boot: str
     monotonic: float
@@ -31,7 +31,7 @@ class Moment(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a file keeps: the offset, the boot for which it holds, and a time that it has reached."""
+    """The part of it that the file keeps: the offset, the boot for which it holds, and a time that it has reached."""
 
     boot: str
     offset: float
@@ -44,7 +44,7 @@ def moment() -> Moment:
 
 
 def offset(stored: Stored | None, here: Moment) -> float:
-    """What to add to the monotonic clock from now on."""
+    """Return what to add to the monotonic clock from now on."""
     if stored is None:
         return here.wall - here.monotonic
     # A container may have a monotonic clock of its own in the same boot: it must not go back either.

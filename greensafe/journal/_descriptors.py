@@ -105,7 +105,7 @@ def sweep() -> None:
 
 
 def open_files() -> set[Key] | None:
-    """The files that this process has open, apart from what is only kept here; None if that cannot be told."""
+    """Return the files that this process has open, apart from those only kept here; None if that cannot be told."""
     with _lock:
         return _open_files()
 

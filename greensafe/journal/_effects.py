@@ -1,4 +1,4 @@
-"""How is a caller's own change made part of a batch, without endangering the rest?
+"""Changes of the caller's own in a batch, which must not endanger the rest of it.
 
 Rules:
 
@@ -34,7 +34,7 @@ _QUESTIONS = {"table_info", "table_xinfo", "index_list", "index_info", "index_xi
 
 
 def run(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes | Failed:
-    """Call it with the connection, in its transaction; returns what it returns, or Failed, and then it has changed nothing.
+    """Call it with the connection, in its transaction; return what it returns, or Failed, and then it has changed nothing.
 
     Raises:
         JournalError: The transaction is gone; Unstorable if it would be each time.
@@ -63,7 +63,7 @@ def _call(connection: sqlite3.Connection, act: Callable[[Any], bytes]) -> bytes 
         return value
     except KeyboardInterrupt:
         raise  # nobody's but the program's
-    except BaseException as error:  # noqa: BLE001 - it goes to whoever gave us the function, SystemExit as well
+    except BaseException as error:  # noqa: BLE001 - it goes to the caller that gave us the function, SystemExit as well
         return Failed(error)
     finally:
         connection.set_authorizer(None)

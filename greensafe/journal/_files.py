@@ -46,7 +46,8 @@ _SHARED_SIZE = 510
 #: Behind sqlite's: the server's byte.
 _SERVER = _SHARED_FIRST + _SHARED_SIZE
 
-#: The byte of the shared memory that says it is in use (sqlite's "dead man switch"): who finds it free begins it anew.
+#: The byte of the shared memory that says it is in use (sqlite's "dead man switch"). A program that finds it unlocked begins
+#: the memory anew.
 _MEMORY_IN_USE = 128
 
 #: struct flock of Linux.
@@ -177,7 +178,7 @@ class Files:
     # Inside.
 
     def _are_named(self) -> bool:
-        """Whether the system says that the file and the log are called what they should; False if it says nothing."""
+        """Return whether the system says that the file and the log are called what they should; False if it says nothing."""
         try:
             for link, name in self._links:
                 if os.readlink(link) != name:
@@ -187,7 +188,7 @@ class Files:
         return True
 
     def _fault(self) -> str | None:
-        """What is wrong with the files; None if they are those that were opened."""
+        """Describe what is wrong with the files; None if they are those that were opened."""
         name = self.path
         try:
             for name, key in zip(self._names, self._keys):
@@ -200,7 +201,7 @@ class Files:
         return None
 
     def _has_foreign_log(self) -> bool:
-        """Whether another program may have written to a log of its own, or to this one without knowing of our pages in it."""
+        """Return whether another program may have written to a log of its own, or to this one over our pages."""
         if not self._keys:
             return False
         try:
@@ -226,7 +227,7 @@ class Files:
 
 
 def in_use(path: str, who: str) -> JournalError:
-    """What to raise for a journal that `who` has."""
+    """Make the error for a journal that `who` has."""
     return JournalError(
         f"the journal {path} is in use by {who}: one server at a time writes to a journal; stop that one, or give this one a "
         "file of its own"
@@ -234,13 +235,13 @@ def in_use(path: str, who: str) -> JournalError:
 
 
 def is_journal_here(path: str) -> bool:
-    """Whether this process has the file open as a journal."""
+    """Return whether this process has the file open as a journal."""
     key = key_at(path)
     return key is not None and any(each._file == key for each in list(_here))
 
 
 def is_held(path: str) -> bool:
-    """Whether a server has the file, be its lock file there or not; False also where that cannot be told."""
+    """Return whether a server has the file, be its lock file there or not; False also where that cannot be told."""
     if is_journal_here(path):
         return True
     if not _HAS_LOCKS:
@@ -259,7 +260,7 @@ def is_held(path: str) -> bool:
 
 
 def _move_log(connection: sqlite3.Connection) -> bool:
-    """Move what is in the log to the file; returns whether that is all of it."""
+    """Move what is in the log to the file; return whether that is all of it."""
     try:
         _, pages, moved = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     except sqlite3.Error:
@@ -268,7 +269,7 @@ def _move_log(connection: sqlite3.Connection) -> bool:
 
 
 def _lock(fd: int, how: str, start: int, length: int) -> bool | None:
-    """Take a lock that is this open file's; False if somebody else has one, None if there are no such locks here."""
+    """Take a lock that is this open file's; return False if another has one, None if there are no such locks here."""
     if not _HAS_LOCKS:
         return None
     kind = {"read": fcntl.F_RDLCK, "write": fcntl.F_WRLCK}[how]

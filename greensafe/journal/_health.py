@@ -1,4 +1,4 @@
-"""Can a journal be written, as far as its last batch tells, and when is that asked for?
+"""The health of a journal: whether its last batch could be written, and the timer that checks.
 
 That it cannot is logged once, and once that it can again. A timer runs all the while: more often as long as it cannot.
 
@@ -22,7 +22,7 @@ log = logging.getLogger("greensafe.journal.commits")
 
 
 class Health:
-    """What is known of one journal.
+    """The health of one journal.
 
     Args:
         hub: Whose loop it is.
@@ -53,7 +53,7 @@ class Health:
         self._end_timer()
 
     def note(self, failed: JournalError | None) -> None:
-        """A batch has failed, or has not."""
+        """Note how a batch has ended."""
         if failed is not None and self.error is None:
             write(log, logging.ERROR, "the journal cannot be written: %s", failed)
             self._run(self._seconds_when_ill)

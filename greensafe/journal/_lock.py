@@ -1,4 +1,4 @@
-"""Who may write to a journal: one server at a time, told by a lock file next to it.
+"""The lock file next to a journal, by which one server at a time may write to it.
 
 Rules:
 
@@ -50,7 +50,7 @@ MODE = 0o600
 _CONTENT = re.compile(rb"[0-9]{0,19}\n?")
 _LONGEST = 20
 
-#: How often a lock is asked for that only those have who look (`holder`), and seconds in between.
+#: How often a lock is asked for that only readers hold for a moment (`holder`), and seconds in between.
 TRIES = 300
 PAUSE = 0.01
 
@@ -98,7 +98,7 @@ class Lock:
         """Give it up; once more does nothing."""
         _held.discard(self)
         if self._fd >= 0:
-            # Removed before it is unlocked: whoever opened it meanwhile sees that it is not there any more, and tries again.
+            # Removed before it is unlocked: a process that opened it meanwhile sees that it is gone, and tries again.
             # Another one that stands in its place is not ours.
             with contextlib.suppress(OSError):
                 if _is_at(self._path, self._fd):
@@ -113,7 +113,7 @@ class Lock:
 
 
 def holder(path: str) -> int | None:
-    """The process that may write to the journal at `path`; None if nobody does, 0 if it has not said who it is."""
+    """Return the process that may write to the journal at `path`; None if there is none, 0 if it has not written its pid."""
     try:
         fd = os.open(path + SUFFIX, os.O_RDONLY | CAREFULLY)
     except OSError:  # it may have been removed, or be another user's
@@ -129,7 +129,7 @@ def holder(path: str) -> int | None:
 
 
 def _take(name: str, path: str) -> int:
-    """Lock the file that stands at `name`, and write this process's id into it; returns its descriptor."""
+    """Lock the file that stands at `name`, and write this process's id into it; return its descriptor."""
     while True:
         try:
             fd = os.open(name, os.O_RDWR | os.O_CREAT | CAREFULLY, MODE)
@@ -161,7 +161,7 @@ def _cannot(path: str, name: str, error: OSError) -> str:
 
 
 def _check_ours(name: str, path: str, fd: int) -> None:
-    """What is in it is about to be replaced."""
+    """Refuse a file that is not a lock of ours: its contents are about to be replaced."""
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not _CONTENT.fullmatch(os.pread(fd, _LONGEST + 1, 0)):
         raise JournalError(
@@ -180,7 +180,7 @@ def _say(fd: int) -> None:
 
 
 def _is_free(fd: int) -> bool:
-    """Take it, if no server has it.
+    """Take it, if no server has it; return whether that was so.
 
     Who looks whether one has it (`holder`) shares it with us, for a moment: that is waited for, however busy the machine is.
     """

@@ -40,7 +40,7 @@ _sleep = get_original("time", "sleep")
 
 
 class _Found(NamedTuple):
-    """Where a log ends for sqlite, and what is behind that: pages of the same log, and how many of them end a commit."""
+    """The end of a log as sqlite sees it, and what is behind it: pages of the same log, and how many of them end a commit."""
 
     at: int
     pages: int
@@ -49,7 +49,7 @@ class _Found(NamedTuple):
 
 
 def log_faults(path: str) -> Iterator[str]:
-    """What of the journal's log was cut off, in whole sentences. Nothing is read of a journal that this process has open.
+    """Describe in whole sentences what of the journal's log was cut off. A journal that this process has open is not read.
 
     Raises:
         JournalError: It cannot be read.

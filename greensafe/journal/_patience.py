@@ -1,4 +1,4 @@
-"""When is a batch tried again that the journal's place could not take, and when are those told that wait for it?
+"""The pauses between the tries of a batch that could not be written, and the limit after which the callers are notified.
 
 The limit counts from the first try that has failed, over all batches, until one is stored. So a place that has been ill for
 longer costs each further batch one try and no wait. A try, with the pause before it, counts for no more than `STEP`: if it has
@@ -39,7 +39,7 @@ class Patience:
         return f"<Patience {'well' if self.since is None else f'ill since {self.since:.3f}'}>"
 
     def failed(self, began: float, now: float) -> float | None:
-        """A try has failed; returns the seconds until the next one, or None if it is to be given up."""
+        """Note that a try has failed; return the seconds until the next one, or None if it is to be given up."""
         if self.since is None:
             self.since = self._failed_at = began
             self._waited = 0.0
@@ -51,6 +51,6 @@ class Patience:
         return min(max(self._waited / 2, SHORTEST), LONGEST, LIMIT - self._waited)
 
     def ended(self) -> None:
-        """A try has succeeded."""
+        """Note that a try has succeeded."""
         self.since = None
         self.is_spent = False

@@ -1,4 +1,4 @@
-"""How files are made beside a journal, where others may write as well.
+"""Files made beside a journal, in a folder where other users may write as well.
 
 Rules:
 
@@ -23,7 +23,7 @@ log = logging.getLogger("greensafe.journal.sqlite")
 
 
 def make_draft(path: str) -> str:
-    """Make an empty file beside `path`, its owner's alone; returns its name.
+    """Make an empty file beside `path`, its owner's alone; return its name.
 
     Raises:
         OSError: It cannot be made.
@@ -38,14 +38,14 @@ def make_draft(path: str) -> str:
 
 
 def remove_draft(draft: str) -> None:
-    """Remove what was made, and what sqlite has made beside it; what cannot be removed stays."""
+    """Remove the draft, and what sqlite has made beside it; what cannot be removed stays."""
     for suffix in ("", "-journal", "-wal", "-shm"):
         with contextlib.suppress(OSError):
             os.unlink(draft + suffix)
 
 
 def warn_of_others(path: str) -> None:
-    """Log what other users of the machine may read or write."""
+    """Log which of the files other users of the machine may read or write."""
     wider = []
     for name in (path, path + "-wal", path + "-shm"):
         try:

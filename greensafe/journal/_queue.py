@@ -20,7 +20,7 @@ __all__ = ["Entry", "Queue", "Then"]
 #: Called with a write's result and None, or with None and the error.
 Then = Callable[[Any, "JournalError | None"], None]
 
-#: A write, the callback of who waits for it, the write that undoes it, and its weight.
+#: A write, the callback of its caller, the write that undoes it, and its weight.
 Entry = tuple[Write, "Then | None", "Write | None", int]
 
 
@@ -66,7 +66,7 @@ class Queue:
         return batch
 
     def withdraw(self, number: int) -> bool:
-        """Nobody wants this write any more; True if nothing of it was written, nor will be."""
+        """Take back a write; return True if nothing of it was written, nor will be."""
         entry = self.waiting.pop(number, None)
         if entry is not None:
             self.weight -= entry[3]
@@ -85,7 +85,7 @@ class Queue:
         return list(taken.values())
 
     def put_back(self, failed: dict[int, Entry]) -> set[int]:
-        """Have what nobody waits for go with the next batch, of what the place could not take; returns its numbers.
+        """Have what nobody waits for go with the next batch, of what the place could not take; return its numbers.
 
         Not what was withdrawn, if it is not wanted then: it is not there, and need not be undone.
         """
@@ -98,11 +98,11 @@ class Queue:
         return set(kept)
 
     def under_way(self) -> list[str]:
-        """The names of the steps whose effects are running just now."""
+        """Return the names of the steps whose effects are running just now."""
         return [write.name for write, *_ in self.batch.values() if isinstance(write, Effect) and is_under_way(write)]
 
     def abandon(self) -> list[Entry]:
-        """Take out what somebody waits for, and have nobody told of the batch but those whose effects run; returns the rest."""
+        """Take out what is waited for; return it, with the batch's, but for effects that run: only those are still notified."""
         found = [(number, entry) for number, entry in self.batch.items() if entry[1] is not None and not is_under_way(entry[0])]
         for number, _ in found:
             self._disown(number)
@@ -121,7 +121,7 @@ class Queue:
         self.waiting = {**first, **self.waiting}
 
     def close(self, is_paused: bool) -> list[Entry]:
-        """Nothing more is added; returns all that was to be written. The batch is being written, unless it `is_paused`."""
+        """Add nothing more; return all that was to be written. The batch is being written, unless it `is_paused`."""
         batch, waiting = list(self.batch.values()), list(self.waiting.values())
         self.batch, self.waiting, self.weight = {}, {}, 0
         if is_paused:
@@ -132,7 +132,7 @@ class Queue:
         return batch + waiting
 
     def settle(self, results: list[Any]) -> None:
-        """The batch that was being written at the end has these results: undo or store, before the rest, what needs it."""
+        """Take the results of the batch that was being written at the end: undo or store, before the rest, what needs it."""
         late, self.late = self.late, []
         first: list[Write] = []
         for (write, _, undo, _), result in zip(late, results, strict=True):

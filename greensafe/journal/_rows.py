@@ -1,4 +1,4 @@
-"""How does one statement do the same for many rows?
+"""Statements that do the same for many rows.
 
 A statement is a function of a number of rows. It has places for 1, 2, 4 ... 256 of them; those that are left over are NULL,
 which is nobody's id: so there are few statements, and sqlite3 keeps them all prepared. Parameters that all share come first.
@@ -25,28 +25,28 @@ _Rows = Sequence[Sequence[Any]]
 
 
 def execute(connection: sqlite3.Connection, statement: Callable[[int], str], given: _Rows, *first: Any) -> int:
-    """Execute for all rows, as few times as possible; returns how many rows of the table were changed."""
+    """Execute for all rows, as few times as possible; return how many rows of the table were changed."""
     return sum(connection.execute(statement(size), [*first, *parameters]).rowcount for size, parameters in _chunks(given))
 
 
 def fetch(connection: sqlite3.Connection, statement: Callable[[int], str], given: _Rows) -> Iterator[Any]:
-    """What is selected for all rows."""
+    """Select for all rows."""
     for size, parameters in _chunks(given):
         yield from connection.execute(statement(size), parameters).fetchall()
 
 
 def rows(count: int, width: int) -> str:
-    """What stands behind VALUES."""
+    """Return the text behind VALUES."""
     return ",".join([f"({marks(width)})"] * count)
 
 
 def marks(count: int) -> str:
-    """What stands in the parentheses of IN."""
+    """Return the text in the parentheses of IN."""
     return ",".join("?" * count)
 
 
 def _chunks(given: _Rows) -> Iterator[tuple[int, list[Any]]]:
-    """For how many rows a statement has to be, and its parameters."""
+    """Yield for how many rows a statement has to be, and its parameters."""
     for start in range(0, len(given), MOST):
         chunk = given[start : start + MOST]
         size = 1 << (len(chunk) - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What is in a journal's file, and is this one?
+"""The tables of a journal's file, and the checks that a file is one.
 
 A journal is a sqlite database that says so in its header: application_id is `APPLICATION`, user_version the schema's version.
 Its tables begin with `greensafe_`; whatever else is in the file belongs to the program that uses it.
@@ -121,7 +121,7 @@ _DOUBTFUL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT}
 
 
 def explain(path: str, error: Exception) -> JournalError:
-    """What to raise, from `error`, for what sqlite has raised."""
+    """Make the error that stands for what sqlite has raised."""
     code = _code(error)
     advice = _DAMAGED if isinstance(error, UnicodeDecodeError) else _ADVICE.get(code)
     # What sqlite has no form for is the fault of one write, and so is what is larger than it can ever hold.
@@ -130,7 +130,7 @@ def explain(path: str, error: Exception) -> JournalError:
 
 
 def is_files_fault(error: BaseException | None) -> bool | None:
-    """Whether what sqlite has raised is the file's fault, whatever was written; None: only another write can tell."""
+    """Return whether what sqlite has raised is the file's fault, whatever was written; None: only another write can tell."""
     code = _code(error)
     return None if code in _DOUBTFUL else code in _UNAVAILABLE
 
@@ -156,7 +156,7 @@ def connect(path: str, mode: str, busy: float = BUSY) -> sqlite3.Connection:
 
 
 def check(path: str) -> bool:
-    """Whether there is a journal at `path`; it can be opened then, after a migration perhaps. Nothing is changed.
+    """Return whether there is a journal at `path`; it can be opened then, after a migration perhaps. Nothing is changed.
 
     Raises:
         JournalError: There is something else, or something is in the way.
@@ -177,7 +177,7 @@ def check(path: str) -> bool:
 
 
 def _check_header(path: str) -> None:
-    """Read what every version has, without sqlite: it would change a file that it has to recover, even if it is another's.
+    """Read the header that every version has, without sqlite, which would change a file that it has to recover.
 
     A file that this process has open is not read that way, see `_descriptors`; there a connection has recovered it already.
     """
@@ -218,7 +218,7 @@ def check_version(path: str, connection: sqlite3.Connection) -> None:
 
 
 class Head(NamedTuple):
-    """What a journal has stored about itself."""
+    """The row that a journal keeps about itself."""
 
     id: bytes
     boot: str
@@ -251,7 +251,7 @@ def head(path: str, connection: sqlite3.Connection) -> Head:
 
 
 def _check_alone(path: str) -> None:
-    """A write-ahead log alone is what is left of a journal whose file was moved away: it would be read into the new one."""
+    """Refuse a write-ahead log without its file: a journal was moved away, and its log would be read into the new one."""
     if os.path.lexists(log := path + "-wal"):
         raise JournalError(
             f"the journal {path} is not there, but {log} is, which holds its latest requests: put the file back, or remove both"

@@ -1,4 +1,4 @@
-"""When does a journal's thread count as stalled?
+"""The watch over a journal's thread, which may stall.
 
 While the thread is at work it is looked at every `LOOK` seconds. It is stalled when its work has taken longer than `LIMIT`,
 and has been looked at often enough meanwhile: time for which the process was stopped, or its hub was blocked, brings hardly
@@ -33,7 +33,7 @@ LOOKS = 25
 
 
 class Stall:
-    """What is known of one journal's thread.
+    """The state of one journal's thread.
 
     Attributes:
         is_on: It is stalled.
@@ -53,7 +53,7 @@ class Stall:
         self._looks = 0
 
     def look(self, age: float) -> bool:
-        """The thread is at work of this age, in seconds; returns whether it has stalled just now."""
+        """Note that the thread's work is this old, in seconds; return whether it has stalled just now."""
         self._looks += 1
         if self.is_on or age < LIMIT or self._looks < LOOKS:
             return False
@@ -61,7 +61,7 @@ class Stall:
         return True
 
     def end(self) -> bool:
-        """The work has come to its end; returns whether it was stalled."""
+        """Note that the work has ended; return whether it was stalled."""
         was_on, self.is_on = self.is_on, False
         return was_on
 
@@ -112,11 +112,11 @@ class Lookout:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the thread takes longer than `LIMIT`."""
+        """Return whether the thread takes longer than `LIMIT`."""
         return self._stall.is_on
 
     def begin(self, since: float) -> None:
-        """The thread is given something to do, which was first tried at `since`."""
+        """Note that the thread is given work, which was first tried at `since`."""
         self.since = since
         self._stall.begin()
         if self._timer is None:
@@ -126,7 +126,7 @@ class Lookout:
             self._timer.start(self._look)
 
     def end(self) -> bool:
-        """The thread has come back; returns whether it was stalled."""
+        """Note that the thread has come back; return whether it was stalled."""
         return self._stall.end()
 
     def stop(self) -> None:
@@ -149,7 +149,7 @@ class Lookout:
             self._on_look()
 
     def _is_in_time(self) -> bool:
-        """Whether a look that is made now judges; see the module's head."""
+        """Return whether a look that is made now judges; see the module's head."""
         now = monotonic()
         gap = now - self._looked_at
         if gap < LOOK / 2:

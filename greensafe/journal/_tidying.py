@@ -1,4 +1,4 @@
-"""What goes from a journal when it is too old, or too much?
+"""The removal of requests that are too old, or too many.
 
 Rules:
 
@@ -48,7 +48,7 @@ _REQUESTS = f"DELETE FROM greensafe_requests WHERE rowid IN ({_CHOICE})"
 
 @dataclass
 class Dropped:
-    """What went in one transaction."""
+    """The requests removed in one transaction."""
 
     count: int = 0
     #: The greatest `since` of it.
@@ -64,7 +64,7 @@ def size(connection: sqlite3.Connection) -> int:
 
 
 def oldest(connection: sqlite3.Connection) -> float | None:
-    """When the one changed that has not changed for longest; None if there is none."""
+    """Return the time at which the oldest has last changed; None if there is none."""
     found = "SELECT min(changed) FROM greensafe_requests WHERE changed < 9e999 AND state ="
     times = [connection.execute(f"{found} {state}").fetchone()[0] for state in _ORDER]
     return min((time for time in times if time is not None), default=None)
@@ -76,7 +76,7 @@ def renew(connection: sqlite3.Connection, running: Iterable[bytes], now: float, 
 
 
 def expire(connection: sqlite3.Connection, running: Iterable[bytes], before: float) -> Dropped:
-    """Drop what has not changed since `before`."""
+    """Drop requests that have not changed since `before`."""
     dropped, keep = Dropped(), _as_json(running)
     for state in _ORDER:
         _drop(connection, dropped, state, before, keep, MOST - dropped.count)
@@ -97,7 +97,7 @@ def evict(connection: sqlite3.Connection, running: Iterable[bytes], enough: int)
 
 
 def _drop(connection: sqlite3.Connection, dropped: Dropped, state: int, before: float, keep: str, most: int) -> int:
-    """Drop the oldest in a state, but at most so many; returns how many."""
+    """Drop the oldest in a state, but at most so many; return how many."""
     chosen = (state, before, keep, most)
     (horizon,) = connection.execute(_HORIZON, chosen).fetchone()
     if horizon is None:

@@ -1,4 +1,4 @@
-"""How do a batch of writes become statements?
+"""The statements that a batch of writes becomes.
 
 Rules:
 
@@ -67,7 +67,7 @@ def unpack(packed: bytes) -> list[bytes]:
 
 
 def digest(packed: bytes) -> bytes:
-    """What stays of a body: 16 bytes by which another one is told from it."""
+    """Return what stays of a body: 16 bytes by which another one is told from it."""
     return hashlib.blake2b(packed, digest_size=16).digest()
 
 
@@ -89,7 +89,7 @@ class Writing:
         self.has_steps = has_steps
 
     def run(self, writes: Sequence[Write]) -> list[Any]:
-        """Do them all, in their order; returns their results.
+        """Do them all, in their order; return their results.
 
         Raises:
             JournalError: One of them cannot be done.
@@ -107,7 +107,7 @@ class Writing:
             self._begin_some(group[start : start + MOST], results)
 
     def _begin_some(self, group: _Group, results: list[Any]) -> None:
-        """As many as one statement takes."""
+        """Begin as many requests as one statement takes."""
         rows = [self._row(write) for _, write in group]
         if not any(write.is_resent for _, write in group):
             # Most are new, and then nobody need ask: what is not makes sqlite undo the whole statement.
@@ -206,7 +206,7 @@ class Writing:
             self._raise_not_open(ids)
 
     def _raise_not_open(self, ids: list[bytes]) -> None:
-        """Name one that was not; the others may have been changed already."""
+        """Raise for one request that was not open; the others may have been changed already."""
         states = {}
         for row in self._all(_states_sql, ids):
             _check(row[0], ("id", "state", "changed"), row)
@@ -239,7 +239,7 @@ def _check(id: Any, columns: Sequence[str], row: Sequence[Any]) -> None:
 
 
 def _grouped(writes: Sequence[Write]) -> Iterator[tuple[type, _Group]]:
-    """Writes that may be done as one, with their places; those that depend on each other in their order."""
+    """Group writes that may be done as one, with their places; those that depend on each other stay in order."""
     seen: set[bytes] = set()
     groups: dict[type, _Group] = {}
     for place, write in enumerate(writes):

@@ -1,4 +1,4 @@
-"""What does a server ask of the place where it keeps what must survive it?
+"""The interface between a server and the place where it keeps what must survive it.
 
 A `Journal` stores requests, the results of their finished steps and their answers. It is told in batches of writes, which
 `sansio.records` names. Rules for a backend:
@@ -36,7 +36,7 @@ __all__ = ["Journal"]
 
 
 class Journal(abc.ABC):
-    """Where requests are kept; see the module's head for the rules, and `greensafe.testing.JournalConformance` for their tests.
+    """The interface of a journal backend. The module's head has the rules, `greensafe.testing.JournalConformance` their tests.
 
     Attributes:
         id: 16 bytes that tell this journal from all others, the same each time it is opened; known once it is open.
@@ -63,7 +63,7 @@ class Journal(abc.ABC):
 
     @abc.abstractmethod
     def commit(self, writes: Sequence[Write]) -> list[Any]:
-        """Do all of them, or none; returns their results, which are what each of the classes says.
+        """Do all of them, or none; return their results, which are what each of the classes says.
 
         No writes at all are a question, asked while the place is known to be ill: an error says that it still is. So it should
         try what a write would, and change nothing that anybody sees.
@@ -77,7 +77,7 @@ class Journal(abc.ABC):
 
     @abc.abstractmethod
     def tidy(self, running: Collection[bytes]) -> bool:
-        """Drop what is too old, or too much, but none of the `running` ids; True if there is more to do.
+        """Drop what is too old, or too much, but none of the `running` ids; return True if there is more to do.
 
         Those that are OPEN do not age: after a crash their clients have at least about half the time that makes others too old
         to come again.
@@ -90,4 +90,4 @@ class Journal(abc.ABC):
     @property
     @abc.abstractmethod
     def dropped(self) -> Mapping[str, int]:
-        """How many requests were dropped since it was first opened, by cause."""
+        """The count of requests dropped since it was first opened, by cause."""

@@ -1,4 +1,4 @@
-"""How does a person at night see what is in a journal?
+"""The command `greensafe journal`, which shows a person what is in a journal.
 
     greensafe journal ls FILE           what is unfinished, and how much there is of the rest
     greensafe journal show ID FILE      one request, with its steps
@@ -166,7 +166,7 @@ def _age(seconds: float) -> str:
 
 
 def _when(seconds: float) -> str:
-    """So many seconds ago, by the clock on the wall of who looks."""
+    """Format a time `seconds` ago as local wall-clock time."""
     try:
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - seconds))
     except (OverflowError, OSError):  # no calendar goes so far: the file is damaged

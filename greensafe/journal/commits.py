@@ -1,4 +1,4 @@
-"""How are many writes made durable at the price of few, without holding up anybody?
+"""Group commit: many writes made durable at the price of few, in a thread that holds up no greenlet.
 
 Group commit: what is written while one commit is under way is the next one's batch. Rules:
 
@@ -104,7 +104,7 @@ class Commits:
         #: The journal is to be closed as soon as the thread is free.
         self._is_to_finish = False
         self._patience = Patience()
-        #: What whoever comes while the thread is stalled is told.
+        #: The error for callers that come while the thread is stalled.
         self._stalled: JournalError | None = None
         self._lookout = Lookout(
             self._hub,
@@ -129,17 +129,17 @@ class Commits:
 
     @property
     def error(self) -> JournalError | None:
-        """What the last try of a batch has failed with, None if it has not."""
+        """The error of the last try of a batch, None if it has succeeded."""
         return self._health.error
 
     @property
     def oldest_seconds(self) -> float | None:
-        """For how long the thread has been at what it does now, all tries of a batch together; None if it has nothing to do."""
+        """The seconds for which the thread has been at its present work, all tries of a batch together; None if it has none."""
         return monotonic() - self._lookout.since if self._is_busy else None
 
     @property
     def is_well(self) -> bool:
-        """Whether the journal can be written, and its thread is not stalled."""
+        """Return whether the journal can be written, and its thread is not stalled."""
         return self.error is None and not self._lookout.is_stalled
 
     def __repr__(self) -> str:
@@ -192,7 +192,7 @@ class Commits:
         return queue.number
 
     def withdraw(self, number: int) -> bool:
-        """Nobody wants this write any more, and its `then` is not called; True if nothing of it is, or will be, written."""
+        """Take back a write, whose `then` is not called; return True if nothing of it is, or will be, written."""
         is_gone = self.queue.withdraw(number)
         if is_gone and self.on_room is not None:
             self._hub.loop.run_callback(self._have_room)
@@ -210,7 +210,7 @@ class Commits:
             self._guarded(on_room)
 
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing is pending, but not longer, and not for a thread that is stalled; returns whether that is so."""
+        """Wait for up to `seconds` until nothing is pending, but not for a stalled thread; return whether that is so."""
         self._is_due = bool(self.queue.waiting)
         self._schedule()
         with move_on(seconds):
@@ -242,7 +242,7 @@ class Commits:
             self._end()
 
     def join(self, seconds: float) -> bool:
-        """Wait until the journal is closed, but not longer, and not for a thread that is stalled; returns whether it is."""
+        """Wait for up to `seconds` until the journal is closed, but not for a stalled thread; return whether it is."""
         with move_on(0 if self._lookout.is_stalled else seconds):
             self._closed.wait()
         return bool(self._closed.is_set())
@@ -288,7 +288,7 @@ class Commits:
             text = "the journal goes on again: what it was busy with has taken %.1f s"
             write(log, logging.WARNING, text, monotonic() - self._lookout.since)
             self._stalled = None
-        # No call between these: whoever is interrupted before does all of it again, and afterwards the result is kept.
+        # No call between these: an interruption before has all of it done again, and after it the result is kept.
         self._result = self._doing[0], result
         self._doing = None
         self._is_busy = False
@@ -310,7 +310,7 @@ class Commits:
             self._done.set()
 
     def _recover(self) -> None:
-        """Go on with what something from outside has interrupted."""
+        """Go on with what an exception from outside has interrupted."""
         if self._doing is not None:
             done = self._doing[1]
             if done.ready():
@@ -350,12 +350,12 @@ class Commits:
         self._tell_all()
         self._guarded(self._go_on)
         if self.on_room is not None and not self._is_due:
-            self._have_room()  # whoever waits for the next batch would wait for ever
+            self._have_room()  # a caller that waits for the next batch would wait for ever
 
     def _look_into(
         self, batch: dict[int, Entry], told: list[tuple[Entry, Any]], failures: list[JournalError]
     ) -> list[tuple[Entry, Any]]:
-        """Some of it has failed; returns what is to be told."""
+        """Sort the results of a batch in which some writes have failed; return those to report."""
         # What can never be stored says nothing about the place.
         ills = [failure for failure in failures if not isinstance(failure, Unstorable)]
         if ills or len(failures) < len(told):
@@ -365,7 +365,7 @@ class Commits:
         return told
 
     def _try_again(self, batch: dict[int, Entry], told: list[tuple[Entry, Any]]) -> list[tuple[Entry, Any]]:
-        """Keep what the place could not take for another try, unless it was waited for long enough; returns the rest."""
+        """Keep what the place could not take for another try, unless it was waited for long enough; return the rest."""
         kept = dict(each for each, (_, result) in zip(batch.items(), told) if isinstance(result, JournalUnavailable))
         if not kept:
             self._patience.ended()
@@ -395,7 +395,7 @@ class Commits:
     # A thread that does not come back.
 
     def _give_up_waiting(self, age: float) -> None:
-        """Tell all who wait; and who comes, until the thread is back. Whose own effect it is waits on, as for any function."""
+        """Report the stall to all callers, and to later ones until the thread is back. That of the running effect waits on."""
         names = self.queue.under_way()
         told = self.queue.abandon()
         self._is_due = False
@@ -426,7 +426,7 @@ class Commits:
             self._start()
 
     def _guarded(self, act: Callable[..., object], *args: Any) -> bool:
-        """What fails is reported, and what comes next is done all the same; False if something from outside has ended it."""
+        """Call it and report what it raises; return False if an exception from outside has ended it."""
         try:
             act(*args)
         except BaseException as error:  # noqa: BLE001 - see above
@@ -437,7 +437,7 @@ class Commits:
         return True
 
     def _tell_all(self) -> None:
-        """Tell those who wait, each once; once more if that is interrupted."""
+        """Call back each caller once, and once more if that is interrupted."""
         told = self._told
         while told:
             (_, then, _, _), result = told[0]

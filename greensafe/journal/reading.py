@@ -1,4 +1,4 @@
-"""What is in a journal's file, for a person who looks while its server runs, or after it has died?
+"""Reading of a journal's file, while its server runs or after it has died.
 
 A `Reading` only reads, and needs no lock: what it sees is one moment's. `forget` and `vacuum` write; what could pull the ground
 from under a running server they leave alone. All of them may be used in the server's own process as well: a file that is open
@@ -123,7 +123,7 @@ class Reading:
         return Summary(self._head.id.hex(), counts, dropped, os.path.getsize(self.path), holder(self.path))
 
     def entries(self, states: Sequence[str], most: int) -> list[Entry]:
-        """The requests in these states that have not changed for longest, up to `most` of each, in the order of the states."""
+        """Return the requests in these states that have not changed for longest, up to `most` of each, state by state."""
         found: list[Entry] = []
         for state in states:
             where = "WHERE state = ? ORDER BY changed, id LIMIT ?"
@@ -132,7 +132,7 @@ class Reading:
         return found
 
     def find(self, part: str) -> Entry:
-        """The one whose id begins or ends so, in hex. (A client's ids all begin alike.)
+        """Find the request whose id begins or ends so, in hex. (A client's ids all begin alike.)
 
         Raises:
             JournalError: There is none, or more than one.
@@ -146,7 +146,7 @@ class Reading:
         return self._entry(rows[0])
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with the file, in whole sentences; nothing if nothing is. It reads all of it, as far as it can."""
+        """Describe the faults of the file in whole sentences, none if it is sound. All of it is read, as far as that can be."""
         try:
             yield from self._faults()
         except JournalError as error:
@@ -238,7 +238,7 @@ def forget(path: str, part: str) -> Entry:
 
 
 def vacuum(path: str) -> tuple[int, int]:
-    """Write the file anew without what is free in it; returns its bytes before and after.
+    """Write the file anew without what is free in it; return its bytes before and after.
 
     Raises:
         JournalError: A server holds it: it would be held up for as long as that takes.
@@ -282,7 +282,7 @@ def _hex(part: str) -> str:
 
 
 def _name(request_id: Any) -> str:
-    """As Request.id, or whatever stands in its place."""
+    """Format an id as Request.id does, or show what stands in its place."""
     return request_id.hex() if isinstance(request_id, bytes) else repr(request_id)
 
 
@@ -295,7 +295,7 @@ def _frames(payload: Any) -> Sequence[bytes]:
 
 
 def _fault(row: Sequence[Any]) -> str | None:
-    """What is wrong with a request's row."""
+    """Describe what is wrong with a request's row."""
     request_id, state, _, _, _, attempts, fruitless, kind, _, _, payload, checksum = row
     if (fault := misfit(_REQUEST, row)) is not None:
         return fault

@@ -1,4 +1,4 @@
-"""How is a journal kept in a file?
+"""A journal in one sqlite file.
 
 In a sqlite database in WAL mode, by one server at a time; anybody may read it meanwhile. docs/journal.md has its tables.
 
@@ -238,7 +238,7 @@ class SqliteJournal(Journal):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is durable on leaving, or rolled back."""
+        """Run a transaction that is durable on leaving, or rolled back."""
         try:
             connection = self._ready()
             connection.execute("BEGIN IMMEDIATE")
@@ -278,7 +278,7 @@ class SqliteJournal(Journal):
         return self._connection
 
     def _check_files(self, is_sure: bool = False) -> None:
-        """See that what was written is found by whoever opens the file next, or raise JournalUnavailable."""
+        """Check that the next program that opens the file finds what was written, or raise JournalUnavailable."""
         self._is_in_doubt = True
         connection, files = self._connection, self._files
         if connection is not None and files is not None and not files.check(connection, is_sure):

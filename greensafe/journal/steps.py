@@ -1,4 +1,4 @@
-"""What does a step's result look like where it is kept?
+"""The results of steps, as a journal keeps them.
 
 A codec turns a result into bytes and back. The handler gets what comes *back*, in the first run too, so that all runs see the
 same: of a tuple a list, of a dict with numbers as keys one with strings.
@@ -24,17 +24,17 @@ class Codec(Protocol):
         """The bytes to keep."""
 
     def decode(self, data: bytes) -> Any:
-        """What was encoded, or what is taken for it."""
+        """Return the value that was encoded, or what stands for it."""
 
 
 class JsonOrBytes:
-    """The default: bytes as they are, anything else as JSON. Never pickle: whoever can write the file could run code.
+    """The default: bytes as they are, anything else as JSON. Never pickle: a user that can write the file could run code.
 
     A byte in front tells them apart: `62` (b) for bytes, `6A` (j) for JSON.
     """
 
     def encode(self, value: Any) -> bytes:
-        """TypeError or ValueError if it is neither bytes nor JSON."""
+        """Return the bytes to store. TypeError or ValueError if the value is neither bytes nor JSON."""
         if isinstance(value, (bytes, bytearray, memoryview)):
             return b"b" + bytes(value)
         return b"j" + json.dumps(value, separators=(",", ":")).encode()
@@ -96,7 +96,7 @@ class Act:
 
 
 def is_under_way(write: object) -> bool:
-    """Whether a write is an effect whose function is running just now."""
+    """Return whether a write is an effect whose function is running just now."""
     act = getattr(write, "act", None)
     return isinstance(act, Act) and act.is_under_way
 

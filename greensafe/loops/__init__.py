@@ -1,1 +1,1 @@
-"""What keeps the library's own loops going: restarts, the watch over the hub, and the interruption of what holds it."""
+"""The care for loops: restarts of the library's own, the watch over the hub, the interruption of a greenlet that blocks it."""

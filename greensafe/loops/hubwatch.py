@@ -1,4 +1,4 @@
-"""Does the hub still turn, and if not, who holds it?
+"""A native thread that finds out when the hub is blocked, and by which code.
 
 A greenlet that computes, or waits in a call that gevent does not know, keeps the hub from turning: no other greenlet runs, no
 timer fires, so nothing in the hub can say so. A `HubWatch` sees it from a native thread. Rules:
@@ -71,7 +71,7 @@ _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 
 class Wish(NamedTuple):
-    """What one server wants.
+    """The limits that one server has asked for.
 
     Attributes:
         after: Seconds after which a hub that does not turn is reported.
@@ -274,7 +274,7 @@ class HubWatch:
         text = f"the hub has not turned for {late:.3f} s: this process ends itself with code {EXIT_CODE}\n{stacks}"
         for say in (lambda: log.critical("%s", text), lambda: os.write(2, text.encode(errors="replace") + b"\n")):
             if _aside(say).acquire(timeout=LAST_WORDS):
-                break  # else somebody who is blocked holds logging's lock, or nobody reads what is written
+                break  # else a blocked thread holds logging's lock, or nothing reads what is written
         os._exit(EXIT_CODE)
 
 

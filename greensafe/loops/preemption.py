@@ -1,4 +1,4 @@
-"""How is a greenlet interrupted that does not yield?
+"""The interruption of a greenlet that does not yield.
 
 By a signal to its thread: SIGUSR2, on Linux and macOS and for the main thread's hub only. Python runs the signal's handler in
 the greenlet that is running. Rules:
@@ -38,7 +38,7 @@ _make_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 
 _listeners = 0
 
-#: Held by who signals and by who takes the handler away: a signal without a handler would end the process.
+#: Held while a signal is sent, and while the handler is removed: a signal without a handler would end the process.
 _guard = _make_lock()
 
 #: The mark: the program's frames that were on the stack when a signal came.
@@ -97,7 +97,7 @@ def unlisten_in_child() -> None:
 
 
 def poke(thread: int) -> None:
-    """Have whoever runs in this thread look whether it is over. From another thread."""
+    """Have the greenlet that runs in this thread check whether its scope is over. To be called in another thread."""
     with _guard:
         if _listeners and signal.getsignal(signal.SIGUSR2) is _on_poke:
             signal.pthread_kill(thread, signal.SIGUSR2)
@@ -120,7 +120,7 @@ def _on_poke(number: int, frame: FrameType | None) -> None:
 
 
 def _is_programs(frame: FrameType | None) -> bool:
-    """Whether what is interrupted is the program's own code, or what it has called of Python's library."""
+    """Return whether what is interrupted is the program's own code, or what it has called of Python's library."""
     while frame is not None:
         package = _package_of(frame)
         if package in _WHOLE:

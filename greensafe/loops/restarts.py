@@ -1,4 +1,4 @@
-"""What happens when a loop of the library itself fails, which never should?
+"""Restarts of the library's own loops after a failure, which should never happen.
 
 A server and a client have loops of their own: callbacks in the hub that go on for ever. `Restarts` looks after those of one
 owner. Rules:
@@ -79,7 +79,7 @@ class Restarts:
                 self._start(0.0, lambda: self.run(loop, act))
 
     def failed(self, loop: str, error: Exception, again: Callable[[], object]) -> None:
-        """A loop has failed: call `again` in the hub after a pause, unless it has failed too often."""
+        """Call `again` in the hub after a pause, as this loop has failed; not if it has failed too often."""
         if self.error is not None or self._is_closed:
             return
         pause = self._intensity.restart(monotonic(), random.random())

@@ -1,4 +1,4 @@
-"""What programs are tested with: a link that fails on command, a clock that goes only when told, and the tests of a journal.
+"""Tools for the tests of programs: a link that fails on command, a clock set by hand, and the tests of a journal.
 
 from greensafe.testing import FaultyLink, JournalConformance, ManualClock
 

@@ -1,4 +1,4 @@
-"""What time is it, in a test that decides it itself?
+"""A clock that a test sets itself.
 
 For code that is handed the time, or a function that tells it, instead of asking `time.monotonic`: such code can be tested
 through hours in microseconds, without a sleep and without a machine that is too slow.

@@ -1,4 +1,4 @@
-"""How does a socket get an address, and how does it give it back?
+"""The addresses that a socket listens at: how it gets them, and how it gives them back.
 
 A `Binding` does both for one socket, green or plain. Rules:
 
@@ -80,12 +80,12 @@ class _Listener:
 
     @property
     def is_open(self) -> bool:
-        """Whether the descriptor is open, and has not become somebody else's."""
+        """Return whether the descriptor is open, and has not become somebody else's."""
         return self._socket is not None and _identity_of(self.descriptor) == self._socket
 
     @property
     def is_going(self) -> bool:
-        """Whether it was given back by this process, and the system may not have freed it yet."""
+        """Return whether it was given back by this process, and the system may not have freed it yet."""
         if self._last_open == -math.inf or self.is_inherited:
             return False
         if self.is_open:
@@ -103,16 +103,16 @@ class _Listener:
 
     @property
     def place(self) -> str:
-        """What only one listener can have: a port, or a name."""
+        """The port or the name, which only one listener can have."""
         return _place(self.endpoint)
 
     @property
     def is_inherited(self) -> bool:
-        """Whether a forked child has it from its parent."""
+        """Return whether a forked child has it from its parent."""
         return self._generation != generation()
 
     def leave(self) -> None:
-        """The socket has unbound from it, or is about to be closed."""
+        """Note that the socket has unbound from it, or is about to be closed."""
         if self.is_inherited:
             return
         if self.path is not None:
@@ -143,7 +143,7 @@ class Binding:
         return f"<Binding {' '.join(each.endpoint for each in self._listeners) or 'unbound'}>"
 
     def bind(self, sock: Any, address: str, act: Callable[[str], Any], *, takes_over: bool = False) -> Any:
-        """Bind; returns what `act` does. Waits, except in the hub, for what this process is giving back there.
+        """Bind; return what `act` does. Waits, except in the hub, for what this process is giving back there.
 
         Args:
             takes_over: See `Socket.bind`.
@@ -201,7 +201,7 @@ class Binding:
 
     @property
     def trouble(self) -> str:
-        """What had become of its paths at the last look, if they were not there as they should be; else ""."""
+        """The fault that the last check of its ipc paths has found; "" if there was none."""
         return ", ".join(path.trouble for path in self._paths if path.trouble)
 
     @property
@@ -243,7 +243,7 @@ class Binding:
 
 
 def _is_going(address: str) -> bool:
-    """Whether this process is giving an address back."""
+    """Return whether this process is giving an address back."""
     place = _place(address)
     return place != "" and any(each.place == place and each.is_going for each in list(_known.values()))
 
@@ -297,7 +297,7 @@ def _without_linger(sock: Any) -> Iterator[None]:
 
 
 def _as_zmq(error: OSError, address: str) -> zmq.ZMQError:
-    """The same error as libzmq's, in pyzmq's words."""
+    """Make the error of the system one of pyzmq's."""
     found = zmq.ZMQError(error.errno)
     found.strerror = f"{found.strerror} (addr={address!r})"
     for note in getattr(error, "__notes__", ()):

@@ -102,8 +102,8 @@ class ByName:
 
         Args:
             ipv6: Whether the socket can connect to IPv6 addresses.
-            connect: Called in the hub with the number to connect to and the one to leave, None at first; returns False if that
-                cannot be done now. It must not keep the owner alive.
+            connect: Called in the hub with the number to connect to and the one to leave, None at first; it returns False if
+                that cannot be done now. It must not keep the owner alive.
         """
         self.end()
         self._forget()
@@ -118,20 +118,20 @@ class ByName:
     # What happens to the connection.
 
     def is_at(self, endpoint: str) -> bool:
-        """Whether an event's endpoint is the number that the socket is connected to."""
+        """Return whether an event's endpoint is the number that the socket is connected to."""
         return endpoint in self._aliases
 
     def was_at(self, endpoint: str) -> bool:
-        """Whether it is one that the socket has left: what is said of that does not matter any more."""
+        """Return whether it is one that the socket has left, whose events do not matter any more."""
         return endpoint in self._former
 
     def on_connected(self) -> None:
-        """The address answers: no other one is wanted until the connection is gone."""
+        """Note that the address answers: no other one is wanted until the connection is gone."""
         self._tried.clear()
         self._forget_question()
 
     def on_failed(self) -> bool:
-        """An attempt to connect has failed; returns whether another address is tried at once. The name is asked anew if not."""
+        """Try the next address after a failed attempt; return whether there was one. If not, the name is resolved anew."""
         self._tried.add(self._address)
         fresh = [address for address in self._known if address not in self._tried]
         if fresh and self._connect is not None and self._move(fresh[0]):
@@ -141,13 +141,13 @@ class ByName:
         return False
 
     def on_lost(self) -> None:
-        """The connection is gone, and libzmq is about to connect again."""
+        """Resolve the name again, as the connection is gone and libzmq is about to connect anew."""
         self._ask()
 
     # What the owner wants.
 
     def wake(self) -> bool:
-        """Ask now if there is no address, nobody asks and the last answer is not quite new; returns whether that was so."""
+        """Ask now if there is no address, nobody asks and the last answer is not quite new; return whether that was so."""
         is_due = monotonic() - self._asked_at >= delay(max(self._failures, 1), 0.0)
         if self.number is not None or self._connect is None or self._question is not None or not is_due:
             return False
@@ -155,7 +155,7 @@ class ByName:
         return True
 
     def rest(self) -> None:
-        """Nobody needs the connection: ask no more by itself."""
+        """Stop to resolve by itself, as nothing needs the connection."""
         if self._question is None:
             self._stop_timer()
 
@@ -257,7 +257,7 @@ class ByName:
 
 
 def has_proxy(sock: zmq.Socket[Any]) -> bool:
-    """Whether a SOCKS proxy resolves the names that this socket connects to: it may know names that nobody here does."""
+    """Return whether a SOCKS proxy resolves the names that this socket connects to: it may know names that nobody here does."""
     return bool(sock.getsockopt(zmq.SOCKS_PROXY))
 
 

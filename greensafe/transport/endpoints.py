@@ -1,4 +1,4 @@
-"""Can this endpoint be used, and if not, what is wrong with it and what to try?
+"""Checks of endpoints, whose errors say what is wrong and what to try.
 
 libzmq takes a port of 99999 for another one and says "Invalid argument" of most mistakes. So servers and clients check what can
 be known beforehand, and add to libzmq's errors what to do about them.
@@ -58,14 +58,14 @@ def explained(endpoint: str) -> Iterator[None]:
         yield
     except zmq.ZMQError as error:
         if getattr(error, "__notes__", ()):
-            raise  # whoever has raised it knows better
+            raise  # its own text says more
         advice = _ADVICE.get(error.errno or 0)
         error.add_note(f"{endpoint}: {advice}" if advice else str(endpoint))
         raise
 
 
 def not_begun(endpoint: str, ipv6: bool) -> str:
-    """What is probably wrong with an endpoint that libzmq cannot even begin to connect to, of which it says nothing."""
+    """Explain an endpoint to which libzmq cannot even begin to connect, of which it tells nothing itself."""
     source, _, target = endpoint.partition("://")[2].rpartition(";")
     if target.count(":") > 1 and not ipv6:
         advice = "an IPv6 address needs IPV6 set, on the Context or on the socket"

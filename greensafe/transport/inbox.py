@@ -1,4 +1,4 @@
-"""What arrives at one socket: read in batches, and handed over message by message.
+"""The messages that arrive at one socket: read in batches, and handed over one by one.
 
 Rules:
 
@@ -129,7 +129,7 @@ class Inbox:
 
     @property
     def has_input(self) -> bool:
-        """Whether messages have arrived that are not read yet."""
+        """Return whether messages have arrived that are not read yet."""
         try:
             return self._inlet.is_inside or bool(_get(self._sock, _EVENTS) & _POLLIN)
         except zmq.ZMQError:
@@ -147,7 +147,7 @@ class Inbox:
             self.is_reading = outer
 
     def _read_batch(self, is_likely: bool) -> bool:
-        """See `read`.
+        """Read up to a batch.
 
         To find nothing costs 4.8 µs by recv, which raises, and 2.0 by EVENTS. So EVENTS is asked where nothing is likely: at
         first, unless `is_likely`, and after a single message.
@@ -208,7 +208,7 @@ class Inbox:
         return False
 
     def _read_on(self, inlet: Inlet) -> bool:
-        """Read on in a message that is long, or was interrupted, and hand it over; whether it was read to its end."""
+        """Read on in a message that is long, or was interrupted, and hand it over; return whether it was read to its end."""
         if not inlet.read_on():
             return False
         why = inlet.why
@@ -225,7 +225,7 @@ class Inbox:
         return True
 
     def _not_handed(self, frames: list[bytes], error: BaseException) -> None:
-        """`on_message` has raised."""
+        """Report what `on_message` has raised."""
         try:
             if self._on_interrupted is not None and is_interruption(error):
                 self._on_interrupted(frames)

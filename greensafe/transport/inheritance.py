@@ -94,7 +94,7 @@ def _noted(context: zmq.Context[Any]) -> Iterator[None]:
 
 
 def _note(descriptors: Iterable[int]) -> bool:
-    """Remember those which are epolls of libzmq's; returns whether there are any."""
+    """Remember those which are epolls of libzmq's; return whether there are any."""
     found = {fd: mark for fd in descriptors if (mark := _mark(_read_info(fd)))}
     _marks.update(found)
     return bool(found)
@@ -109,12 +109,12 @@ def _mark(info: bytes) -> bytes:
 
 
 def _read_info(fd: int) -> bytes:
-    """What Linux tells of a descriptor; of an epoll, a line for each target."""
+    """Read what Linux tells of a descriptor; of an epoll, a line for each target."""
     return _read(f"{_PROC}/fdinfo/{fd}")
 
 
 def _polled_now() -> list[bytes]:
-    """What Linux tells now of libzmq's epolls."""
+    """Read what Linux tells now of libzmq's epolls."""
     found = [(mark, _read_info(fd)) for fd, mark in list(_marks.items())]
     return [info for mark, info in found if mark in info]
 

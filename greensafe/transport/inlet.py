@@ -1,4 +1,4 @@
-"""The message that is being read: in parts, if it is long, and whole, whatever is raised meanwhile.
+"""The message that is being read: in parts if it is long, and whole whatever is raised meanwhile.
 
 Rules:
 
@@ -29,10 +29,10 @@ AT_ONCE = 64
 #: Frames that are thrown away at once, and between two looks at the clock.
 THROWN_AT_ONCE = 512
 
-#: Frames that are kept of a message that is thrown away: enough to know whose it was.
+#: Frames that are kept of a message that is thrown away: enough to know its sender.
 FIRST = 16
 
-#: Why the rest of a message is thrown away: whoever takes its first frames sees that they are too many.
+#: Why the rest of a message is thrown away: the receiver of its first frames sees that they are too many.
 TOO_MANY = "it has too many frames"
 
 #: Why a message was thrown away.
@@ -44,7 +44,7 @@ LOST_FIRST = f"{INTERRUPTED}: the first one"
 
 
 class Inlet:
-    """What has been read of the next message.
+    """The frames read so far of the next message.
 
     Args:
         sock: A plain socket.
@@ -70,11 +70,11 @@ class Inlet:
 
     @property
     def is_inside(self) -> bool:
-        """Whether a message was begun that is not at its end."""
+        """Return whether a message was begun that is not at its end."""
         return bool(self.why or self.parts)
 
     def read_on(self) -> bool:
-        """Read on in the message that was begun, for `TURN` at most; whether it is at its end."""
+        """Read on in the message that was begun, for `TURN` at most; return whether it is at its end."""
         parts, step = self.parts, self.step
         until = monotonic() + TURN
         while not self.why or self.why is LOST_FIRST:
@@ -92,7 +92,7 @@ class Inlet:
         return True
 
     def note(self, error: BaseException) -> None:
-        """Reading has raised this: see whether the message still has all its frames."""
+        """Check, after reading has raised this error, whether the message still has all its frames."""
         if not has_gap(self._sock, self.parts, error):
             return
         if self.parts or self.why:
@@ -101,7 +101,7 @@ class Inlet:
             self.why = LOST_FIRST
 
     def take(self) -> list[bytes]:
-        """The frames of a message that was read, or the first ones of one that was thrown away. Then the next can be read."""
+        """Take the frames of a message that was read, or the first ones of one thrown away. Then the next can be read."""
         frames = list(map(BYTES, self.parts))
         self.why = ""
         del self.parts[:]

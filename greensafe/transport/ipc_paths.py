@@ -45,7 +45,7 @@ class BoundPath:
         return f"<BoundPath {self._path} {self.trouble or 'in order'}>"
 
     def look(self) -> None:
-        """See what has become of it."""
+        """Check it, and log what has changed since the last check."""
         before, self.trouble = self.trouble, self._what_is_wrong()
         if self.trouble == before:
             return

@@ -1,4 +1,4 @@
-"""How is a listening socket made so that no file and no address of somebody else's is touched?
+"""Listening sockets, made without touching a file or an address of another program.
 
 libzmq's own way is not safe. Over ipc it deletes whatever is at the path, the socket of a server that is alive or a plain file,
 and nobody is told. Over tcp it aborts the process when no descriptor is left, since it asks for the names of the interfaces
@@ -93,7 +93,7 @@ def listen(sock: Any, address: str, *, takes_over: bool = False) -> Made | None:
 
 
 def identity(path: str) -> Identity | None:
-    """What is at a path; None if nothing is."""
+    """Identify what is at a path; None if nothing is."""
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -122,7 +122,7 @@ def remove(path: str, whose: Identity) -> None:
 
 
 def is_taken(endpoint: str) -> bool:
-    """Whether somebody listens at a port or an abstract name, as LAST_ENDPOINT has it. Binds there for an instant."""
+    """Return whether somebody listens at a port or an abstract name, as LAST_ENDPOINT has it. Binds there for an instant."""
     transport, _, place = endpoint.partition("://")
     host, _, port = place.rpartition(":")
     try:
@@ -149,7 +149,7 @@ def require_descriptor() -> None:
 
 
 def is_in_hub() -> bool:
-    """Whether this is the hub, which cannot wait."""
+    """Return whether this is the hub, which cannot wait."""
     return gevent.getcurrent() is gevent.get_hub()
 
 
@@ -256,7 +256,7 @@ def _listen_ipc(sock: Any, place: str, takes_over: bool) -> Made:
 
 
 def _backlog(sock: Any) -> int:
-    """How many connections may wait to be accepted; a negative number is the most that the system allows."""
+    """Return how many connections may wait to be accepted; a negative number is the most that the system allows."""
     backlog: int = _get(sock, zmq.BACKLOG)
     return backlog if backlog >= 0 else socket.SOMAXCONN
 
@@ -276,7 +276,7 @@ def _bind_path(made: socket.socket, path: str, takes_over: bool, backlog: int) -
 
 
 def _make_room(path: str, takes_over: bool) -> str | None:
-    """Move what is at the path out of the way; returns where it is now, None if nothing was there."""
+    """Move what is at the path out of the way; return where it is now, None if nothing was there."""
     try:
         kind = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -296,7 +296,7 @@ def _make_room(path: str, takes_over: bool) -> str | None:
 
 
 def _answers(path: str) -> bool:
-    """Whether a server listens at a socket's path. One that is stopped, or whose queue is full, does."""
+    """Return whether a server listens at a socket's path. One that is stopped, or whose queue is full, does."""
     with _make(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -316,7 +316,7 @@ def _in_use(path: str, why: str) -> OSError:
 
 @contextlib.contextmanager
 def _alone(folder: str) -> Iterator[None]:
-    """Keep other servers from binding in a folder meanwhile. Who may not read it, or has no such locks, does without."""
+    """Keep other servers from binding in a folder meanwhile. Without the right to read it, or such locks, it does nothing."""
     descriptor = _open(folder)
     try:
         at = monotonic() + LOCK_LIMIT
@@ -340,7 +340,7 @@ def _close(descriptor: int | None) -> None:
 
 
 def _try_lock(descriptor: int | None) -> bool:
-    """False if another server has the lock. It ends with the descriptor."""
+    """Lock it; return False if another server has the lock. The lock ends with the descriptor."""
     if descriptor is None:
         return True
     import fcntl  # not on Windows, which does not come here

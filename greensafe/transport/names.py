@@ -114,7 +114,7 @@ def _is_number(host: str) -> bool:
 
 
 class Answer(NamedTuple):
-    """What came of a lookup.
+    """The outcome of a lookup.
 
     Attributes:
         addresses: In the resolver's order; none if there is a `trouble`.
@@ -130,7 +130,7 @@ class Answer(NamedTuple):
 
 
 class Question:
-    """Somebody who waits for an answer."""
+    """One question, whose answer is waited for."""
 
     __slots__ = ("_on_answer",)
 

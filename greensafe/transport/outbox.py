@@ -1,4 +1,4 @@
-"""What leaves by one socket: each message at once, or as soon as its peer has room.
+"""The messages that leave by one socket: each at once, or as soon as its peer has room.
 
 Rules:
 
@@ -66,7 +66,7 @@ class _Queue:
         self.swept = SWEPT
 
     def sweep(self) -> int:
-        """Forget the messages that were taken back; returns what they weighed. To be called when they may be half of it."""
+        """Forget the messages that were taken back; return what they weighed. To be called when they may be half of it."""
         before = self.size
         self.messages = deque(entry for entry in self.messages if entry[0])
         self.size = sum(size for _, size in self.messages)
@@ -158,7 +158,7 @@ class Outbox:
             del soon[0]  # no call, so nothing comes between the two
 
     def has_room(self, frames: list[bytes]) -> bool:
-        """Whether little waits for this message's peer; counts it as unsaid otherwise."""
+        """Return whether little waits for this message's peer; counts it as unsaid otherwise."""
         waiting = self.peers.get(frames[0] if self._is_router else b"") if self.peers else None
         if waiting is not None and waiting.size > SPARE:
             self.unsaid += 1
@@ -166,7 +166,7 @@ class Outbox:
         return True
 
     def has_taken(self, frames: list[bytes]) -> bool:
-        """Whether this message, whose sending was interrupted in this turn, leaves all the same, or has left."""
+        """Return whether this message, whose sending was interrupted in this turn, leaves all the same, or has left."""
         return frames is self.sent_last or frames is self.kept_last or any(frames is each for each in self.soon)
 
     def retry(self, count: int | None) -> None:
@@ -200,7 +200,7 @@ class Outbox:
         self._on_full = self._on_failure = _ignore
 
     def _try_send(self, frames: list[bytes]) -> bool:
-        """False if the peer has no room, or sending fails. Nothing switches in here, so a message goes out whole."""
+        """Send it; return False if the peer has no room, or sending fails. Nothing switches in here, so it goes out whole."""
         left = iter(frames)
         try:
             try:
@@ -221,7 +221,7 @@ class Outbox:
         return True
 
     def _not_sent(self, error: BaseException) -> bool:
-        """Nothing of a message has left: whether that is as if it had."""
+        """Judge why nothing of a message has left; return whether it counts as done all the same."""
         if type(error) is zmq.Again:
             return False
         if not isinstance(error, zmq.ZMQError) or is_interruption(error):

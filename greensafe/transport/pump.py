@@ -45,8 +45,8 @@ SOON = 32
 #: Seconds that reading all that has arrived may take at once: limits and others come then, whatever a peer sends.
 DRAIN = 0.005
 
-#: Messages that a socket about to close still reads in order to refuse them, and seconds for which it does so; who sends faster
-#: than that learns by its end.
+#: Messages that a socket about to close still reads in order to refuse them, and seconds for which it does so. A client that
+#: sends faster than that learns by the connection's end.
 REFUSED = 10_000
 REFUSED_SECONDS = 0.25
 
@@ -129,7 +129,7 @@ class Pump:
         self._watcher = self._hub.loop.io(_get(sock, _FD), 1)
         self.outbox = Outbox(sock, outbox, self._start_retry, self._fail)
         self.inbox = Inbox(sock, self._hub, self.outbox, on_message, on_torn, on_interrupted, most_frames)
-        #: A DEALER's owner looks after it; a server has nobody who does.
+        #: A DEALER's owner looks after it. A server's pump does that itself.
         self._keeper = Every(LOOK_AFTER, self, Pump.look_after) if sock.type == zmq.ROUTER else None
         self._retry = Timer()
         self._scheduled = False
@@ -145,7 +145,7 @@ class Pump:
 
     @property
     def has_input(self) -> bool:
-        """Whether messages have arrived that are not read yet; they are read in the next turn unless paused."""
+        """Return whether messages have arrived that are not read yet; they are read in the next turn unless paused."""
         if not self.inbox.has_input:
             return False
         if self.is_started and not self._scheduled and not self.inbox.is_paused:
@@ -154,7 +154,7 @@ class Pump:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether this process is a forked child and the socket its parent's: it must not be used, nor closed."""
+        """Return whether this process is a forked child and the socket its parent's: it must not be used, nor closed."""
         return self.inbox.is_inherited
 
     def start(self) -> None:
@@ -163,7 +163,7 @@ class Pump:
             if not self._is_resting:
                 self._watcher.start(self._run, True)
                 self._schedule()
-            self.is_started = True  # last, so that whoever was interrupted can do it again
+            self.is_started = True  # last, so that an interrupted caller can do it again
 
     def look_after(self) -> None:
         """Watch again, and have a turn, should both have ended by themselves.
@@ -226,7 +226,7 @@ class Pump:
             self.send(frames)
 
     def drain(self) -> bool:
-        """Read what has arrived, here and now, up to a batch; whether it has done so, or else has failed."""
+        """Read what has arrived, here and now, up to a batch; return False if reading has failed."""
         try:
             if not self.inbox.read():
                 self._schedule()
@@ -242,7 +242,7 @@ class Pump:
         return True
 
     def drain_all(self) -> bool:
-        """Read everything that has arrived, here and now, but for `DRAIN` at most; whether that was all.
+        """Read everything that has arrived, here and now, but for `DRAIN` at most; return whether that was all.
 
         The rest is read in the turns that follow.
         """
@@ -324,7 +324,7 @@ class Pump:
             on_gone()
 
     def _fail(self, error: BaseException) -> None:
-        """Not a message but the pump has failed, or was interrupted, here and now."""
+        """Rest, or go on, after a failure of the pump itself (not of one message), or after an interruption."""
         if self.inbox.is_closed or self._is_resting:
             return  # this is known
         if self._on_failure is None or not isinstance(error, Exception) or is_interruption(error):

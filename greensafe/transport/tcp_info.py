@@ -1,4 +1,4 @@
-"""What has the kernel counted of a connection?
+"""The kernel's counts of a connection.
 
 Only Linux is asked, for TCP (what `sansio.liveness` judges), and by ipc for what a peer has not read, and for its process. The
 descriptor belongs to libzmq: one that is another's by now gives wrong numbers only.
@@ -27,12 +27,12 @@ _UNACKED, _ACKED, _RECEIVED, _WAITING = slice(24, 28), slice(120, 128), slice(12
 
 
 def is_counted(endpoint: str) -> bool:
-    """Whether the kernel counts what a connection to this endpoint carries."""
+    """Return whether the kernel counts what a connection to this endpoint carries."""
     return endpoint.startswith("tcp:") and sys.platform == "linux"
 
 
 def sample(descriptor: int, taken: int) -> Sample | None:
-    """What is counted now of a connection by tcp, None if it cannot be told; `taken` is put into the Sample."""
+    """Return what is counted now of a connection by tcp, None if it cannot be told; `taken` is put into the Sample."""
     info = _ask(descriptor, lambda sock: sock.getsockopt(6, _TCP_INFO, _TCP_INFO_SIZE))
     if info is None or len(info) < _TCP_INFO_SIZE:
         return None  # a kernel before 4.6
@@ -76,7 +76,7 @@ def unread(descriptor: int) -> int:
 
 
 def _ask(descriptor: int, question: Callable[[Any], Any]) -> Any:
-    """What a socket answers that stays open, and libzmq's; None if it is none (any more), or not of that kind."""
+    """Ask a socket of libzmq's for an option, and leave it open; None if it is no socket (any more), or not of that kind."""
     try:
         sock = get_original("socket", "socket")(fileno=descriptor)
     except (OSError, ValueError):

@@ -66,7 +66,7 @@ def reader(sock: Any, parts: list[Any], track: bool = False) -> Iterator[None]:
 
 
 def finish(sock: Any, frames: list[Any], left: Iterator[Any], error: BaseException, flags: tuple[int, ...] = ()) -> bool:
-    """See a message to its end whose sending has raised.
+    """Finish a message whose sending has raised.
 
     Args:
         sock: The socket.
@@ -113,7 +113,7 @@ def _sent_of(error: BaseException, before: int, count: int, left: Iterator[Any])
 
 
 def has_gap(sock: Any, parts: list[Any], error: BaseException) -> bool:
-    """Whether pyzmq has lost a frame of the message that is being read into `parts`, as `error` came from `reader`'s next."""
+    """Return whether pyzmq has lost a frame of the message being read into `parts`, as `error` came from `reader`'s next."""
     if is_of_zmq(error) or not has_called(error):
         return False
     # Within a message the next frame is always there. Before one there may have been nothing, or a message of one frame.

@@ -1,4 +1,4 @@
-"""How does a test say briefly what is written to a journal, and what it wants to know of it?
+"""Short forms for tests: writes to a journal, and questions about it.
 
 Requests are called by numbers. A journal is asked by a Begin, which would store what is not known yet: `look` fails then, `ask`
 has it forgotten again.
@@ -103,14 +103,14 @@ def returning(value: Any) -> Callable[[Any], Any]:
 
 
 def look(journal: Journal, number: int, *frames: bytes) -> Known:
-    """What is known of a request, which has to be there."""
+    """Return what is known of a request, which has to be there."""
     (known,) = journal.commit([begin(number, *frames)])
     assert isinstance(known, Known), f"request {number} is not there"
     return Known(*known[:6], list(known.reply), dict(known.steps))
 
 
 def ask(journal: Journal, writes: Sequence[Begin]) -> list[Known | None]:
-    """What is known of requests; those that are not stay unknown."""
+    """Return what is known of requests; unknown ones stay unknown."""
     known: list[Known | None] = journal.commit(writes)
     journal.commit([Forget(write.request_id) for write, each in zip(writes, known) if each is None])
     return known
@@ -134,7 +134,7 @@ def refuse(journal: Journal, writes: Sequence[Write]) -> JournalError:
 
 
 def tidy(journal: Journal, running: Sequence[bytes] = ()) -> None:
-    """Until there is no more to do, which has to come to an end."""
+    """Tidy until there is no more to do, which has to come to an end."""
     for _ in range(1_000):
         if not journal.tidy(running):
             return
@@ -142,6 +142,6 @@ def tidy(journal: Journal, running: Sequence[bytes] = ()) -> None:
 
 
 def wait(journal: Journal, until: float) -> None:
-    """Until the journal's time is later than that."""
+    """Wait until the journal's time is later than that."""
     while journal.now() <= until:
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Is a batch done in order, and as a whole or not at all, whatever is in it?
+"""Tests of batches: done in order, and as a whole or not at all.
 
 `test_any_history` asks that of batches that nobody has thought of: hypothesis, which is imported for it alone, puts them
 together, and `Model` says what comes of them. It compares results only, so it does not know how long anything is kept.
@@ -172,7 +172,7 @@ def histories() -> Any:
 
 
 def outcome(place: Journal | Model, batch: list[Write]) -> list[Any] | str:
-    """Results in a form that can be compared."""
+    """Return the results in a form that can be compared."""
     try:
         results = place.commit(batch)
     except JournalError:

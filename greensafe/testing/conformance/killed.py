@@ -1,4 +1,4 @@
-"""What of a process that commits is there after it was killed?
+"""A process that commits until it is killed, and the check of what it has stored.
 
 The process makes its journal as the tests do, with the class that it finds by its name in their file. It commits one batch
 after the other, each of which answers the requests of the one before and begins as many, and writes the number of each whose
@@ -31,7 +31,7 @@ _WIDTH = 20
 
 
 def kill_while_it_commits(suite: type[Any], folder: Path, lines: int, pause: float) -> int:
-    """Have a process commit, and kill it when so many commits have returned; returns the number of the last that had."""
+    """Have a process commit, and kill it when so many commits have returned; return the number of the last that had."""
     command = [sys.executable, "-c", _PROGRAM, inspect.getfile(suite), suite.__qualname__, str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
@@ -67,7 +67,7 @@ def _of(number: int) -> range:
 
 
 def has_batch(journal: Journal, number: int) -> bool:
-    """Whether that process's batch is there: its requests begun, those of the one before answered."""
+    """Return whether that process's batch is there: its requests begun, those of the one before answered."""
     writes = [begin(each) for each in (*_of(number - 1), *_of(number))]
     known = ask(journal, writes)
     begun = [each is not None for each in known[-_WIDTH:]]

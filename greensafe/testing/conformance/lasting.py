@@ -1,4 +1,4 @@
-"""What is there later, and what is not: after a close, a kill, a TTL, and when there is too much?
+"""Tests of what a journal keeps: after a close, a kill, a TTL, and when there is too much.
 
 Times are the journal's own, and short. Where what is right depends on how fast the test was, it is done again until it was fast
 enough; what a loss of power leaves is not known here.

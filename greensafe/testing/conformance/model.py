@@ -1,4 +1,4 @@
-"""What does a journal do? The rules of `greensafe.journal.base` and `greensafe.sansio.records`, in code.
+"""The model of a journal: the rules of `greensafe.journal.base` and `greensafe.sansio.records`, in code.
 
 Each case is a method that a test can override to break one rule. It keeps nothing, and drops nothing: it knows no file, no time
 and no size.
@@ -18,7 +18,7 @@ __all__ = ["Model", "Request"]
 
 
 class Model:
-    """What a journal does, without keeping anything: the rules in code, with which `test_any_history` compares.
+    """A journal that keeps nothing on disk: the rules in code, with which `test_any_history` compares.
 
     Attributes:
         requests: By their id.
@@ -28,7 +28,7 @@ class Model:
         self.requests: dict[bytes, Request] = {}
 
     def commit(self, writes: Sequence[Write]) -> list[Any]:
-        """As in Journal."""
+        """Do the writes, as Journal.commit does."""
         before = deepcopy(self.requests)
         try:
             return [self.write(write) for write in writes]
@@ -97,7 +97,7 @@ class Model:
         return value
 
     def call(self, act: Callable[[Any], bytes]) -> bytes | Failed:
-        """What it returns, or what it raises."""
+        """Call it; return its result, or what it has raised."""
         try:
             value = act(None)
             if not isinstance(value, bytes):
@@ -109,7 +109,7 @@ class Model:
 
 @dataclass
 class Request:
-    """What the model keeps of one."""
+    """One request, as the model keeps it."""
 
     body: list[bytes]
     until: float | None
@@ -121,6 +121,6 @@ class Request:
     steps: dict[tuple[str, int], bytes] = field(default_factory=dict)
 
     def known(self, is_same: bool) -> Known:
-        """What a journal says of it."""
+        """Return what a journal would say of it."""
         until, steps = self.until, dict(self.steps)
         return Known(self.state, is_same, self.attempts, self.fruitless, until, self.kind, list(self.reply), steps)

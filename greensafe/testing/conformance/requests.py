@@ -1,4 +1,4 @@
-"""Does a journal tell of a request what was written of it: its body, its answer, its attempts, steps and effects?
+"""Tests of single requests: body, answer, attempts, steps and effects.
 
 Each test writes few things and asks at once, with the journal open all the time. What several writes in one batch have to do
 with each other is in `batches`, what is there later in `lasting`.

@@ -1,4 +1,4 @@
-"""Does a backend keep the rules of a journal?
+"""The tests that every journal backend must pass.
 
     class TestMine(JournalConformance):
         def make(self, folder, *, ttl=86_400.0, max_bytes=2**30):
@@ -30,7 +30,7 @@ class JournalConformance(Lasting, Batches, Requests):
     """Tests of a Journal; see the module's head. A subclass stands at the top of its file, and needs nothing to be made."""
 
     def make(self, folder: Path, *, ttl: float = 86_400.0, max_bytes: int = 2**30) -> Journal:
-        """A journal that is not open yet. The same folder means the same place, with what was stored there.
+        """Make a journal that is not open yet. The same folder means the same place, with what was stored there.
 
         Args:
             folder: Is there, and empty at first.

@@ -1,4 +1,4 @@
-"""How do bytes, and the ends of streams, get from one side of a link to the other, late or never if it is told to fail?
+"""One connection through a link: bytes and ends of streams pass on, late or never if the link is set to fail.
 
 A connection has two pipes, one in each direction. In each a greenlet reads and puts what it got in a queue, and another passes
 it on as the direction's faults allow. Not only bytes queue there but also what TCP tells besides them: SYN (somebody connects),
@@ -43,7 +43,7 @@ WINDOW = 8 * 1024 * 1024
 
 
 class Mark(enum.Enum):
-    """What is passed on besides bytes."""
+    """The ends that pass on besides bytes."""
 
     SYN = "somebody connects"
     FIN = "nothing comes any more"
@@ -51,7 +51,7 @@ class Mark(enum.Enum):
 
 
 class State(enum.Enum):
-    """Whether anything can still pass through a pipe."""
+    """Return whether anything can still pass through a pipe."""
 
     OPEN = "bytes pass"
     ENDED = "a FIN has passed: nothing but a RST can follow"
@@ -114,7 +114,7 @@ class Pipe:
         self._room.set()
 
     def mend(self) -> None:
-        """The direction was healed: give up what has a hole."""
+        """Give up a stream that has a hole, as the direction was healed."""
         if self._is_torn:
             self._is_torn = False
             self._queue.clear()
@@ -207,7 +207,7 @@ class Pipe:
             self._pass_syn()
         elif mark is Mark.FIN:
             self.state = State.ENDED
-            with contextlib.suppress(OSError):  # it is gone; who reads from it will find out
+            with contextlib.suppress(OSError):  # it is gone; the pipe that reads from it will find out
                 self.sink.shutdown(socket.SHUT_WR)
         else:
             self.state = State.OVER
@@ -227,7 +227,7 @@ class Pipe:
         self.twin.read_from(sink)
 
     def _lose_sink(self) -> None:
-        """Nobody is there to write to. What it sent before comes first: its end is told by who reads from it, if anyone."""
+        """Drop what is for a side that is gone. What that side sent before comes first; its own pipe passes on its end."""
         self.state = State.OVER
         if self.twin._reader is None or self.twin._reader.dead:
             self.twin.put(Mark.RST)

@@ -1,4 +1,4 @@
-"""What does one direction of a faulty link do to what passes, and when may it pass?
+"""The faults of one direction of a link, and when bytes may pass.
 
 One `Faults` for each direction, shared by all connections as a cable is: they share its rate, and its bytes are counted
 together. What happens to a packet is decided when it would be passed on, by what holds then; so a fault that begins or ends
@@ -61,7 +61,7 @@ class Faults:
         self._corrupt.add(self.passed + skip)
 
     def wait(self, read_at: float, size: int, now: float) -> float:
-        """Seconds until a packet that was read at `read_at` may pass, or a first piece of its `size` bytes; 0 for now.
+        """Return the seconds until a packet read at `read_at`, or a first piece of its `size` bytes, may pass; 0 for now.
 
         Infinite while it depends on a command. Whoever is called earlier or later asks again.
         """
@@ -74,7 +74,7 @@ class Faults:
         return max(0.0, (min(size, _piece(self.rate)) - self._allowed) / self.rate)
 
     def share(self, size: int) -> int:
-        """How many of `size` bytes may pass now, after `wait` said 0."""
+        """Return how many of `size` bytes may pass now, after `wait` returned 0."""
         return size if self.rate is None else min(size, max(1, int(self._allowed)))
 
     def spoil(self, data: bytes | memoryview) -> bytes | memoryview:

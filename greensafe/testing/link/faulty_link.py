@@ -1,4 +1,4 @@
-"""How does a program behave if the network between it and its peer fails in exactly this way, now?
+"""A link between a program and its peer that fails in exactly this way, now.
 
 A FaultyLink stands between clients and a target, as a proxy, and does what it is told:
 
@@ -183,7 +183,7 @@ class FaultyLink:
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
+        """The count of open connections."""
         return len(self._connections)
 
     @property
@@ -216,7 +216,7 @@ class FaultyLink:
 
     @property
     def closed(self) -> bool:
-        """Whether close() was called."""
+        """Return whether close() was called."""
         return self._closed
 
     def __enter__(self) -> Self:
@@ -272,7 +272,7 @@ class FaultyLink:
 
 
 def _which(direction: Direction) -> tuple[int, ...]:
-    """Where a direction's faults and pipes stand in the pairs of both."""
+    """Return the places of a direction's faults and pipes in the pairs of both."""
     if direction not in _WHICH:
         raise ValueError(f"a direction is one of {', '.join(map(repr, _WHICH))}, not {direction!r}")
     return _WHICH[direction]

@@ -1,4 +1,4 @@
-"""How does an endpoint become a socket: one that listens and can stop to, one that is connected, one that is reset?
+"""Sockets made from endpoints: listening ones that can stop and listen again, connected ones, and ones that are reset.
 
 Sockets are gevent's own, so programs may be monkey-patched or not. Endpoints are written as ZeroMQ's, tcp and ipc.
 
@@ -24,7 +24,7 @@ _ABORT = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
 def _split(endpoint: str) -> tuple[str, str]:
-    """The transport of an endpoint that can be used here, and the rest."""
+    """Split an endpoint that can be used here into transport and rest."""
     transport, _, address = check_endpoint(endpoint).partition("://")
     if transport not in ("tcp", "ipc") or (transport == "ipc" and not hasattr(socket, "AF_UNIX")):
         raise ValueError(f"{endpoint!r} cannot be linked: only tcp can, and ipc where the system has Unix sockets")
@@ -90,7 +90,7 @@ def close(sock: Any) -> None:
 
 
 class Entrance:
-    """Where clients connect: an address that stays the same while connecting is refused and possible again.
+    """The address at which clients connect. It stays the same while connecting is refused and possible again.
 
     Attributes:
         endpoint: The address, with the port that the system chose.
@@ -146,7 +146,7 @@ class Entrance:
             self._unlink()
 
     def _hold(self) -> None:
-        """Keep the port by a socket that is bound and never listens: while nobody does, it could be given away.
+        """Keep the port by a socket that is bound and never listens: otherwise the system could give it away meanwhile.
 
         It shares the port only once it has it, so that an address which somebody else uses is an error.
         """
