@@ -25,7 +25,7 @@ __all__ = ["ClientStats", "EndpointStats", "JournalStats", "ServerStats", "Zombi
 #: Calls that `trail` names besides the innermost one, and packages in which it looks for none.
 CALLERS = 2
 _LIBRARIES = frozenset({"gevent", "greenlet", "greensafe", "zmq"})
-_RAISING = frozenset({"greensafe.deadlines.scope", "greensafe.loops.preemption"})
+_RAISING = frozenset({"greensafe.deadlines.scope", "greensafe.deadlines.seconds", "greensafe.loops.preemption"})
 
 
 @dataclass(frozen=True, slots=True)

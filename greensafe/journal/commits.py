@@ -1,6 +1,6 @@
 """Group commit: many writes made durable at the price of few, in a thread that holds up no greenlet.
 
-Group commit: what is written while one commit is under way is the next one's batch. Rules:
+What is written while one commit is under way is the next one's batch. Rules:
 
 * The hub never waits for the journal: its methods run in a thread, one at a time. `then` is called in the hub, in the order of
   the writes, when a write is durable or has failed; or where `close` is called, if that comes first.
@@ -14,9 +14,8 @@ Group commit: what is written while one commit is under way is the next one's ba
 * That the place cannot be written to is logged, and `error` says so, from the first try on. While nothing is to be written an
   empty batch asks now and then whether that is over: a server that is not well may be asked nothing any more.
 * Between commits, however many there are, and now and then while nothing happens, the journal may tidy up.
-* A thread that does not come back (a disk that hangs, an effect that does not end) ends nobody's wait late: when it counts as
-  stalled (`_stall`) that is logged once, all who wait are told, except those whose own effect it is, and so is whoever comes
-  until it is back. While it takes long `on_look` is called, so that limits which are shorter can be seen to.
+* A thread that does not come back (a disk that hangs, an effect that does not end) makes nobody wait late: once it counts as
+  stalled (`_stall`) all callers are notified, except that of the effect, and so are later ones until the thread is back.
 * What nobody wants any more is withdrawn, see `_queue`.
 
 It does not know what is written.
@@ -25,42 +24,42 @@ It does not know what is written.
 from __future__ import annotations
 
 import logging
-import os
-from collections import deque
 from collections.abc import Callable, Collection
-from functools import partial
 from time import monotonic
 from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.hub import Hub
-from gevent.threadpool import ThreadPool
 
 from ..deadlines import move_on
 from ..errors import JournalError, JournalUnavailable, Unstorable
 from ..hub.interruptions import is_interruption
 from ..hub.log_limiter import write
-from ..hub.timers import start_timer
 from ..sansio.records import Write
 from . import _stall
 from ._acts import ask, commit as _commit, finish, open_it, tidy
 from ._health import Health
 from ._patience import LIMIT, Patience
 from ._queue import Entry, Queue, Then
-from ._stall import LOOK, Lookout
+from ._reports import Reports
+from ._stall import LOOK
+from ._worker import Worker
 from .base import Journal
 
 __all__ = ["LOOK", "Commits", "Then"]
 
 log = logging.getLogger("greensafe.journal.commits")
 
-#: Seconds between two times that the journal is asked to tidy up, if it had no more to do; and for which a write waits at most
-#: that nobody waits for.
+#: Seconds between two tidyings, if there was no more to do; and for which a write waits at most that no caller waits for.
 TIDY = 5.0
 
 #: Seconds between two questions whether a journal that could not be written can be.
 ASK = 1.0
+
+
+def _ignore() -> None:
+    pass
 
 
 class Commits:
@@ -83,20 +82,13 @@ class Commits:
         self._journal = journal
         self._running = running
         self._hub: Hub = gevent.get_hub()
-        self._pool = ThreadPool(1)
-        self._process = os.getpid()
         self.queue = Queue()
-        self.on_look: Callable[[], object] | None = None
+        self.on_look: Callable[[], object] = _ignore
         self.on_room: Callable[[], object] | None = None
         self.on_interrupted: Callable[[], object] | None = None
         #: A batch is to be started as soon as that can be.
         self._is_due = False
-        self._is_busy = False
-        #: What the thread does, and what is called with its result.
-        self._doing: tuple[Callable[[Any], None] | None, Any] | None = None
-        #: A result that was not dealt with yet; then the writes whose callbacks were not called yet, and their results.
-        self._result: tuple[Callable[[Any], None] | None, Any] | None = None
-        self._told: deque[tuple[Entry, Any]] = deque()
+        self._reports = Reports(self._guarded)
         self._is_open = False
         self._is_scheduled = False
         self._done = Event()
@@ -104,23 +96,10 @@ class Commits:
         #: The journal is to be closed as soon as the thread is free.
         self._is_to_finish = False
         self._patience = Patience()
-        #: The error for callers that come while the thread is stalled.
-        self._stalled: JournalError | None = None
-        self._lookout = Lookout(
-            self._hub,
-            is_watched=lambda: self._is_busy and self._is_open and os.getpid() == self._process,
-            is_in_thread=lambda: self._pause is None,
-            on_stalled=partial(self._guarded, self._give_up_waiting),
-            on_look=lambda: None if self.on_look is None else self._guarded(self.on_look),
-        )
-        #: When the thread was last given something to do.
-        self._began = 0.0
-        #: The timer of the pause before a batch is tried again. That is busy, too.
-        self._pause: Any = None
+        self._worker = Worker(self._hub, self._guarded, self._deal_with_result, self._give_up_waiting, lambda: self.on_look())
         self._tidy_at = 0.0
         self._health = Health(self._hub, self._on_timer)
-        self.count = 0
-        self.failures = 0
+        self.count = self.failures = 0
 
     @property
     def pending(self) -> int:
@@ -135,12 +114,12 @@ class Commits:
     @property
     def oldest_seconds(self) -> float | None:
         """The seconds for which the thread has been at its present work, all tries of a batch together; None if it has none."""
-        return monotonic() - self._lookout.since if self._is_busy else None
+        return monotonic() - self._worker.since if self._worker.is_busy else None
 
     @property
     def is_well(self) -> bool:
         """Return whether the journal can be written, and its thread is not stalled."""
-        return self.error is None and not self._lookout.is_stalled
+        return self.error is None and not self._worker.is_stalled
 
     def __repr__(self) -> str:
         return f"<Commits {self._journal!r} pending={self.pending} count={self.count} failures={self.failures}>"
@@ -148,21 +127,20 @@ class Commits:
     def open(self) -> None:
         """Open the journal; waits, and lets others run. JournalError if it cannot be opened.
 
-        Whoever ends the wait has it closed again as soon as it is open.
+        If the wait is ended, the journal is closed again as soon as it is open.
         """
-        opening = self._pool.spawn(open_it, self._journal)
+        opening = self._worker.spawn(open_it, self._journal)
         try:
             _stall.log_if_slow(opening, self._journal)
             error = opening.get()
         except BaseException:
-            self._is_to_finish = self._is_busy = True
-            self._doing = None, opening
-            opening.rawlink(partial(self._guarded, self._on_done))
+            self._is_to_finish = True
+            self._worker.adopt(opening)
             raise
         if error is not None:
             self._end()
             raise error
-        self._is_open = True
+        self._is_open = self._worker.is_watched = True
         self._health.start(TIDY, ASK)
 
     def write(
@@ -179,12 +157,12 @@ class Commits:
                 self._hub.loop.run_callback(then, None, JournalError("the journal is closed: its server was stopped"))
             return 0
         queue = self.queue
-        if then is not None and self._stalled is not None:
-            self._hub.loop.run_callback(then, None, self._stalled)
+        if then is not None and self._worker.stalled is not None:
+            self._hub.loop.run_callback(then, None, self._worker.stalled)
             return 0
         if then is not None or is_soon:
             self._is_due = True
-            if not self._is_busy and not self._is_scheduled:
+            if not self._worker.is_busy and not self._is_scheduled:
                 self._schedule()
         queue.number += 1
         queue.waiting[queue.number] = write, then, undo, weight
@@ -199,9 +177,8 @@ class Commits:
         return is_gone
 
     def _schedule(self) -> None:
-        if not self._is_busy and not self._is_scheduled:
-            # At the end of this turn, with all that comes in it.
-            self._hub.loop.run_callback(self._guarded, self._start)
+        if not self._worker.is_busy and not self._is_scheduled:
+            self._hub.loop.run_callback(self._guarded, self._start)  # at the end of this turn, with all that comes in it
             self._is_scheduled = True
 
     def _have_room(self) -> None:
@@ -214,7 +191,7 @@ class Commits:
         self._is_due = bool(self.queue.waiting)
         self._schedule()
         with move_on(seconds):
-            while self.pending and not self._lookout.is_stalled:
+            while self.pending and not self._worker.is_stalled:
                 self._done.clear()
                 self._done.wait()
         return not self.pending
@@ -222,43 +199,41 @@ class Commits:
     def close(self) -> None:
         """Store what is pending, then close the journal; does not wait for either.
 
-        Whoever waits is told that nobody knows whether it is stored. A place that cannot be written to is tried once more.
+        Callers that wait are told that this is not known to be stored. A place that cannot be written to is tried once more.
         """
         if not self._is_open:
             return
         self._is_open = False
         self._health.stop()
-        self._lookout.stop()
-        is_paused = self._pause is not None
+        self._worker.unwatch()
+        is_paused = self._worker.is_paused
         if is_paused:
-            self._end_pause()
+            self._worker.end_pause()
         pending = self.queue.close(is_paused)
         self._is_to_finish = True
         error = JournalError("the server was stopped before this was known to be stored")
-        self._told += zip(pending, [error] * len(pending))
-        self._tell_all()
+        self._reports.due += zip(pending, [error] * len(pending))
+        self._reports.send()
         self._done.set()
-        if not self._is_busy:
+        if not self._worker.is_busy:
             self._end()
 
     def join(self, seconds: float) -> bool:
         """Wait for up to `seconds` until the journal is closed, but not for a stalled thread; return whether it is."""
-        with move_on(0 if self._lookout.is_stalled else seconds):
+        with move_on(0 if self._worker.is_stalled else seconds):
             self._closed.wait()
         return bool(self._closed.is_set())
 
     def _end(self) -> None:
         if self._is_to_finish:
             self._is_to_finish = False
-            self._call(None, finish, self._journal, self.queue.unfinished)
+            self._worker.start(None, finish, self._journal, self.queue.unfinished)
         else:
-            # In a greenlet: called in the hub, gevent neither ends nor awaits a thread that has handed over its result and is
-            # not quite done with that task.
-            gevent.spawn(self._pool.kill).rawlink(lambda _: self._closed.set())
+            self._worker.end(self._closed)
 
     def _start(self) -> None:
         self._is_scheduled = False
-        if not self._is_open or self._is_busy or not self._is_due or not self.queue.waiting:
+        if not self._is_open or self._worker.is_busy or not self._is_due or not self.queue.waiting:
             return
         self.queue.take()
         self._is_due = False
@@ -267,42 +242,18 @@ class Commits:
             self._have_room()
 
     def _try(self, since: float | None = None) -> None:
-        self._call(self._on_committed, _commit, self._journal, [entry[0] for entry in self.queue.batch.values()], since=since)
-
-    def _call(
-        self, then: Callable[[Any], None] | None, act: Callable[..., Any], *args: Any, since: float | None = None
-    ) -> None:
-        """Have the thread do something; `then` is called with what it returns, unless this is closed meanwhile."""
-        self._is_busy, self._began = True, monotonic()
-        if self._is_open:
-            self._lookout.begin(self._began if since is None else since)
-        done = self._pool.spawn(act, *args)
-        self._doing = then, done
-        done.rawlink(partial(self._guarded, self._on_done))
-
-    def _on_done(self, done: Any) -> None:
-        if self._doing is None or self._doing[1] is not done:
-            return  # it was dealt with when something had been interrupted
-        result = done.get()
-        if self._lookout.end():
-            text = "the journal goes on again: what it was busy with has taken %.1f s"
-            write(log, logging.WARNING, text, monotonic() - self._lookout.since)
-            self._stalled = None
-        # No call between these: an interruption before has all of it done again, and after it the result is kept.
-        self._result = self._doing[0], result
-        self._doing = None
-        self._is_busy = False
-        self._deal_with_result()
+        writes = [entry[0] for entry in self.queue.batch.values()]
+        self._worker.start(self._on_committed, _commit, self._journal, writes, since=since)
 
     def _deal_with_result(self) -> None:
-        if self._result is None:
+        if self._worker.result is None:
             return
-        then, result = self._result
+        then, result = self._worker.result
         if self._is_open:
             if then is None or self._guarded(then, result):
-                self._result = None
+                self._worker.result = None
         else:
-            self._result = None
+            self._worker.result = None
             if self.queue.late:
                 self._guarded(self.queue.settle, result)
             self._guarded(self._end)
@@ -311,17 +262,10 @@ class Commits:
 
     def _recover(self) -> None:
         """Go on with what an exception from outside has interrupted."""
-        if self._doing is not None:
-            done = self._doing[1]
-            if done.ready():
-                self._on_done(done)
-            else:
-                done.rawlink(partial(self._guarded, self._on_done))  # if that was not done; twice is as once
-        elif self._is_busy and self._doing is None and self._pause is None:
-            self._is_busy = False  # the thread may have it all the same: what is written twice is as if once
+        self._worker.recover()
         self._deal_with_result()
-        self._tell_all()
-        if self._is_open and not self._is_busy and self.queue.batch:
+        self._reports.send()
+        if self._is_open and not self._worker.is_busy and self.queue.batch:
             self._try()
         else:
             self._go_on()
@@ -333,21 +277,21 @@ class Commits:
         told: list[tuple[Entry, Any]] = list(zip(batch.values(), results, strict=True))
         failures = [result for result in results if isinstance(result, JournalError)]
         if failures:
-            self._result = None
+            self._worker.result = None
             self.queue.end_batch()
             told = self._look_into(batch, told, failures)
-            self._told += told
+            self._reports.due += told
         else:
             self._patience.ended()
             self._health.note(None)
-            # No call between these: before them this can be done once more, and after them `_told` has what is left to do.
-            self._told += told
+            # No call between these: before them this can be done once more, and after them the reports have what is left to do.
+            self._reports.due += told
             self.queue.batch = {}
-            self._result = None
+            self._worker.result = None
         self.count += 1
         self.queue.undo_unwanted(told)
         self._guarded(self._go_on)
-        self._tell_all()
+        self._reports.send()
         self._guarded(self._go_on)
         if self.on_room is not None and not self._is_due:
             self._have_room()  # a caller that waits for the next batch would wait for ever
@@ -356,8 +300,7 @@ class Commits:
         self, batch: dict[int, Entry], told: list[tuple[Entry, Any]], failures: list[JournalError]
     ) -> list[tuple[Entry, Any]]:
         """Sort the results of a batch in which some writes have failed; return those to report."""
-        # What can never be stored says nothing about the place.
-        ills = [failure for failure in failures if not isinstance(failure, Unstorable)]
+        ills = [failure for failure in failures if not isinstance(failure, Unstorable)]  # those say nothing about the place
         if ills or len(failures) < len(told):
             told = self._try_again(batch, told)
             self._health.note(ills[-1] if ills else None)
@@ -371,28 +314,25 @@ class Commits:
             self._patience.ended()
             return told
         was_spent = self._patience.is_spent
-        pause = self._patience.failed(self._began, monotonic())
+        pause = self._patience.failed(self._worker.began, monotonic())
         if pause is None:
             error, stay = told[-1][1], self.queue.put_back(kept)
             told = [each for number, each in zip(batch, told) if number not in stay]
             if not was_spent:
-                # What has come meanwhile was waiting as well. In a batch of its own it would wait for one more try, which takes
-                # a second where the file is locked.
+                # What has come meanwhile was waiting, too. A batch of its own would have it wait for one more try.
                 late, self._is_due = self.queue.take_waited_for(), False
                 told += zip(late, [error] * len(late))
                 text = "the journal could not be written for %.0f s: %d writes have failed; until it can be, each is tried once"
                 write(log, logging.ERROR, text, LIMIT, len(kept) - len(stay) + len(late))
             return told
-        self.queue.batch, self._is_busy = kept, True
-        self._pause = start_timer(self._hub, pause, self._on_pause)
+        self.queue.batch = kept
+        self._worker.pause(pause, self._on_pause)
         return [each for each in told if not isinstance(each[1], JournalUnavailable)]
 
     def _on_pause(self) -> None:
-        self._end_pause()
-        if os.getpid() == self._process:  # in a forked child the journal is closed
-            self._try(self._lookout.since)
-
-    # A thread that does not come back.
+        self._worker.end_pause()
+        if not self._worker.is_inherited:
+            self._try(self._worker.since)
 
     def _give_up_waiting(self, age: float) -> None:
         """Report the stall to all callers, and to later ones until the thread is back. That of the running effect waits on."""
@@ -403,25 +343,20 @@ class Commits:
         where = f"the effect of step {names[0]!r} has not returned" if names else "its disk, or who locks it, does not answer"
         what = "the journal has been busy for %.0f s: %s; %d writes have failed, and so do all further ones until it goes on"
         write(log, logging.ERROR, what, age, where, len(told))
-        self._stalled = JournalUnavailable(f"the journal has been busy for {age:.0f} s and does not answer: {where}")
-        self._told += zip(told, [self._stalled] * len(told))
-        self._tell_all()
+        error = JournalUnavailable(f"the journal has been busy for {age:.0f} s and does not answer: {where}")
+        self._worker.stalled = error
+        self._reports.due += zip(told, [error] * len(told))
+        self._reports.send()
         self._done.set()
         self._have_room()
 
-    def _end_pause(self) -> None:
-        self._pause.stop()
-        self._pause.close()
-        self._pause = None
-        self._is_busy = False
-
     def _go_on(self, has_tidied: bool = False) -> None:
         """Start what is next: batches and the parts of a long tidying take turns."""
-        if self._is_busy or not self._is_open:
+        if self._worker.is_busy or not self._is_open:
             return
         if monotonic() >= self._tidy_at and self._patience.since is None and not (has_tidied and self._is_due):
             self._tidy_at = monotonic() + TIDY
-            self._call(self._on_tidied, tidy, self._journal, frozenset(self._running()))
+            self._worker.start(self._on_tidied, tidy, self._journal, frozenset(self._running()))
         else:
             self._start()
 
@@ -436,20 +371,9 @@ class Commits:
                 return False
         return True
 
-    def _tell_all(self) -> None:
-        """Call back each caller once, and once more if that is interrupted."""
-        told = self._told
-        while told:
-            (_, then, _, _), result = told[0]
-            if then is not None:
-                args = (None, result) if isinstance(result, JournalError) else (result, None)
-                if not self._guarded(then, *args):
-                    self._guarded(then, *args)
-            del told[0]
-
     def _on_tidied(self, result: bool | JournalError) -> None:
         if isinstance(result, JournalUnavailable):
-            self._patience.failed(self._began, monotonic())
+            self._patience.failed(self._worker.began, monotonic())
             self._health.note(result)
         elif isinstance(result, JournalError):
             write(log, logging.ERROR, "the journal cannot be tidied: %s", result)
@@ -461,18 +385,16 @@ class Commits:
         if error is None:
             self._patience.ended()
         elif isinstance(error, JournalUnavailable):
-            self._patience.failed(self._began, monotonic())
+            self._patience.failed(self._worker.began, monotonic())
         self._health.note(error)
         self._go_on()
 
     def _on_timer(self) -> None:
-        if os.getpid() != self._process:
-            self._health.stop()  # a forked child's, whose journal is closed
-        elif self._doing is not None and self._doing[1].ready():
-            self._guarded(self._on_done, self._doing[1])  # its own call was ended before the first line
-        elif not self._is_busy and self._is_open:
+        if self._worker.is_inherited:
+            self._health.stop()  # in a forked child the journal is closed
+        elif not self._worker.check() and not self._worker.is_busy and self._is_open:
             self._is_due = bool(self.queue.waiting)
             if self.error is not None and not self._is_due:
-                self._call(self._on_asked, ask, self._journal)
+                self._worker.start(self._on_asked, ask, self._journal)
             else:
                 self._go_on()

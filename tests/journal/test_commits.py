@@ -16,6 +16,8 @@ from interrupting import Interrupter
 
 from greensafe.errors import JournalError, JournalUnavailable, Unstorable
 from greensafe.journal import Begin, Effect, Finish, Forget, Known, SqliteJournal, State, Step
+from greensafe.journal._reports import Reports
+from greensafe.journal._worker import Worker
 from greensafe.journal.commits import LOOK, Commits
 from greensafe.journal.steps import Act, JsonOrBytes, in_transaction
 
@@ -101,7 +103,7 @@ def test_what_comes_meanwhile_is_the_next_batch(journal: Gated, commits: Commits
     journal.gate.clear()
     first, known, last = Told(), Told(), Told()
     commits.write(_begin(1), first)
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: commits._worker.is_busy)
     commits.write(_begin(1), known)
     commits.write(Finish(_id(1), 0x81, [b"x"]), last)
     gevent.sleep(MS)
@@ -116,11 +118,11 @@ def test_what_comes_meanwhile_is_the_next_batch(journal: Gated, commits: Commits
 def test_the_next_batch_is_started_before_the_last_ones_writers_are_told(journal: Gated, commits: Commits) -> None:
     """The disk works while the hub does."""
     commits.write(_begin(1), Told())
-    wait_until(lambda: journal.tidied and not commits._is_busy)
+    wait_until(lambda: journal.tidied and not commits._worker.is_busy)
     journal.gate.clear()
     pending: list[int] = []
     commits.write(_begin(2), lambda result, error: pending.append(len(commits.queue.waiting)))
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: commits._worker.is_busy)
     commits.write(_begin(3), Told())
     journal.gate.set()
     assert commits.flush(LONG)
@@ -392,7 +394,7 @@ def test_close_while_the_place_is_ill(journal: Gated, is_trying: bool, monkeypat
     told = Told()
     commits.write(_begin(1), told)
     commits.write(_begin(2), told, Forget(_id(2)))
-    wait_until(lambda: commits._is_busy if is_trying else commits.error)
+    wait_until(lambda: commits._worker.is_busy if is_trying else commits.error)
     commits.write(_begin(3))
     commits.close()
     assert ["was stopped" in str(error) for _, error in told.got] == [True, True]
@@ -446,7 +448,7 @@ def test_close_stores_what_is_pending(journal: Gated, tmp_path: Path) -> None:
     journal.gate.clear()
     told = Told()
     commits.write(_begin(1), told)
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: commits._worker.is_busy)
     commits.write(_begin(2), told)
     commits.close()
     commits.close()
@@ -471,7 +473,7 @@ def test_the_thread_ends_with_it(journal: Gated, monkeypatch: pytest.MonkeyPatch
     commits.close()
     gevent.spawn_later(5 * MS, over.set)
     assert commits.join(LONG)
-    assert commits._pool.size == 0
+    assert commits._worker._pool.size == 0
 
 
 def test_what_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
@@ -520,7 +522,7 @@ def test_tidies_however_much_there_is_to_store(journal: Gated, monkeypatch: pyte
     try:
         journal.gate.clear()
         commits.write(Forget(_id(1)), again)
-        wait_until(lambda: commits._is_busy)
+        wait_until(lambda: commits._worker.is_busy)
         commits.write(Forget(_id(1)), again)
         journal.gate.set()  # from now on one is always waiting while another is stored
         wait_until(lambda: len(journal.tidied) > 3)
@@ -556,7 +558,7 @@ def test_what_is_withdrawn_while_it_is_written_was_never_there(journal: Gated, c
     journal.gate.clear()
     first, second = Told(), Told()
     number = commits.write(_begin(1), first, Forget(_id(1)))
-    wait_until(lambda: commits._is_busy)
+    wait_until(lambda: commits._worker.is_busy)
     assert not commits.withdraw(number)
     commits.write(_begin(1), second, Forget(_id(1)))
     journal.gate.set()
@@ -706,7 +708,7 @@ def test_a_tidying_that_hangs(journal: Gated, stall: Callable[[bool], None], mon
     commits = Commits(journal, set)
     commits.open()
     commits.write(_begin(1), Told())
-    wait_until(lambda: commits.count and commits._is_busy)
+    wait_until(lambda: commits.count and commits._worker.is_busy)
     told = Told()
     commits.write(_begin(2), told)
     stall(True)
@@ -806,11 +808,13 @@ def test_there_is_room_when_all_have_been_told(journal: Gated, commits: Commits,
     journal.fault = None
 
 
-@pytest.mark.parametrize("name", ["_on_done", "_on_committed", "_tell_all"])
-def test_a_result_whose_handing_over_is_interrupted(commits: Commits, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(Worker, "_on_done"), (Commits, "_on_committed"), (Reports, "send")])
+def test_a_result_whose_handing_over_is_interrupted(
+    commits: Commits, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
     """Wherever a signal's handler raises in it: who waits is told, and the journal goes on."""
     monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda *args: None)
-    real, current = getattr(Commits, name), [Interrupter(0)]
+    real, current = getattr(owner, name), [Interrupter(0)]
 
     def interrupted(*args: Any) -> None:
         if current[0].has_begun:
@@ -819,10 +823,10 @@ def test_a_result_whose_handing_over_is_interrupted(commits: Commits, monkeypatc
         with current[0]:
             real(*args)
 
-    monkeypatch.setattr(Commits, name, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     told = [Told(), Told()]
     for number in itertools.count():
-        interrupter = current[0] = Interrupter(number, "journal/commits")
+        interrupter = current[0] = Interrupter(number, "journal/commits", "journal/_worker", "journal/_reports")
         for index, then in enumerate(told):
             commits.write(_begin(2 * number + index), then)
             wait_until(lambda: all(each.got for each in told[: index + 1]))  # noqa: B023 - it is waited for here

@@ -1444,7 +1444,7 @@ def test_an_effect_that_has_not_begun_at_the_deadline_is_not_done(build: Build, 
 
     site = build(handler)
     site.peer.ask(1)
-    wait_until(lambda: site.runs and not site.server._commits._is_busy)
+    wait_until(lambda: site.runs and not site.server._commits._worker.is_busy)
     site.disk.gate.clear()
     if not is_in_batch:
         site.peer.ask(2)
