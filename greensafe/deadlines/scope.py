@@ -374,6 +374,11 @@ class HandlerScope(deadline):
         """Refuse: RuntimeError."""
         raise RuntimeError("a server's limit for a request cannot be extended from its handler")
 
+    @property
+    def greenlet(self) -> Any:
+        """The greenlet that it limits, from `attach` to `detach`; else None."""
+        return self._greenlet
+
     def attach(self, greenlet: Any) -> None:
         """Enter without a timer, inside whatever scope the greenlet is in."""
         self._push(greenlet)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import gevent
 import zmq
@@ -26,7 +25,6 @@ from ..sansio.envelope import Kind
 from ..sansio.exchange import Exchange
 from ..sansio.weights import weight
 from .log_lines import Lines
-from .request import Gate, Request
 from .tally import Tally
 from .watchdog import Watchdog
 
@@ -134,8 +132,7 @@ class Sender:
     def _drop(self, level: int, why: str, answering: Exchange | None) -> None:
         """Log that an answer is dropped; what is nobody's answer is counted only."""
         if answering is not None:
-            request = Request(cast(Gate, None), answering, answering.owner)  # to be named only
-            self._lines.say_of(log, level, request, "answer to %s dropped: %s", why)
+            self._lines.say_of(log, level, answering, "answer to %s dropped: %s", why)
 
 
 class SocketWatchdog(Watchdog):
@@ -156,9 +153,9 @@ class SocketWatchdog(Watchdog):
         finally:
             self._send.answering = None
 
-    def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
-        if not self._has_left(request._exchange):
-            super().fail(request, error, kind, told)
+    def fail(self, exchange: Exchange, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
+        if not self._has_left(exchange):
+            super().fail(exchange, error, kind, told)
 
     def _answer_overdue(self, exchange: Exchange, signal: BaseException | None = None) -> None:
         if not self._has_left(exchange):
@@ -168,15 +165,15 @@ class SocketWatchdog(Watchdog):
         """Open the gate for an answer that the program has sent by itself; whether that was so, and nobody had noticed yet."""
         if exchange.is_answered or not self._send.has_sent():
             return False
-        self.note_answered(Request(self, exchange, exchange.owner))
+        self.note_answered(exchange)
         return True
 
-    def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
-        if self._has_left(request._exchange):
-            self._drop_second(request)
+    def _reply(self, exchange: Exchange, frames: Sequence[bytes]) -> None:
+        if self._has_left(exchange):
+            self._drop_second(exchange)
             return
-        self._send.answering = request._exchange
+        self._send.answering = exchange
         try:
-            super()._reply(request, frames)
+            super()._reply(exchange, frames)
         finally:
             self._send.answering = None

@@ -6,9 +6,9 @@ routing ids. It does not know why the requests wait, nor for how long.
 
 from __future__ import annotations
 
+from ..sansio.exchange import Exchange
 from ..sansio.turns import Turns
 from ..sansio.weights import REQUEST, weight
-from .request import Request
 
 __all__ = ["BACKLOG", "BACKLOG_BYTES", "Backlog"]
 
@@ -28,7 +28,7 @@ class Backlog:
 
     def __init__(self) -> None:
         #: Each with whose turn it waits for, and its weight: one that is sent again by another way keeps both.
-        self._requests: dict[int, tuple[Request, tuple[bytes, ...], int]] = {}
+        self._requests: dict[int, tuple[Exchange, tuple[bytes, ...], int]] = {}
         self._turns = Turns()
         self.size = 0
 
@@ -46,34 +46,33 @@ class Backlog:
         """Whether no more should be accepted for the time being."""
         return len(self._requests) >= BACKLOG or self.size >= BACKLOG_BYTES
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[Exchange]:
         """All of them, the oldest first."""
-        return [request for request, _, _ in self._requests.values()]
+        return [exchange for exchange, _, _ in self._requests.values()]
 
-    def keep(self, request: Request) -> None:
+    def keep(self, exchange: Exchange) -> None:
         """It waits from now on."""
-        key = request._exchange.key
-        envelope = request._exchange.envelope
+        key, envelope = exchange.key, exchange.envelope
         origin = envelope.origin
         size = REQUEST + weight(envelope.route + envelope.body)
         if envelope.header is not None:
             size += len(envelope.header.metadata)  # which is in the header's frame as well
-        self._requests[key] = request, origin, size
+        self._requests[key] = exchange, origin, size
         self.size += size
         self._turns.add(origin, key)
 
-    def take(self, key: int) -> Request | None:
+    def take(self, key: int) -> Exchange | None:
         """It does not wait any more; None if it did not."""
         found = self._requests.pop(key, None)
         if found is None:
             return None
-        request, origin, size = found
+        exchange, origin, size = found
         self.size -= size
         self._turns.remove(origin, key)
-        return request
+        return exchange
 
-    def next(self) -> Request:
+    def next(self) -> Exchange:
         """Take the request whose turn it is."""
-        request = self.take(self._turns.next())
-        assert request is not None
-        return request
+        exchange = self.take(self._turns.next())
+        assert exchange is not None
+        return exchange

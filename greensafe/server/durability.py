@@ -83,10 +83,10 @@ class Journaled(Watchdog):
         self._resume = resume
         self._max_attempts = max_attempts
         self._beginning = self._storing.requests
-        self._ready: deque[Request] = deque()
+        self._ready: deque[Exchange] = deque()
         #: Whose handler runs, by id; and who waits for its end.
         self._active: dict[bytes, Exchange] = {}
-        self._after: dict[bytes, Request] = {}
+        self._after: dict[bytes, Exchange] = {}
         self.replayed = 0
         self.rerun = 0
 
@@ -130,61 +130,59 @@ class Journaled(Watchdog):
 
     # Before the handler runs.
 
-    def _start(self, request: Request) -> None:
-        header = request._exchange.envelope.header
+    def _start(self, exchange: Exchange) -> None:
+        header = exchange.envelope.header
         if not isinstance(header, Header):
-            super()._start(request)
+            super()._start(exchange)
             return
-        memory: Memory | None = request._exchange.memory
+        memory: Memory | None = exchange.memory
         if memory is not None and memory.is_begun:
-            self._run_now(request)  # it is stored, and was interrupted on its way to its handler
+            self._run_now(exchange)  # it is stored, and was interrupted on its way to its handler
             return
-        self._storing.begin(request, header)
+        self._storing.begin(exchange, header)
 
-    def _take(self, key: int) -> Request | None:
+    def _take(self, key: int) -> Exchange | None:
         return super()._take(key) or self._storing.take(key)
 
     def _see_to_late(self) -> None:
         """The journal takes long: those whose time is over do not wait for it any more."""
-        for request in self._storing.overdue_requests():
-            self._guarded(self._drop, request, too_late())
+        for exchange in self._storing.overdue_requests():
+            self._guarded(self._drop, exchange, too_late())
         for exchange, error in self._storing.overdue_answers():
             self._guarded(self._release, exchange, error)
 
-    def _refuse_unstored(self, request: Request, error: JournalError) -> None:
+    def _refuse_unstored(self, exchange: Exchange, error: JournalError) -> None:
         """It could not be stored, and was not run. The client is not told the journal's path, nor what is wrong with it."""
-        self._lines.not_stored(request, "it was not run: it", error)
-        self._guarded(self._drop, request, NOT_STORED)
+        self._lines.not_stored(exchange, "it was not run: it", error)
+        self._guarded(self._drop, exchange, NOT_STORED)
 
-    def _on_begun(self, request: Request, known: Known | None, error: JournalError | None) -> None:
-        exchange = request._exchange
+    def _on_begun(self, exchange: Exchange, known: Known | None, error: JournalError | None) -> None:
         exchange.memory.at = math.inf
         if exchange.key not in self._beginning:
             return  # over since this turn began
         if isinstance(error, Unstorable):
-            self._lines.not_stored(request, "it was not run: it", error)
-            self._guarded(self._refuse, request, unstorable("the request", "INVALID_ARGUMENT"))
+            self._lines.not_stored(exchange, "it was not run: it", error)
+            self._guarded(self._refuse, exchange, unstorable("the request", "INVALID_ARGUMENT"))
         elif error is not None:
-            self._refuse_unstored(request, error)
+            self._refuse_unstored(exchange, error)
         elif known is None:
-            self._run_stored(request)
+            self._run_stored(exchange)
         else:
-            self._guarded(self._go_on, request, known)
+            self._guarded(self._go_on, exchange, known)
 
-    def _refuse(self, request: Request, error: RemoteError) -> None:
+    def _refuse(self, exchange: Exchange, error: RemoteError) -> None:
         """Answer a request that is not run, for good."""
-        self._beginning.pop(request._exchange.key, None)
+        self._beginning.pop(exchange.key, None)
         try:
-            self.fail(request, error)
+            self.fail(exchange, error)
         finally:
-            self.finish(request)
+            self.finish(exchange)
 
-    def _go_on(self, request: Request, known: Known) -> None:
+    def _go_on(self, exchange: Exchange, known: Known) -> None:
         """What was stored before decides."""
-        exchange = request._exchange
         action = decide(known, self._resume, self._max_attempts)
         if isinstance(action, Run):
-            self._again(request, known, action)
+            self._again(exchange, known, action)
             return
         self._beginning.pop(exchange.key, None)
         try:
@@ -195,12 +193,11 @@ class Journaled(Watchdog):
             else:
                 assert isinstance(action, Refuse)
                 exchange.memory.is_begun = action.is_final
-                self.fail(request, action.error)
+                self.fail(exchange, action.error)
         finally:
-            self.finish(request)
+            self.finish(exchange)
 
-    def _again(self, request: Request, known: Known, run: Run) -> None:
-        exchange = request._exchange
+    def _again(self, exchange: Exchange, known: Known, run: Run) -> None:
         if known.until is not None:
             self.responder.limit(exchange, monotonic() + known.until - self._journal.now())
             self._rearm()
@@ -209,42 +206,41 @@ class Journaled(Watchdog):
         request_id = _id(exchange)
         if (active := self._active.get(request_id)) is not None:
             if active.kills > 1:
-                self._drop(request, _SURVIVED)
+                self._drop(exchange, _SURVIVED)
             else:
-                self._after[request_id] = request
+                self._after[request_id] = exchange
             return
         exchange.memory.attempt = run.attempt
         exchange.memory.steps = dict(run.steps)
         self.rerun += 1
         exchange.memory.at = monotonic() + self._storing.patience
         exchange.memory.number = self._commits.write(
-            Rerun(request_id), lambda _, error: self._on_rerun(request, error), Excuse(request_id)
+            Rerun(request_id), lambda _, error: self._on_rerun(exchange, error), Excuse(request_id)
         )
 
-    def _on_rerun(self, request: Request, error: JournalError | None) -> None:
-        request._exchange.memory.at = math.inf
-        if request._exchange.key not in self._beginning:
+    def _on_rerun(self, exchange: Exchange, error: JournalError | None) -> None:
+        exchange.memory.at = math.inf
+        if exchange.key not in self._beginning:
             return
         if error is not None:
-            self._refuse_unstored(request, error)
+            self._refuse_unstored(exchange, error)
         else:
-            self._run_stored(request)
+            self._run_stored(exchange)
 
-    def _run_stored(self, request: Request) -> None:
-        memory: Memory = request._exchange.memory
+    def _run_stored(self, exchange: Exchange) -> None:
+        memory: Memory = exchange.memory
         memory.is_begun = memory.is_counted = True
         if self._spent > TURN:
-            self._ready.append(request)
+            self._ready.append(exchange)
             self._start_next_turn()
         else:
-            self._run_now(request)
+            self._run_now(exchange)
 
-    def _run_now(self, request: Request) -> None:
-        exchange = request._exchange
+    def _run_now(self, exchange: Exchange) -> None:
         if exchange.is_running and not exchange.is_answered:
             self._active[exchange.memory.request_id] = exchange
             self._beginning.pop(exchange.key, None)
-            super()._start(request)
+            super()._start(exchange)
 
     def _start_kept(self) -> None:
         self._spent = 0.0
@@ -256,10 +252,9 @@ class Journaled(Watchdog):
 
     # While it runs.
 
-    def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
-        exchange = request._exchange
+    def step(self, exchange: Exchange, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
         if exchange.memory is None and not isinstance(fn, InTransaction):
-            return super().step(request, name, fn, args)
+            return super().step(exchange, name, fn, args)
         return self._steps.run(exchange, name, fn, args)
 
     # Its answer.
@@ -277,17 +272,16 @@ class Journaled(Watchdog):
         else:
             super().answer(exchange, body, kind, error)
 
-    def _returned(self, request: Request, result: object) -> None:
-        super()._returned(request, result)
-        exchange = request._exchange
+    def _returned(self, exchange: Exchange, request: Request, result: object) -> None:
+        super()._returned(exchange, request, result)
         if result is LATER and exchange.memory is not None and not exchange.is_answered:
             self._excuse_run(exchange)
 
-    def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
-        if request._exchange.memory is None:
-            super()._reply(request, frames)
+    def _reply(self, exchange: Exchange, frames: Sequence[bytes]) -> None:
+        if exchange.memory is None:
+            super()._reply(exchange, frames)
         else:
-            self.answer(request._exchange, frames)
+            self.answer(exchange, frames)
 
     def _keep(self, exchange: Exchange, body: Sequence[bytes], kind: Kind, error: RemoteError | None) -> None:
         self.responder.seal(exchange)
@@ -314,7 +308,7 @@ class Journaled(Watchdog):
     ) -> None:
         if isinstance(failed, Unstorable) and (error is None or error.type != "Unstorable"):
             # The handler has run, and would do so at each retry.
-            self._lines.not_stored(Request(self, exchange, exchange.owner), "its answer", failed)
+            self._lines.not_stored(exchange, "its answer", failed)
             told = unstorable("the answer", "INTERNAL")
             instead = [told.to_reply()]
             self._commits.write(
@@ -328,7 +322,7 @@ class Journaled(Watchdog):
         del held[exchange.key]  # neither this nor the next line is a call
         exchange.is_held = False
         if failed is not None:
-            self._lines.not_stored(Request(self, exchange, exchange.owner), "its answer", failed)
+            self._lines.not_stored(exchange, "its answer", failed)
             error = _ANSWER_NOT_STORED
             body, kind = [error.to_reply()], Kind.INTERRUPTED
         self._leave(exchange, body, kind, error, self._send_soon)
@@ -381,22 +375,21 @@ class Journaled(Watchdog):
 
     # Its end.
 
-    def finish(self, request: Request) -> None:
-        exchange = request._exchange
+    def finish(self, exchange: Exchange) -> None:
         try:
-            super().finish(request)
+            super().finish(exchange)
         finally:
             if exchange.memory is not None and self._active.get(request_id := exchange.memory.request_id) is exchange:
                 del self._active[request_id]
                 after = self._after.pop(request_id, None)
-                if after is not None and self._beginning.pop(after._exchange.key, None) is not None:
+                if after is not None and self._beginning.pop(after.key, None) is not None:
                     self._start(after)
 
     def _on_zombie(self, exchange: Exchange) -> None:
         super()._on_zombie(exchange)
         if exchange.memory is not None and self._active.get(_id(exchange)) is exchange:
             after = self._after.pop(_id(exchange), None)
-            if after is not None and self._beginning.get(after._exchange.key) is after:
+            if after is not None and self._beginning.get(after.key) is after:
                 self._guarded(self._drop, after, _SURVIVED)
 
     def cancel_from(self, routing_id: bytes) -> None:
@@ -406,13 +399,13 @@ class Journaled(Watchdog):
         super().cancel_from(routing_id)
 
     def abort_all(self, error: RemoteError) -> None:
-        for request in list(self._beginning.values()):
-            memory: Memory = request._exchange.memory
+        for exchange in list(self._beginning.values()):
+            memory: Memory = exchange.memory
             if memory.is_begun and memory.attempt == 1:
                 # Stored, and its turn has not come: it is new to the next server.
                 memory.is_begun = memory.is_counted = False
-                self._commits.write(Forget(_id(request._exchange)))
-            self._guarded(self._drop, request, error)
+                self._commits.write(Forget(_id(exchange)))
+            self._guarded(self._drop, exchange, error)
         super().abort_all(error)
 
 

@@ -21,8 +21,10 @@ import gevent
 
 from ..errors import JournalError, RemoteError
 from ..sansio.envelope import CALLER_LIMIT, SERVER_STOPPED, Kind
+from ..sansio.exchange import Exchange
 from .options import OnError
-from .request import InvalidBodyError, Request, as_frames
+from .reports import describe
+from .request import Gate, InvalidBodyError, Request, as_frames
 
 __all__ = ["Telling", "is_meant", "replaced", "withheld"]
 
@@ -50,17 +52,16 @@ class Telling:
     def __repr__(self) -> str:
         return f"<Telling on_error={self._on_error!r} tells_errors={self._tells_errors}>"
 
-    def told(self, error: BaseException, known: RemoteError, request: Request) -> RemoteError:
+    def told(self, error: BaseException, known: RemoteError, exchange: Exchange) -> RemoteError:
         """What the client is told of an exception that a handler let out, of which `error_for` has made `known`."""
-        return known if self._tells_errors else withheld(error, known, request.id)
+        return known if self._tells_errors else withheld(error, known, describe(exchange)[0])
 
-    def chosen(self, request: Request, error: RemoteError, kind: Kind) -> Sequence[bytes] | None:
+    def chosen(self, gate: Gate, exchange: Exchange, error: RemoteError, kind: Kind) -> Sequence[bytes] | None:
         """The body that on_error puts in the place of the standard one; None for that one. Raises what on_error raises.
 
         For a plain client on_error is asked about each error. A greensafe client acts by itself on a request that was not run,
         on its own limit and on a server that stops; it has to be told these as they are.
         """
-        exchange = request._exchange
         if self._on_error is None or exchange.key in self._asking:
             return None
         is_plain = exchange.envelope.header is None
@@ -68,7 +69,7 @@ class Telling:
             return None
         self._asking.add(exchange.key)
         try:
-            return replaced(self._on_error(request, error), is_plain)
+            return replaced(self._on_error(Request(gate, exchange, exchange.owner), error), is_plain)
         finally:
             self._asking.discard(exchange.key)
 

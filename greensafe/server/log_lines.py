@@ -20,11 +20,11 @@ from time import monotonic
 from ..errors import JournalError, RemoteProtocolError
 from ..hub.log_limiter import Seldom
 from ..hub.printable import printable
-from ..sansio.exchange import State
+from ..sansio.exchange import Exchange, State
 from ..stats import Zombie, trail, trail_of
 from .error_replies import is_meant
-from .reports import extra
-from .request import InvalidBodyError, Request
+from .reports import describe, extra, named
+from .request import InvalidBodyError
 
 __all__ = ["Lines"]
 
@@ -58,26 +58,26 @@ class Lines:
         """A message was no request."""
         self.seldom.say(log, logging.WARNING, "malformed request dropped: %s", error, extra={"endpoint": self._endpoint})
 
-    def failed(self, request: Request, error: BaseException) -> None:
+    def failed(self, exchange: Exchange, error: BaseException) -> None:
         """A handler has let an exception out."""
         if is_meant(error):
             why = "" if error.__cause__ is None else f", because of {_shown(error.__cause__)}"
-            self._say(logging.INFO, request, "%s: its handler has raised %s%s", error, why)
+            self._say(logging.INFO, exchange, "%s: its handler has raised %s%s", error, why)
         elif isinstance(error, InvalidBodyError):
-            self._say(logging.INFO, request, "%s: %s", error)
+            self._say(logging.INFO, exchange, "%s: %s", error)
         else:
-            self._at_place(logging.ERROR, request, error, "handler of %s failed: %s", _shown(error))
+            self._at_place(logging.ERROR, exchange, error, "handler of %s failed: %s", _shown(error))
 
-    def cancelled(self, request: Request, cause: BaseException) -> None:
+    def cancelled(self, exchange: Exchange, cause: BaseException) -> None:
         """A handler's scope was cancelled by the program, for this."""
         if is_meant(cause):
-            self.failed(request, cause)
+            self.failed(exchange, cause)
         else:
-            self._say(logging.WARNING, request, "%s: its deadline scope was cancelled: %s", _shown(cause))
+            self._say(logging.WARNING, exchange, "%s: its deadline scope was cancelled: %s", _shown(cause))
 
-    def on_error_failed(self, request: Request, error: BaseException) -> None:
+    def on_error_failed(self, exchange: Exchange, error: BaseException) -> None:
         """on_error has raised this."""
-        self._at_place(logging.ERROR, request, error, "on_error failed for %s: the standard error is sent: %s", _shown(error))
+        self._at_place(logging.ERROR, exchange, error, "on_error failed for %s: the standard error is sent: %s", _shown(error))
 
     def answering_failed(self, error: BaseException) -> None:
         """Something for one request has raised this, which touches no other."""
@@ -90,38 +90,38 @@ class Lines:
         text = "answering was interrupted, and goes on: %s"
         self.seldom.say(log, logging.WARNING, text, _shown(error), extra={"endpoint": self._endpoint})
 
-    def answered_twice(self, request: Request) -> None:
+    def answered_twice(self, exchange: Exchange) -> None:
         """A handler has returned an answer to a request that has one."""
-        self._say(logging.ERROR, request, "handler of %s returned an answer though it is answered: dropped")
+        self._say(logging.ERROR, exchange, "handler of %s returned an answer though it is answered: dropped")
 
-    def not_stored(self, request: Request, what: str, error: JournalError) -> None:
+    def not_stored(self, exchange: Exchange, what: str, error: JournalError) -> None:
         """The journal could not store a request or an answer; the client is not told why."""
-        self._say(logging.WARNING, request, "%s: " + what + " could not be stored: %s", error)
+        self._say(logging.WARNING, exchange, "%s: " + what + " could not be stored: %s", error)
 
-    def stuck(self, request: Request, found: Zombie) -> None:
+    def stuck(self, exchange: Exchange, found: Zombie) -> None:
         """A handler has survived its deadline and a kill."""
         text = "a handler has survived its deadline and a kill: %s of %s in %s, at %s"
-        details = extra(self._endpoint, request)
-        args = (found.handler, request, found.greenlet, found.where)
+        details = extra(self._endpoint, exchange)
+        args = (found.handler, named(exchange), found.greenlet, found.where)
         self.seldom.say(log, logging.ERROR, text, *args, key=found.where, most=EACH_PLACE, extra=details)
 
-    def overdue(self, request: Request, signal: BaseException | None = None) -> None:
+    def overdue(self, exchange: Exchange, signal: BaseException | None = None) -> None:
         """A request is answered DEADLINE_EXCEEDED: what does its handler wait for?
 
         A server's deadline that is missed is a WARNING. A limit of the client's own is the client's business: INFO.
 
         Args:
-            request: Not answered yet.
+            exchange: Not answered yet.
             signal: What has told the handler, if it has come out of it before this.
         """
-        exchange = request._exchange
         level = logging.INFO if exchange.is_limited_by_caller else logging.WARNING
         if not log.isEnabledFor(level):
             return
-        state, place = _state(request, signal)
+        state, place = _state(exchange, signal)
         seconds = monotonic() - exchange.arrived_at
-        details = extra(self._endpoint, request)
-        args = (request.id, request.client, seconds, state)
+        details = extra(self._endpoint, exchange)
+        request_id, client, _ = describe(exchange)
+        args = (request_id, client, seconds, state)
         if exchange.is_limited_by_caller:
             text = "request %s of client %s: the client's own limit has come %.3f s after it arrived; %s"
             self.seldom.say(log, level, text, *args, extra=details)
@@ -133,33 +133,32 @@ class Lines:
         """Something else has happened that clients can cause."""
         self.seldom.say(log, level, text, *args, extra={"endpoint": self._endpoint})
 
-    def say_of(self, log: logging.Logger, level: int, request: Request, text: str, *args: object) -> None:
+    def say_of(self, log: logging.Logger, level: int, exchange: Exchange, text: str, *args: object) -> None:
         """Something else has happened to a request; `text` names it first."""
         if log.isEnabledFor(level):
-            self.seldom.say(log, level, text, request, *args, extra=extra(self._endpoint, request))
+            self.seldom.say(log, level, text, named(exchange), *args, extra=extra(self._endpoint, exchange))
 
     def killed(self, count: int) -> None:
         """The server has come to its end before so many handlers."""
         self.say(log, logging.WARNING, "%d handlers still run at the end, and are killed", count)
 
-    def _say(self, level: int, request: Request, text: str, *args: object) -> None:
-        self.say_of(log, level, request, text, *args)
+    def _say(self, level: int, exchange: Exchange, text: str, *args: object) -> None:
+        self.say_of(log, level, exchange, text, *args)
 
-    def _at_place(self, level: int, request: Request, error: BaseException, text: str, *args: object) -> None:
+    def _at_place(self, level: int, exchange: Exchange, error: BaseException, text: str, *args: object) -> None:
         if log.isEnabledFor(level):
-            details, key = extra(self._endpoint, request), _raised_at(error)
-            self.seldom.say(log, level, text, request, *args, key=key, most=EACH_PLACE, error=error, extra=details)
+            details, key = extra(self._endpoint, exchange), _raised_at(error)
+            self.seldom.say(log, level, text, named(exchange), *args, key=key, most=EACH_PLACE, error=error, extra=details)
 
 
-def _state(request: Request, signal: BaseException | None) -> tuple[str, str]:
+def _state(exchange: Exchange, signal: BaseException | None) -> tuple[str, str]:
     """What has become of an overdue request, and the place in the code that it is at."""
-    exchange = request._exchange
     if signal is not None:
         place = trail_of(signal)
     elif exchange.state is State.PROMISED and not exchange.is_running:
         return "its handler has returned LATER, and nobody has answered", ""
     else:
-        greenlet = request.deadline._greenlet
+        greenlet = exchange.owner.greenlet
         if greenlet is None:
             return "it was not run", ""
         place = trail(greenlet.gr_frame)

@@ -17,10 +17,10 @@ from ..deadlines import HandlerScope
 from ..errors import Cancelled, JournalError, RemoteError, RemoteProtocolError, Unstorable
 from ..hub.threads import call_in
 from ..journal.steps import InTransaction, check_name
-from ..sansio.envelope import Header
 from ..sansio.exchange import Exchange
+from .reports import describe, named
 
-__all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for", "shown"]
+__all__ = ["LATER", "Gate", "InvalidBodyError", "Request", "as_frames", "check_frames", "error_for"]
 
 _this_thread: Callable[[], int] = get_original("_thread", "get_ident")
 
@@ -53,10 +53,10 @@ class Gate(Protocol):
     def answer(self, exchange: Exchange, body: Sequence[bytes]) -> None:
         """Send the answer; LocalProtocolError if there was one."""
 
-    def fail(self, request: Request, error: RemoteError) -> None:
+    def fail(self, exchange: Exchange, error: RemoteError) -> None:
         """Send an error as the answer; LocalProtocolError if there was one."""
 
-    def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
+    def step(self, exchange: Exchange, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
         """Run a step, or return what is stored of it."""
 
 
@@ -73,7 +73,9 @@ class Request:
     def __init__(self, gate: Gate, exchange: Exchange, scope: HandlerScope) -> None:
         self._gate = gate
         self._exchange = exchange
-        self.frames: list[bytes] = exchange.envelope.body
+        body = exchange.envelope.body
+        # The handler's to change. With a journal, what comes again is compared with what came.
+        self.frames: list[bytes] = body if exchange.memory is None else list(body)
         self.deadline = scope
 
     @property
@@ -84,8 +86,7 @@ class Request:
     @property
     def id(self) -> str:
         """The client's id of this request in hex; for a plain client, which sends none, a number of this server's."""
-        header = self._exchange.envelope.header
-        return str(self._exchange.key) if header is None else header.request_id.hex()
+        return describe(self._exchange)[0]
 
     @property
     def client(self) -> bytes:
@@ -105,8 +106,7 @@ class Request:
     @property
     def metadata(self) -> bytes:
         """What the client's header carries beyond the protocol; b"" for a plain client."""
-        header = self._exchange.envelope.header
-        return header.metadata if isinstance(header, Header) else b""
+        return describe(self._exchange)[2]
 
     @property
     def replied(self) -> bool:
@@ -148,9 +148,9 @@ class Request:
         """Answer with an error; `code` is one of `errors.CODES`. Errors as in `reply`."""
         error = RemoteError(code, message)
         if _this_thread() != self._gate.thread:
-            call_in(self._gate.hub, "Request.error", self._gate.fail, self, error)
+            call_in(self._gate.hub, "Request.error", self._gate.fail, self._exchange, error)
         else:
-            self._gate.fail(self, error)
+            self._gate.fail(self._exchange, error)
 
     def step(self, name: str, fn: Callable[..., Any] | InTransaction, *args: Any) -> Any:
         """Call `fn(*args)`, once for all runs of this request, and return its result.
@@ -182,19 +182,10 @@ class Request:
         check_name(name)
         if not callable(fn) and not isinstance(fn, InTransaction):
             raise TypeError(f"a step is a function, not {type(fn).__name__}")
-        return self._gate.step(self, name, fn, args)
+        return self._gate.step(self._exchange, name, fn, args)
 
     def __repr__(self) -> str:
-        return f"<Request {self.id} from {shown(self.client)} {self._exchange.state.name.lower()} {len(self.frames)} frames>"
-
-
-def shown(client: bytes) -> str:
-    """Return a routing id for people: as text if all of it can be printed, else in hex."""
-    try:
-        text = client.decode("ascii")
-    except UnicodeDecodeError:
-        return client.hex()
-    return text if text.isprintable() else client.hex()
+        return named(self._exchange, len(self.frames))
 
 
 def error_for(error: BaseException) -> RemoteError:

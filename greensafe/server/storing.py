@@ -25,7 +25,6 @@ from ..sansio.exchange import Exchange
 from ..sansio.records import Begin, Forget, Known
 from ..sansio.weights import weight
 from .backlog import Backlog
-from .request import Request
 
 __all__ = ["AT_ONCE", "NOT_STORED", "Memory", "Storing", "too_late", "unstorable"]
 
@@ -98,7 +97,7 @@ class Storing:
         self,
         journal: Journal,
         commits: Commits,
-        on_begun: Callable[[Request, Known | None, JournalError | None], None],
+        on_begun: Callable[[Exchange, Known | None, JournalError | None], None],
         on_room: Callable[[], None] | None,
         *,
         limit: float | None,
@@ -111,7 +110,7 @@ class Storing:
         self._grace = grace
         #: Those that were not handed over to the journal yet.
         self._turns = Backlog()
-        self.requests: dict[int, Request] = {}
+        self.requests: dict[int, Exchange] = {}
         self.held: dict[int, tuple[Exchange, RemoteError | None]] = {}
         self.patience = math.inf if limit is None else limit + grace
         self.released = 0
@@ -124,40 +123,37 @@ class Storing:
         """Whether no more should be accepted for the time being."""
         return self._turns.is_full
 
-    def begin(self, request: Request, header: Header) -> None:
+    def begin(self, exchange: Exchange, header: Header) -> None:
         """Store a request as soon as there is room in a batch, and it is its client's turn."""
-        exchange = request._exchange
         exchange.memory = Memory(header.request_id)
-        self.requests[exchange.key] = request
-        request.frames = list(request.frames)  # the handler's to change; what comes again is compared with what came
+        self.requests[exchange.key] = exchange
         commits = self._commits
         if commits.on_room is None and commits.queue.weight < AT_ONCE:
-            self._hand_over(request, header)
+            self._hand_over(exchange, header)
         else:
-            self._turns.keep(request)
+            self._turns.keep(exchange)
             commits.on_room = self._hand_over_kept
 
     def is_placed(self, key: int) -> bool:
         """Whether a request waits here, and will come up."""
-        request = self.requests.get(key)
-        return request is not None and (key in self._turns or request._exchange.memory.number > 0)
+        exchange = self.requests.get(key)
+        return exchange is not None and (key in self._turns or exchange.memory.number > 0)
 
-    def take(self, key: int) -> Request | None:
+    def take(self, key: int) -> Exchange | None:
         """A request is not to be stored any more, if that has not begun; None if it was none of these."""
-        request = self.requests.pop(key, None)
-        if request is not None and self._turns.take(key) is None:
-            self._commits.withdraw(request._exchange.memory.number)
-        return request
+        exchange = self.requests.pop(key, None)
+        if exchange is not None and self._turns.take(key) is None:
+            self._commits.withdraw(exchange.memory.number)
+        return exchange
 
-    def _hand_over(self, request: Request, header: Header) -> None:
-        exchange = request._exchange
+    def _hand_over(self, exchange: Exchange, header: Header) -> None:
         memory: Memory = exchange.memory
         now = monotonic()
         memory.at = now + self.patience
         came = self._journal.now() - (now - exchange.arrived_at)
         begin = Begin(
             header.request_id,
-            request.frames,
+            exchange.envelope.body,
             since=came - header.age_ms / 1000,
             is_resent=header.age_ms > 0,
             until=None if header.remaining_ms is None else came + header.remaining_ms / 1000,
@@ -167,16 +163,18 @@ class Storing:
         on_begun = self._on_begun
         # If the server stops before this is stored the request was not run, and is new to the next one.
         undo = Forget(header.request_id)
-        memory.number = self._commits.write(begin, lambda known, error: on_begun(request, known, error), undo, _weigh(exchange))
+        memory.number = self._commits.write(
+            begin, lambda known, error: on_begun(exchange, known, error), undo, _weigh(exchange)
+        )
 
     def _hand_over_kept(self) -> None:
         """The next batch has room for those that wait for it."""
         turns, commits = self._turns, self._commits
         while turns and commits.queue.weight < AT_ONCE:
-            request = turns.next()
-            header = request._exchange.envelope.header
+            exchange = turns.next()
+            header = exchange.envelope.header
             assert isinstance(header, Header)
-            self._hand_over(request, header)
+            self._hand_over(exchange, header)
         if turns:
             commits.on_room = self._hand_over_kept
         if self._on_room is not None:
@@ -191,10 +189,10 @@ class Storing:
         elif exchange.at is not None:
             exchange.memory.at = exchange.at + self._grace
 
-    def overdue_requests(self) -> list[Request]:
+    def overdue_requests(self) -> list[Exchange]:
         """Those that must not be run any more."""
         now = self._soon()
-        return [request for request in self.requests.values() if request._exchange.memory.at <= now]
+        return [exchange for exchange in self.requests.values() if exchange.memory.at <= now]
 
     def overdue_answers(self) -> Iterator[tuple[Exchange, RemoteError]]:
         """Those that are to leave, and what is true of each."""

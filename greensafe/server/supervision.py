@@ -24,6 +24,7 @@ from ..green._waits import Waiter
 from ..green.socket import Socket
 from ..hooks import Hooks, ServerStarted, ServerStopped, teller
 from ..loops.restarts import Restarts
+from ..sansio.exchange import Exchange
 from ..sansio.weights import MAX_FRAMES, check_max_frames
 from ..stats import ServerStats
 from .answers import Sender, SocketWatchdog, has_sent
@@ -211,7 +212,7 @@ class supervised:
             None if hooks is None else teller(hooks, _lines_of(sock).seldom)
         )  # else each block would begin to count anew
         self._watchdog: Watchdog | None = None
-        self._request: Request | None = None
+        self._exchange: Exchange | None = None
 
     def __enter__(self) -> Request:
         if self._watchdog is not None:
@@ -239,74 +240,74 @@ class supervised:
         )
         tally.begin(self._endpoint, watchdog, self._restarts)
         try:
-            return self._next(watchdog, tally)
+            self._exchange = exchange = self._next(watchdog, tally)
+            return Request(watchdog, exchange, exchange.owner)
         except BaseException:
             self._end(watchdog)
             raise
 
-    def _next(self, watchdog: Watchdog, tally: Tally) -> Request:
+    def _next(self, watchdog: Watchdog, tally: Tally) -> Exchange:
         """The next request that is worth running; what else arrives is dealt with."""
         while True:
             frames = _receive(self._sock)
             if frames is None:
                 raise zmq.ZMQError(zmq.ENOTSOCK)
             tally.renumber(watchdog)
-            request = watchdog.open(frames)
-            if request is None:
+            exchange = watchdog.open(frames)
+            if exchange is None:
                 continue
-            if request.replied:
-                watchdog.finish(request)  # overdue when it came
-            elif self._begin(watchdog, request):
-                return request
+            if exchange.is_answered:
+                watchdog.finish(exchange)  # overdue when it came
+            elif self._begin(watchdog, exchange):
+                return exchange
 
-    def _begin(self, watchdog: Watchdog, request: Request) -> bool:
+    def _begin(self, watchdog: Watchdog, exchange: Exchange) -> bool:
         """Watch over a request. False: its deadline has come in a hook, and it is answered."""
         try:
-            watchdog.begin(request)
-            watchdog.greet(request)
-            request.deadline.attach(gevent.getcurrent())
+            watchdog.begin(exchange)
+            watchdog.greet(exchange)
+            exchange.owner.attach(gevent.getcurrent())
             if self._tell is not None:
-                self._tell(started(self._endpoint, request))
+                self._tell(started(self._endpoint, exchange))
         except BaseException as error:  # nobody else would answer: the block is not entered
-            request.deadline.detach()
-            self._answer(watchdog, request, error)
-            if _is_signal_of(request, error):
+            exchange.owner.detach()
+            self._answer(watchdog, exchange, error)
+            if _is_signal_of(exchange, error):
                 return False
             raise
-        self._request = request
         return True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        watchdog, request = self._watchdog, self._request
+        watchdog, exchange = self._watchdog, self._exchange
         assert watchdog is not None
-        assert request is not None
-        request.deadline.detach()
+        assert exchange is not None
+        exchange.owner.detach()
         try:
-            self._answer(watchdog, request, error)
+            self._answer(watchdog, exchange, error)
         finally:
             self._end(watchdog)
-        return error is not None and (isinstance(error, Exception) or _is_signal_of(request, error))
+        return error is not None and (isinstance(error, Exception) or _is_signal_of(exchange, error))
 
     def _end(self, watchdog: Watchdog) -> None:
         self._restarts.close()
         watchdog.close()
         self._tally.end(watchdog)
-        self._watchdog = self._request = None
+        self._watchdog = self._exchange = None
 
-    def _answer(self, watchdog: Watchdog, request: Request, error: BaseException | None) -> None:
+    def _answer(self, watchdog: Watchdog, exchange: Exchange, error: BaseException | None) -> None:
         try:
-            if not request.replied and has_sent(self._sock):
-                watchdog.note_answered(request)
+            if not exchange.is_answered and has_sent(self._sock):
+                watchdog.note_answered(exchange)
         finally:
             try:
                 if error is not None:
-                    watchdog.raised(request, error)
+                    watchdog.raised(exchange, error)
             finally:
-                watchdog.finish(request)
+                watchdog.finish(exchange)
 
 
-def _is_signal_of(request: Request, error: BaseException | None) -> bool:
-    return isinstance(error, DeadlineSignal) and error.scope is request.deadline
+def _is_signal_of(exchange: Exchange, error: BaseException | None) -> bool:
+    return isinstance(error, DeadlineSignal) and error.scope is exchange.owner
 
 
 def _name_of(sock: Socket) -> str:

@@ -42,7 +42,7 @@ from .backlog import Backlog
 from .error_replies import Telling
 from .log_lines import Lines
 from .options import Handler, OnError
-from .reports import answered, started, zombie
+from .reports import answered, describe, started, zombie
 from .request import LATER, Request, as_frames, error_for
 
 __all__ = ["Watchdog"]
@@ -197,7 +197,7 @@ class Watchdog:
         return tuple(self._name(each, now) for each in itertools.islice(survivors, NAMED))
 
     def _name(self, exchange: Exchange, now: float) -> Zombie:
-        return zombie(Request(self, exchange, exchange.owner), self._handler, self._greenlets[exchange.key], now)
+        return zombie(exchange, self._handler, self._greenlets[exchange.key], now)
 
     def __repr__(self) -> str:
         return (
@@ -210,30 +210,29 @@ class Watchdog:
 
         A malformed message is counted and logged, and affects nothing else.
         """
-        request = self.open(frames)
-        if request is None:
+        exchange = self.open(frames)
+        if exchange is None:
             return
-        exchange = request._exchange
         # Who is new here hears at once who we are, so that our silence is noticed if the handler, or a stop, comes between.
         is_new = exchange.caller is not None and len(exchange.caller.origin) == 1
         if is_new:
-            self.greet(request)
+            self.greet(exchange)
         if exchange.is_answered:
-            self._guarded(self.finish, request)
+            self._guarded(self.finish, exchange)
         elif self._rejects and self.load + len(self._kept) > self._max_inflight:
-            self._guarded(self._drop, request, _FULL)
+            self._guarded(self._drop, exchange, _FULL)
             return
         elif self._kept or self.load > self._max_inflight:
-            self._kept.keep(request)
+            self._kept.keep(exchange)
         elif self._spent > TURN:
-            self._kept.keep(request)
+            self._kept.keep(exchange)
             self._start_next_turn()
         else:
-            self._start(request)
+            self._start(exchange)
         if not is_new:
-            self.greet(request)
+            self.greet(exchange)
 
-    def open(self, frames: list[bytes]) -> Request | None:
+    def open(self, frames: list[bytes]) -> Exchange | None:
         """Take a message in; a request is watched over, who handles it is up to the caller. None: it was no request.
 
         A request that was overdue when it came is answered already.
@@ -254,22 +253,19 @@ class Watchdog:
             return None
         scope = self.scope(at=received.at)
         received.owner = scope
-        request = Request(self, received, scope)
         if received.at is not None and received.at <= now:
             self._guarded(self._answer_overdue, received)
         self._rearm()
-        return request
+        return received
 
-    def begin(self, request: Request) -> None:
+    def begin(self, exchange: Exchange) -> None:
         """Its handling is about to start: this server's limit holds from here."""
-        exchange = request._exchange
         self.responder.begin(exchange, monotonic(), self._limit)
-        request.deadline.at = exchange.at
+        exchange.owner.at = exchange.at
         self._rearm()
 
-    def greet(self, request: Request) -> None:
+    def greet(self, exchange: Exchange) -> None:
         """Tell a greensafe client what it wants to know at once of its request, and of this server."""
-        exchange = request._exchange
         if exchange.caller is not None:
             for notice in (self.responder.greeting(exchange), self.responder.drain_notice(exchange)):
                 if notice is not None:
@@ -304,32 +300,31 @@ class Watchdog:
             self.failures[error.code] = self.failures.get(error.code, 0) + 1
         self._settle(exchange)
         if self._tell is not None:
-            self._tell(answered(self._endpoint, Request(self, exchange, exchange.owner), error))
+            self._tell(answered(self._endpoint, exchange, error))
 
-    def fail(self, request: Request, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
+    def fail(self, exchange: Exchange, error: RemoteError, kind: Kind = Kind.ERROR, told: RemoteError | None = None) -> None:
         """Answer with an error, as the kind of client understands it.
 
         Whatever on_error raises, the client is answered; what is no Exception is raised again afterwards.
 
         Args:
-            request: Not answered yet.
+            exchange: Not answered yet.
             error: What hooks, counts and on_error are given.
             kind: See Responder.answer.
             told: What the client is told if on_error does not replace it; by default the error.
         """
-        exchange = request._exchange
         if exchange.is_answered:
-            raise LocalProtocolError(f"request {request.id} has been answered already")
+            raise LocalProtocolError(f"request {describe(exchange)[0]} has been answered already")
         body: Sequence[bytes] = [(told or error).to_reply()]
         try:
-            body = self._telling.chosen(request, error, kind) or body
+            body = self._telling.chosen(self, exchange, error, kind) or body
         except Exception as failed:  # noqa: BLE001 - the program's, and the client is answered nevertheless
-            self._lines.on_error_failed(request, failed)
+            self._lines.on_error_failed(exchange, failed)
         finally:
             if not exchange.is_answered:
                 self.answer(exchange, body, kind, error)
 
-    def step(self, request: Request, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
+    def step(self, exchange: Exchange, name: str, fn: Callable[..., Any] | InTransaction, args: tuple[Any, ...]) -> Any:
         """Run a step of a handler; see Request.step. Without a journal nothing of it is kept, and all the rest is the same."""
         if isinstance(fn, InTransaction):
             raise JournalError(f"step {name!r} is to run in the journal's transaction, and this server has no journal")
@@ -337,14 +332,14 @@ class Watchdog:
 
     def refuse(self, frames: list[bytes], error: RemoteError) -> None:
         """Answer a message without running a handler."""
-        request = self.open(frames)
-        if request is None:
+        exchange = self.open(frames)
+        if exchange is None:
             return
         try:
-            if not request.replied:
-                self.fail(request, error, Kind.REJECTED)
+            if not exchange.is_answered:
+                self.fail(exchange, error, Kind.REJECTED)
         finally:
-            self.finish(request)
+            self.finish(exchange)
 
     def recover(self, frames: list[bytes]) -> None:
         """Deal with a message once more, since something from outside has ended `accept` halfway."""
@@ -362,11 +357,10 @@ class Watchdog:
                 continue
             if exchange.owner is None:
                 exchange.owner = self.scope(at=exchange.at)
-            request = Request(self, exchange, exchange.owner)
             if exchange.is_answered:
-                self._guarded(self.finish, request)
+                self._guarded(self.finish, exchange)
             else:
-                self._kept.keep(request)
+                self._kept.keep(exchange)
                 self._start_next_turn()
 
     def _is_placed(self, key: int) -> bool:
@@ -389,10 +383,10 @@ class Watchdog:
         for told in self.responder.torn(frames, error):
             self._guarded(self._apply, told)
 
-    def note_answered(self, request: Request) -> None:
+    def note_answered(self, exchange: Exchange) -> None:
         """The program has answered on its own socket: open the gate without sending."""
-        self.responder.answer(request._exchange, [b""])
-        self._count(request._exchange, None)
+        self.responder.answer(exchange, [b""])
+        self._count(exchange, None)
 
     def cancel_from(self, routing_id: bytes) -> None:
         """Stop the handlers of the requests that came by a connection which is gone."""
@@ -414,11 +408,11 @@ class Watchdog:
 
     def abort_all(self, error: RemoteError) -> None:
         """Answer whatever is still owed with `error` and kill the handlers that still run."""
-        for request in self._kept.requests():
-            self._guarded(self._drop, request, error)
+        for exchange in self._kept.requests():
+            self._guarded(self._drop, exchange, error)
         for exchange in list(self._owed.values()):
             if not exchange.is_answered:
-                self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
+                self._guarded(self.fail, exchange, error)
         running = [greenlet for greenlet in self._greenlets.values() if not greenlet.dead]
         if running:
             self._lines.killed(len(running))
@@ -434,12 +428,12 @@ class Watchdog:
 
     # A request's turn.
 
-    def _start(self, request: Request) -> None:
+    def _start(self, exchange: Exchange) -> None:
         if self.responder.zombies >= self._most_zombies:
-            self._guarded(self._drop, request, _STUCK)
+            self._guarded(self._drop, exchange, _STUCK)
             return
-        self.begin(request)
-        self._greenlets[request._exchange.key] = greenlet = gevent.Greenlet(self._run, request)
+        self.begin(exchange)
+        self._greenlets[exchange.key] = greenlet = gevent.Greenlet(self._run, exchange)
         before = monotonic()
         # Straight from the hub, so the handler cannot be killed before it starts.
         try:
@@ -448,27 +442,27 @@ class Watchdog:
             if is_interruption(error):
                 raise
             # No memory for it: then it has not run, and nobody else answers.
-            self._greenlets.pop(request._exchange.key, None)
-            self._guarded(self.raised, request, error)
-            self._guarded(self.finish, request)
+            self._greenlets.pop(exchange.key, None)
+            self._guarded(self.raised, exchange, error)
+            self._guarded(self.finish, exchange)
         self._spent += monotonic() - before
-        if request._exchange.is_running and greenlet.dead:
+        if exchange.is_running and greenlet.dead:
             # A signal's handler has raised before its first line: it has not run.
-            self._greenlets.pop(request._exchange.key, None)
+            self._greenlets.pop(exchange.key, None)
             self._find_lost()
 
-    def _take(self, key: int) -> Request | None:
+    def _take(self, key: int) -> Exchange | None:
         """A request that waits does not any more; None if it did not."""
         return self._kept.take(key)
 
-    def _drop(self, request: Request, error: RemoteError) -> None:
+    def _drop(self, exchange: Exchange, error: RemoteError) -> None:
         """Answer a request that was not run, and will not be."""
-        self._take(request._exchange.key)
+        self._take(exchange.key)
         try:
-            if not request.replied:
-                self.fail(request, error, Kind.REJECTED)
+            if not exchange.is_answered:
+                self.fail(exchange, error, Kind.REJECTED)
         finally:
-            self.finish(request)
+            self.finish(exchange)
 
     def _start_kept(self) -> None:
         self._spent = 0.0
@@ -501,26 +495,27 @@ class Watchdog:
 
     # A handler's life.
 
-    def _run(self, request: Request) -> None:
+    def _run(self, exchange: Exchange) -> None:
         """The body of a handler's greenlet: no exception leaves it."""
-        scope = request.deadline
+        scope = exchange.owner
         try:
             scope.attach(gevent.getcurrent())
             if self._tell is not None:
-                self._tell(started(self._endpoint, request))
-            self._returned(request, self._handler(request))
+                self._tell(started(self._endpoint, exchange))
+            request = Request(self, exchange, scope)
+            self._returned(exchange, request, self._handler(request))
         except BaseException as error:  # noqa: BLE001 - the one place that supervises
-            self._guarded(self.raised, request, error)
+            self._guarded(self.raised, exchange, error)
         finally:
             try:
                 scope.detach()
-                self._guarded(self.finish, request)
+                self._guarded(self.finish, exchange)
             except BaseException:
-                self._guarded(self.finish, request)  # a signal's handler has raised: it may be half done
+                self._guarded(self.finish, exchange)  # a signal's handler has raised: it may be half done
                 raise
             finally:
                 # Not before: on_error and hooks may ask whether this is a handler.
-                self._greenlets.pop(request._exchange.key, None)
+                self._greenlets.pop(exchange.key, None)
 
     def _guarded(self, act: Callable[..., object], *args: object) -> None:
         """Do something for one request; its failure, which only on_error can cause, is logged and touches no other request.
@@ -539,25 +534,24 @@ class Watchdog:
             except BaseException as again:  # noqa: BLE001 - see above
                 self._lines.answering_failed(again)
 
-    def _returned(self, request: Request, result: object) -> None:
-        exchange = request._exchange
+    def _returned(self, exchange: Exchange, request: Request, result: object) -> None:
         if result is LATER:
             if not exchange.is_answered:
                 self.responder.promise(exchange)
                 weakref.finalize(request, self._on_forgotten, exchange).atexit = False
         elif result is not None:
             if exchange.is_answered:
-                self._drop_second(request)
+                self._drop_second(exchange)
             else:
-                self._reply(request, as_frames(result))
+                self._reply(exchange, as_frames(result))
 
-    def _drop_second(self, request: Request) -> None:
-        self._lines.answered_twice(request)
+    def _drop_second(self, exchange: Exchange) -> None:
+        self._lines.answered_twice(exchange)
         self.responder.duplicates += 1
 
-    def _reply(self, request: Request, frames: Sequence[bytes]) -> None:
+    def _reply(self, exchange: Exchange, frames: Sequence[bytes]) -> None:
         """Answer with what the handler has returned, which has nothing more to do."""
-        exchange, made = request._exchange, None
+        made = None
         try:
             made = self.responder.answer(exchange, frames)
             self._send_soon(made)
@@ -566,19 +560,19 @@ class Watchdog:
                 self._see_sent(exchange, frames, Kind.REPLY, made)
             raise
         if self._tell is not None:
-            self._tell(answered(self._endpoint, request, None))
+            self._tell(answered(self._endpoint, exchange, None))
 
-    def raised(self, request: Request, error: BaseException) -> None:
+    def raised(self, exchange: Exchange, error: BaseException) -> None:
         """An exception ended the handling: answer for it, unless it was answered before."""
-        exchange = request._exchange
-        say: Callable[[Request, BaseException], None]
-        if isinstance(error, DeadlineSignal) and error.scope is request.deadline:
+        say: Callable[[Exchange, BaseException], None]
+        scope: HandlerScope = exchange.owner
+        if isinstance(error, DeadlineSignal) and error.scope is scope:
             if exchange.is_answered:
                 return
-            if not request.deadline.is_cancelled:
+            if not scope.is_cancelled:
                 self._answer_overdue(exchange, error)  # before the timer has come to it
                 return
-            error, say = request.deadline.outcome(), self._lines.cancelled
+            error, say = scope.outcome(), self._lines.cancelled
         elif isinstance(error, _Ended) and exchange.is_answered:
             return
         else:
@@ -586,18 +580,17 @@ class Watchdog:
         try:
             if not exchange.is_answered:
                 known = error_for(error)
-                self.fail(request, known, told=self._telling.told(error, known, request))
+                self.fail(exchange, known, told=self._telling.told(error, known, exchange))
         finally:
-            say(request, error)  # last: logging may wait, and be interrupted
+            say(exchange, error)  # last: logging may wait, and be interrupted
 
-    def finish(self, request: Request) -> None:
+    def finish(self, exchange: Exchange) -> None:
         """The handling is over; who has neither answered nor promised to is answered for."""
-        exchange = request._exchange
         try:
             # Once more if it was interrupted: it may be half done.
             if self.responder.finish(exchange) if exchange.is_running else exchange.is_abandoned:
                 message = "the handler returned nothing: return bytes, call request.reply, or return greensafe.LATER"
-                self.fail(request, RemoteError("INTERNAL", message, "NoReply"))
+                self.fail(exchange, RemoteError("INTERNAL", message, "NoReply"))
         finally:
             self._settle(exchange)
 
@@ -625,7 +618,7 @@ class Watchdog:
     def _break_promise(self, exchange: Exchange) -> None:
         if not exchange.is_answered:
             error = RemoteError("INTERNAL", "the handler promised an answer and dropped the request", "BrokenPromise")
-            self._guarded(self.fail, Request(self, exchange, exchange.owner), error)
+            self._guarded(self.fail, exchange, error)
 
     # Time.
 
@@ -681,8 +674,7 @@ class Watchdog:
 
     def _on_zombie(self, exchange: Exchange) -> None:
         found = self._name(exchange, monotonic())
-        request = Request(self, exchange, exchange.owner)
-        self._lines.stuck(request, found)
+        self._lines.stuck(exchange, found)
         self._tell_room()
         if self._tell is not None:
             self._tell(HandlerStuck(self._endpoint, found))
@@ -710,10 +702,9 @@ class Watchdog:
     def _answer_overdue(self, exchange: Exchange, signal: BaseException | None = None) -> None:
         """Answer for the deadline; `signal` is what has told the handler so, if it has come out of it already."""
         kind = CALLER_LIMIT if exchange.is_limited_by_caller else "DeadlineExceeded"
-        request = Request(self, exchange, exchange.owner)
-        self._lines.overdue(request, signal)
+        self._lines.overdue(exchange, signal)
         if not exchange.is_answered:  # logging may have waited, and the timer come meanwhile
-            self.fail(request, RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind))
+            self.fail(exchange, RemoteError("DEADLINE_EXCEEDED", "the handler did not answer in time", kind))
 
     def _kill(self, greenlet: gevent.Greenlet, exception: type[BaseException] = gevent.GreenletExit) -> None:
         if not greenlet.dead:

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
 
 import pytest
 
-from greensafe.deadlines import deadline
 from greensafe.sansio.envelope import MAX_METADATA, MAX_ROUTE_BYTES, Header, Kind, split
 from greensafe.sansio.exchange import Exchange
 from greensafe.server import backlog
 from greensafe.server.backlog import Backlog
-from greensafe.server.request import Request
 
 METADATA = bytes(MAX_METADATA)
 ROUTE = [bytes(MAX_ROUTE_BYTES - 100)]
 
 
-def _request(key: int, ids: list[bytes], metadata: bytes, body: list[bytes]) -> Request:
+def _exchange(key: int, ids: list[bytes], metadata: bytes, body: list[bytes]) -> Exchange:
     header = Header(Kind.REQUEST, key.to_bytes(16, "big"), metadata=metadata).encode()
-    exchange = Exchange(key, split([b"peer%d" % key, *ids, header, b"", *body]), 0.0)
-    return Request(cast(Any, None), exchange, deadline(None))
+    return Exchange(key, split([b"peer%d" % key, *ids, header, b"", *body]), 0.0)
 
 
-def _taken(request: Request) -> int:
+def _taken(exchange: Exchange) -> int:
     """What sys.getsizeof says of everything that a request of a peer brings with it; what it shares is counted twice."""
-    envelope = request._exchange.envelope
+    envelope = exchange.envelope
     header = envelope.header
     assert isinstance(header, Header)
     lists = [envelope.route, envelope.body]
-    objects = [request, request._exchange, envelope, header, header.metadata, header.request_id, *lists]
+    objects = [exchange, envelope, header, header.metadata, header.request_id, *lists]
     return sum(map(sys.getsizeof, objects)) + sum(sys.getsizeof(frame) for each in lists for frame in each)
 
 
@@ -54,7 +50,7 @@ def test_whole_requests_are_weighed(
     kept = Backlog()
     while not kept.is_full:
         assert len(kept) < 200
-        kept.keep(_request(len(kept), ids, metadata, list(body)))
+        kept.keep(_exchange(len(kept), ids, metadata, list(body)))
     requests = kept.requests()
     assert limit <= kept.size < limit + 200_000
     assert sum(map(_taken, requests)) <= kept.size
@@ -67,7 +63,7 @@ def test_small_requests_are_counted() -> None:
     """What weighs little is limited by its number."""
     kept = Backlog()
     while not kept.is_full:
-        kept.keep(_request(len(kept), [b"own id"], b"", [b"body"]))
+        kept.keep(_exchange(len(kept), [b"own id"], b"", [b"body"]))
     assert len(kept) == backlog.BACKLOG
     assert kept.take(17) is not None
     assert not kept.is_full
@@ -76,8 +72,8 @@ def test_small_requests_are_counted() -> None:
 def test_a_request_that_changes_while_it_waits_gives_back_what_it_took() -> None:
     """With a journal it may come again by another way meanwhile: its weight stays that with which it was kept."""
     kept = Backlog()
-    request = _request(1, [], b"", [b"body"])
+    request = _exchange(1, [], b"", [b"body"])
     kept.keep(request)
-    request._exchange.envelope = _request(2, ROUTE, METADATA, [b"body"])._exchange.envelope
+    request.envelope = _exchange(2, ROUTE, METADATA, [b"body"]).envelope
     assert kept.take(1) is request
     assert kept.size == 0

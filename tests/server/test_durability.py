@@ -1306,7 +1306,7 @@ def test_stored_while_the_hub_was_blocked(build: Build, phase: str, monkeypatch:
     site.peer.ask()
     wait_until(lambda: not site.disk.gate.is_set() and site.server._commits.queue.batch)
     storing = site.server._watchdog._storing
-    (exchange,) = [request._exchange for request in storing.requests.values()] + [held for held, _ in storing.held.values()]
+    (exchange,) = [*storing.requests.values()] + [held for held, _ in storing.held.values()]
     exchange.memory.at = monotonic()
     count = len(site.disk.seen)
     site.disk.gate.set()

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import gevent
 from helpers import LONG
 
-from greensafe import RemoteError, Request
-from greensafe.deadlines import deadline
+from greensafe import RemoteError
 from greensafe.hooks import RequestAnswered, RequestFailed, RequestStarted
 from greensafe.sansio.envelope import Kind, pack
+from greensafe.sansio.exchange import Exchange
 from greensafe.sansio.responder import Responder
 from greensafe.server.reports import answered, extra, started, zombie
 
 ID = bytes(range(16))
 
 
-def _request(now: float) -> Request:
+def _request(now: float) -> Exchange:
     header = pack(Kind.REQUEST, ID, None, 0, 0, b"trace")
-    exchange: Any = Responder(grace=1.0).receive([b"peer", header, b"", b"x"], now)
-    return Request(None, exchange, deadline(None))  # type: ignore[arg-type]
+    exchange = Responder(grace=1.0).receive([b"peer", header, b"", b"x"], now)
+    assert isinstance(exchange, Exchange)
+    return exchange
 
 
 def test_the_records_of_a_request() -> None:

@@ -29,8 +29,8 @@ class Answers:
         exchange.move(Event.ANSWER)
         self.given.append(list(body))
 
-    def fail(self, request: Request, error: RemoteError) -> None:
-        request._exchange.move(Event.ANSWER)
+    def fail(self, exchange: Exchange, error: RemoteError) -> None:
+        exchange.move(Event.ANSWER)
         self.given.append(error)
 
 

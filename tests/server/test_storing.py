@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -84,7 +83,7 @@ def test_how_long_a_request_waits() -> None:
     assert _storing(10.0).patience == 10.0 + GRACE
     waiting = _storing(None)
     exchange = _exchange()
-    waiting.requests[1] = cast(Any, SimpleNamespace(_exchange=exchange))
+    waiting.requests[1] = exchange
     exchange.memory.at = monotonic() + waiting.patience
     assert waiting.overdue_requests() == []
     exchange.memory.at = monotonic()

@@ -239,7 +239,7 @@ def test_on_error_that_goes_wrong_costs_nobody_an_answer(how: str) -> None:
     for _ in range(4):
         _ask(watchdog)
     for request in held:
-        watchdog._guarded(watchdog.fail, request, RemoteError("INTERNAL", "no"))
+        watchdog._guarded(watchdog.fail, request._exchange, RemoteError("INTERNAL", "no"))
     assert len(sent) == 4
     assert watchdog.load == 0
     watchdog._limit = 5 * MS
