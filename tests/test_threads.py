@@ -23,7 +23,7 @@ import greensafe as zmq
 from greensafe import LATER, Client, LocalProtocolError, RemoteError, Request, Server, deadline
 from greensafe.auth import Authenticator
 from greensafe.client import client as client_module
-from greensafe.green.monitor import ConnectionEvents
+from greensafe.green.events import ConnectionEvents
 from greensafe.hub import threads
 from greensafe.hub.threads import call_in, check_here, wait_while
 from greensafe.journal import SqliteJournal

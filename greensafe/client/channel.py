@@ -37,7 +37,6 @@ import zmq
 
 from ..errors import Disconnected, PeerSilent, Refused, Unreachable
 from ..green.context import plain_socket
-from ..green.monitor import ConnectionEvent, Monitor
 from ..hub.forks import generation
 from ..hub.log_limiter import Seldom, write
 from ..hub.timers import start_timer
@@ -50,6 +49,7 @@ from ..stats import EndpointStats
 from ..transport.byname import ByName, has_proxy, reconnect
 from ..transport.endpoints import explained, not_begun
 from ..transport.inlet import LOST_FIRST
+from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.names import host_in
 from ..transport.outbox import OUTBOX
 from ..transport.pump import Pump

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import zmq
 
 from ..errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
-from ..green.monitor import ConnectionEvent
 from ..sansio.requester import Asked, Connection
+from ..transport.monitor import ConnectionEvent
 
 __all__ = [
     "DRAINING",

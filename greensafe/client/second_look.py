@@ -28,9 +28,9 @@ from typing import Any
 import zmq
 
 from ..green.context import plain_socket
-from ..green.monitor import ConnectionEvent, Monitor
 from ..hub.log_limiter import Seldom
 from ..sansio.liveness import MARGIN, SLOWEST, SLOWEST_UNCOUNTED, Pulse, explains, looks_allowed
+from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.names import host_in
 from ..transport.tcp_info import is_counted, listener, peer
 from .problems import FORGOTTEN, SILENT, STUCK, UNANSWERED, UNASKED, Trouble

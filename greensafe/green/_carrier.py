@@ -31,9 +31,9 @@ from zmq.backend import Socket as Backend
 
 from ..errors import Disconnected, PeerError, PeerSilent, Refused, Unreachable
 from ..transport.endpoints import not_begun
+from ..transport.monitor import ConnectionEvent, Monitor
 from ._connections import Connections, Loss
 from ._waits import POLLIN, POLLOUT, events_of
-from .monitor import ConnectionEvent, Monitor
 
 if TYPE_CHECKING:
     from ._lockstep import Lockstep

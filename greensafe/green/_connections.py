@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from .monitor import ConnectionEvent
+from ..transport.monitor import ConnectionEvent
 
 __all__ = ["YOUNG", "Connections", "Loss"]
 

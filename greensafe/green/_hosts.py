@@ -36,10 +36,10 @@ from ..deadlines import check
 from ..errors import Unreachable
 from ..hub.timers import start_timer
 from ..transport.byname import ByName, leave
+from ..transport.monitor import ConnectionEvent
 from ..transport.names import Host
 from ._connections import YOUNG
 from ._waits import POLLIN, POLLOUT, Waiter, events_of
-from .monitor import ConnectionEvent
 
 if TYPE_CHECKING:
     from ._monitors import MonitoredSocket

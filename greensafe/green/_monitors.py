@@ -24,7 +24,7 @@ from ..transport.names import Host, host_in
 from ._carrier import Carrier
 from ._hosts import Hosts
 from ._objects import ObjectSocket
-from .monitor import ConnectionEvents, Listener, Sharing
+from .events import ConnectionEvents, Listener, Sharing
 
 __all__ = ["MonitoredSocket"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import zmq
 
-from ..green.monitor import ConnectionEvent, Monitor
+from ..transport.monitor import ConnectionEvent, Monitor
 
 __all__ = ["Vanished"]
 

@@ -18,8 +18,8 @@ from naming import NO_NAME, NOT_NOW, NameService
 
 import greensafe as zmq
 from greensafe import Client, OperationTimeout, Request, Server, Unreachable
-from greensafe.green.monitor import ConnectionEvent
 from greensafe.transport import byname as _byname, names
+from greensafe.transport.monitor import ConnectionEvent
 
 pytestmark = pytest.mark.usefixtures("limit")
 

@@ -6,7 +6,7 @@ import zmq
 
 from greensafe.client.problems import LOST, NO_ANSWER, NO_HANDSHAKE, SILENT, WRONG_TYPE, refusal
 from greensafe.errors import Disconnected, PeerSilent, Refused
-from greensafe.green.monitor import ConnectionEvent
+from greensafe.transport.monitor import ConnectionEvent
 
 ID = bytes(range(16))
 

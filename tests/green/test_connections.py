@@ -8,7 +8,7 @@ import pytest
 from zmq import Event
 
 from greensafe.green._connections import YOUNG, Connections, Loss
-from greensafe.green.monitor import ConnectionEvent
+from greensafe.transport.monitor import ConnectionEvent
 
 A, B = "tcp://a:1", "tcp://b:2"
 

@@ -1,4 +1,4 @@
-"""Tests of greensafe.green.monitor: events of real connections, and every way in which a monitor could stop a context."""
+"""Tests of greensafe.transport.monitor: events of real connections, and every way in which a monitor could stop a context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers import LONG, MS, check_freed_by_a_kill, run_python, wait_until
 
 import greensafe as zmq
 from greensafe import OperationTimeout, deadline, move_on
-from greensafe.green.monitor import ConnectionEvent, Monitor
+from greensafe.transport.monitor import ConnectionEvent, Monitor
 
 pytestmark = pytest.mark.usefixtures("limit")
 
@@ -466,7 +466,7 @@ def test_a_drain_does_not_wait_for_peers_that_connect_faster_than_it_reads(
     context: zmq.Context, monkeypatch: pytest.MonkeyPatch, dealer: plain.Socket[bytes]
 ) -> None:
     """It delivers so many events and says that there are more; these come in the turns that follow."""
-    monkeypatch.setattr("greensafe.green.monitor.MOST", 2)
+    monkeypatch.setattr("greensafe.transport.monitor.MOST", 2)
     got: list[ConnectionEvent] = []
     monitor = Monitor(dealer, got.append, zmq.EVENT_LISTENING)
     for _ in range(5):
